@@ -1,0 +1,173 @@
+//! A node's configuration: one TOML file.
+//!
+//! ```toml
+//! name = "n1"                     # unique in the cluster
+//! listen = "127.0.0.1:7401"       # gRPC
+//! http = "127.0.0.1:7501"         # status page; leave out for none
+//! data = "./n1"                   # everything that the node stores
+//! roles = ["gateway", "writer", "reader", "ledger", "records", "vector"]
+//! cluster_secret = "…"            # the same on every node
+//! id = 1                          # of a node with a ledger: its number among the replicas
+//!
+//! [replicas]                      # the ledger's voters: number = address
+//! 1 = "127.0.0.1:7401"
+//! 2 = "127.0.0.1:7402"
+//! 3 = "127.0.0.1:7403"
+//! ```
+//!
+//! Roles come in two groups, each of which lives in one process: the edge (gateway, writer, reader) and the replica (ledger,
+//! records, vector). A process has one of them or both.
+
+use crate::error::Error;
+use crate::ledger::LedgerOptions;
+use serde::{Deserialize, Serialize};
+use sim::time::Duration;
+use std::collections::BTreeMap;
+
+pub const EDGE_ROLES: [&str; 3] = ["gateway", "writer", "reader"];
+pub const REPLICA_ROLES: [&str; 3] = ["ledger", "records", "vector"];
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    pub name: String,
+    pub listen: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
+    #[serde(default = "data_default")]
+    pub data: String,
+    #[serde(default = "all_roles")]
+    pub roles: Vec<String>,
+    pub cluster_secret: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// Voters by number. TOML keys are text.
+    pub replicas: BTreeMap<String, String>,
+    #[serde(default)]
+    pub tuning: Tuning,
+}
+
+/// Times in milliseconds; the defaults suit one data centre.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tuning {
+    pub heartbeat_ms: u64,
+    pub election_min_ms: u64,
+    pub election_max_ms: u64,
+    pub checkpoint_entries: u64,
+    pub entries_kept: u64,
+    pub segment_bytes_max: u64,
+    pub access_flush_ms: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Tuning {
+        let ledger = LedgerOptions::default();
+        Tuning {
+            heartbeat_ms: ledger.heartbeat.as_millis() as u64,
+            election_min_ms: ledger.election_min.as_millis() as u64,
+            election_max_ms: ledger.election_max.as_millis() as u64,
+            checkpoint_entries: ledger.checkpoint_entries,
+            entries_kept: ledger.entries_kept,
+            segment_bytes_max: ledger.log.segment_bytes_max,
+            access_flush_ms: 5000,
+        }
+    }
+}
+
+fn data_default() -> String {
+    "./loci-data".into()
+}
+
+fn all_roles() -> Vec<String> {
+    EDGE_ROLES.iter().chain(&REPLICA_ROLES).map(|r| r.to_string()).collect()
+}
+
+impl NodeConfig {
+    /// Reads and checks a configuration.
+    pub fn parse(text: &str) -> Result<NodeConfig, Error> {
+        let config: NodeConfig = toml::from_str(text).map_err(|e| Error::invalid("configuration", e.to_string()))?;
+        config.voters()?;
+        config.has_group(&EDGE_ROLES)?;
+        if config.has_group(&REPLICA_ROLES)? {
+            let id = config.id.ok_or_else(|| Error::invalid("id", "a node with the role ledger needs its number"))?;
+            if !config.voters()?.contains_key(&id) {
+                return Err(Error::invalid("replicas", format!("have no number {id}, this node's own")));
+            }
+        }
+        if let Some(role) = config.roles.iter().find(|r| !all_roles().contains(r)) {
+            return Err(Error::invalid("roles", format!("there is no role '{role}'; there are {}", all_roles().join(", "))));
+        }
+        if config.roles.is_empty() {
+            return Err(Error::invalid("roles", "are empty: this node would do nothing"));
+        }
+        if config.cluster_secret.len() < 16 {
+            return Err(Error::invalid("cluster_secret", "needs at least 16 characters"));
+        }
+        Ok(config)
+    }
+
+    pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {
+        let number = |text: &String| text.parse().map_err(|_| Error::invalid("replicas", format!("'{text}' is no number")));
+        let voters: BTreeMap<u64, String> =
+            self.replicas.iter().map(|(id, addr)| Ok((number(id)?, addr.clone()))).collect::<Result<_, Error>>()?;
+        if voters.is_empty() {
+            return Err(Error::invalid("replicas", "are empty; list at least one"));
+        }
+        Ok(voters)
+    }
+
+    /// Whether the node has the roles of a group: all or none of them.
+    pub fn has_group(&self, group: &[&str; 3]) -> Result<bool, Error> {
+        match group.iter().filter(|role| self.roles.iter().any(|r| r == *role)).count() {
+            0 => Ok(false),
+            3 => Ok(true),
+            _ => Err(Error::invalid("roles", format!("{} live in one process: give all three or none", group.join(", ")))),
+        }
+    }
+
+    pub fn ledger_options(&self) -> LedgerOptions {
+        let mut options = LedgerOptions {
+            heartbeat: Duration::from_millis(self.tuning.heartbeat_ms),
+            election_min: Duration::from_millis(self.tuning.election_min_ms),
+            election_max: Duration::from_millis(self.tuning.election_max_ms),
+            checkpoint_entries: self.tuning.checkpoint_entries,
+            entries_kept: self.tuning.entries_kept,
+            ..LedgerOptions::default()
+        };
+        options.log.segment_bytes_max = self.tuning.segment_bytes_max;
+        options
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "name = 'n1'\nlisten = '127.0.0.1:1'\ncluster_secret = 'sixteen letters!'\nid = 1\n[replicas]\n1 = 'a:1'\n";
+
+    #[test]
+    fn a_small_file_is_enough() -> Result<(), Error> {
+        let config = NodeConfig::parse(GOOD)?;
+        assert!(config.has_group(&EDGE_ROLES)? && config.has_group(&REPLICA_ROLES)?);
+        Ok(())
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let cases = [
+            (GOOD.replace("id = 1", ""), "id"),
+            (GOOD.replace("id = 1", "id = 2"), "replicas"),
+            (GOOD.replace("id = 1", "id = 1\nroles = ['gateway']"), "roles"),
+            (GOOD.replace("id = 1", "id = 1\nroles = []"), "roles"),
+            (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
+            (GOOD.replace("name", "nmae"), "configuration"),
+        ];
+        for (text, named) in cases {
+            match NodeConfig::parse(&text) {
+                Err(Error::Invalid { field, .. }) => assert_eq!(field, named, "{text}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! Between the protocol's messages and the store's types. Everything that comes in is checked here, once.
+
+use crate::error::Error;
+use crate::limits::*;
+use crate::proto::v1;
+use sim::rand;
+use storage::model::*;
+use uuid::Uuid;
+
+pub fn parse_id(field: &str, text: &str) -> Result<MemoryId, Error> {
+    Uuid::try_parse(text).map(|u| u.into_bytes()).map_err(|_| Error::invalid(field, format!("'{text}' is no UUID")))
+}
+
+pub fn id_text(id: &MemoryId) -> String {
+    Uuid::from_bytes(*id).hyphenated().to_string()
+}
+
+/// The id of a memory that was written with an idempotency key and without an id: a UUIDv8 from tenant and key, so a retry is
+/// the same memory on the same shard.
+pub fn derived_id(tenant: &str, key: &str) -> MemoryId {
+    let mut hasher = blake3::Hasher::new_derive_key("loci.v1 memory id from tenant and idempotency key");
+    hasher.update(&(tenant.len() as u64).to_le_bytes()).update(tenant.as_bytes()).update(key.as_bytes());
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    uuid::Builder::from_custom_bytes(bytes).into_uuid().into_bytes()
+}
+
+fn check_len(field: &str, text: &str, max: usize) -> Result<(), Error> {
+    if text.len() > max {
+        return Err(Error::invalid(field, format!("is {} bytes long; at most {max} are allowed", text.len())));
+    }
+    Ok(())
+}
+
+fn time(value: i64) -> Option<UnixMs> {
+    (value != 0).then_some(value)
+}
+
+pub fn check_metadata(text: &str) -> Result<(), Error> {
+    check_len("metadata", text, METADATA_BYTES_MAX)?;
+    if text.is_empty() {
+        return Ok(());
+    }
+    match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(serde_json::Value::Object(_)) => Ok(()),
+        Ok(_) => Err(Error::invalid("metadata", "must be a JSON object")),
+        Err(error) => Err(Error::invalid("metadata", format!("is not valid JSON: {error}"))),
+    }
+}
+
+fn check_categories(categories: &[String]) -> Result<(), Error> {
+    if categories.len() > CATEGORIES_MAX {
+        return Err(Error::invalid("categories", format!("{} given; at most {CATEGORIES_MAX}", categories.len())));
+    }
+    categories.iter().try_for_each(|c| check_len("categories", c, NAME_BYTES_MAX))
+}
+
+fn parse_links(links: &[String]) -> Result<Vec<MemoryId>, Error> {
+    if links.len() > LINKS_MAX {
+        return Err(Error::invalid("links", format!("{} given; at most {LINKS_MAX}", links.len())));
+    }
+    links.iter().map(|l| parse_id("links", l)).collect()
+}
+
+fn check_importance(value: f32) -> Result<f32, Error> {
+    if (0.0..=1.0).contains(&value) { Ok(value) } else { Err(Error::invalid("importance", "must be from 0 to 1")) }
+}
+
+/// Checks a caller's vector and brings it to unit length.
+pub fn unit_vector(vector: Vec<f32>, space: &str) -> Result<Vec<f32>, Error> {
+    if vector.len() > DIMENSION_MAX {
+        return Err(Error::invalid("vector", format!("has {} dimensions; at most {DIMENSION_MAX}", vector.len())));
+    }
+    if space.is_empty() {
+        return Err(Error::invalid("space", "must name the model that made the vector"));
+    }
+    check_len("space", space, NAME_BYTES_MAX)?;
+    let square: f64 = vector.iter().map(|x| (*x as f64) * (*x as f64)).sum();
+    if !square.is_finite() || square < 1e-30 {
+        return Err(Error::invalid("vector", "must be finite and not zero"));
+    }
+    let scale = 1.0 / square.sqrt();
+    Ok(vector.into_iter().map(|x| (x as f64 * scale) as f32).collect())
+}
+
+pub fn scope(value: i32) -> Result<Scope, Error> {
+    match v1::Scope::try_from(value) {
+        Ok(v1::Scope::Unspecified | v1::Scope::Private) => Ok(Scope::Private),
+        Ok(v1::Scope::Shared) => Ok(Scope::Shared),
+        Ok(v1::Scope::Global) => Ok(Scope::Global),
+        Err(_) => Err(Error::invalid("scope", format!("unknown value {value}"))),
+    }
+}
+
+fn memory_type(value: i32) -> Result<MemoryType, Error> {
+    match v1::MemoryType::try_from(value) {
+        Ok(v1::MemoryType::Unspecified | v1::MemoryType::Semantic) => Ok(MemoryType::Semantic),
+        Ok(v1::MemoryType::Episodic) => Ok(MemoryType::Episodic),
+        Ok(v1::MemoryType::Procedural) => Ok(MemoryType::Procedural),
+        Ok(v1::MemoryType::Message) => Ok(MemoryType::Message),
+        Err(_) => Err(Error::invalid("type", format!("unknown value {value}"))),
+    }
+}
+
+fn status(value: i32) -> Result<Status, Error> {
+    match v1::Status::try_from(value) {
+        Ok(v1::Status::Unspecified | v1::Status::Active) => Ok(Status::Active),
+        Ok(v1::Status::Archived) => Ok(Status::Archived),
+        Err(_) => Err(Error::invalid("status", format!("unknown value {value}"))),
+    }
+}
+
+/// A checked memory without its vector, if the caller gave none. `key` is the idempotency key.
+pub fn new_memory(tenant: &str, new: v1::NewMemory, key: &str, now: UnixMs) -> Result<Memory, Error> {
+    let scope = scope(new.scope)?;
+    let tenant = if scope == Scope::Global { GLOBAL_TENANT } else { tenant };
+    for (field, text) in [("user", &new.user), ("agent", &new.agent), ("session", &new.session)] {
+        check_len(field, text, NAME_BYTES_MAX)?;
+    }
+    check_len("idempotency_key", key, NAME_BYTES_MAX)?;
+    check_len("text", &new.text, TEXT_BYTES_MAX)?;
+    if new.text.is_empty() && new.vector.is_empty() {
+        return Err(Error::invalid("text", "a memory needs a text or a vector"));
+    }
+    if scope == Scope::Private && new.user.is_empty() && new.agent.is_empty() {
+        return Err(Error::invalid("user", "a PRIVATE memory needs a user or an agent"));
+    }
+    check_metadata(&new.metadata)?;
+    check_categories(&new.categories)?;
+    let id = match (new.id.as_str(), key) {
+        ("", "") => rand::uuid_v7().into_bytes(),
+        ("", key) => derived_id(tenant, key),
+        (id, _) => parse_id("id", id)?,
+    };
+    let vector = if new.vector.is_empty() { vec![] } else { unit_vector(new.vector, &new.space)? };
+    Ok(Memory {
+        id,
+        tenant: tenant.into(),
+        scope,
+        user: new.user,
+        agent: new.agent,
+        session: new.session,
+        text: new.text,
+        metadata: new.metadata,
+        kind: memory_type(new.r#type)?,
+        status: Status::Active,
+        importance: check_importance(new.importance)?,
+        categories: new.categories,
+        links: parse_links(&new.links)?,
+        event_time: time(new.event_time),
+        valid_from: time(new.valid_from),
+        valid_to: time(new.valid_to),
+        created: now,
+        updated: now,
+        expires: time(new.expires),
+        access_count: 0,
+        last_access: None,
+        version: 1,
+        space: if vector.is_empty() { String::new() } else { new.space },
+        tier: Tier::Hot,
+        vector,
+    })
+}
+
+/// A checked change; its vector is still to be made when only the text changes.
+pub fn patch(request: &mut v1::UpdateRequest) -> Result<Patch, Error> {
+    if let Some(text) = &request.text {
+        check_len("text", text, TEXT_BYTES_MAX)?;
+    }
+    if let Some(metadata) = &request.metadata {
+        check_metadata(metadata)?;
+    }
+    let categories = request.categories.take().map(|c| c.values);
+    categories.as_deref().map_or(Ok(()), check_categories)?;
+    let vector = match std::mem::take(&mut request.vector) {
+        vector if vector.is_empty() => None,
+        vector => Some((unit_vector(vector, &request.space)?, request.space.clone())),
+    };
+    Ok(Patch {
+        text: request.text.take(),
+        metadata: request.metadata.take(),
+        kind: request.r#type.map(memory_type).transpose()?,
+        status: request.status.map(status).transpose()?,
+        importance: request.importance.map(check_importance).transpose()?,
+        categories,
+        links: request.links.take().map(|l| parse_links(&l.values)).transpose()?,
+        event_time: request.event_time.map(time),
+        valid_from: request.valid_from.map(time),
+        valid_to: request.valid_to.map(time),
+        expires: request.expires.map(time),
+        vector,
+    })
+}
+
+pub fn memory(memory: &Memory, with_vector: bool) -> v1::Memory {
+    v1::Memory {
+        id: id_text(&memory.id),
+        tenant: memory.tenant.clone(),
+        scope: memory.scope as i32,
+        user: memory.user.clone(),
+        agent: memory.agent.clone(),
+        session: memory.session.clone(),
+        text: memory.text.clone(),
+        metadata: memory.metadata.clone(),
+        r#type: memory.kind as i32,
+        status: memory.status as i32,
+        importance: memory.importance,
+        categories: memory.categories.clone(),
+        links: memory.links.iter().map(id_text).collect(),
+        event_time: memory.event_time.unwrap_or(0),
+        valid_from: memory.valid_from.unwrap_or(0),
+        valid_to: memory.valid_to.unwrap_or(0),
+        created: memory.created,
+        updated: memory.updated,
+        expires: memory.expires.unwrap_or(0),
+        access_count: memory.access_count,
+        last_access: memory.last_access.unwrap_or(0),
+        version: memory.version,
+        space: memory.space.clone(),
+        tier: memory.tier as i32,
+        vector: if with_vector { memory.vector.clone() } else { vec![] },
+    }
+}
+
+/// A session's token for one shard.
+pub fn token(position: Position) -> v1::Token {
+    let at = v1::ShardPosition { shard: 0, epoch: position.epoch, index: position.index };
+    v1::Token { positions: vec![at] }
+}
+
+pub fn position(token: &v1::Token) -> Result<Position, Error> {
+    let mut found = Position::default();
+    for at in &token.positions {
+        if at.shard != 0 {
+            return Err(Error::invalid("token", format!("names shard {}, which this cluster does not have", at.shard)));
+        }
+        found = found.max(Position { epoch: at.epoch, index: at.index, item: u32::MAX });
+    }
+    Ok(found)
+}
+
+pub fn change(change: &Change) -> v1::Change {
+    v1::Change {
+        kind: change.kind as i32,
+        memory: Some(memory(&change.memory, false)),
+        token: Some(token(change.position)),
+    }
+}
+
+/// The partitions that a call may look into.
+pub fn owners(tenant: &str, owners: Option<&v1::Owners>) -> Result<Vec<Owner>, Error> {
+    let default = v1::Owners::default();
+    let owners = owners.unwrap_or(&default);
+    check_len("user", &owners.user, NAME_BYTES_MAX)?;
+    check_len("agent", &owners.agent, NAME_BYTES_MAX)?;
+    let mut found = vec![];
+    if !owners.user.is_empty() {
+        found.push(Owner::User { tenant: tenant.into(), user: owners.user.clone() });
+    }
+    if !owners.agent.is_empty() {
+        found.push(Owner::Agent { tenant: tenant.into(), agent: owners.agent.clone() });
+    }
+    if !owners.exclude_shared {
+        found.push(Owner::Shared { tenant: tenant.into() });
+    }
+    if !owners.exclude_global {
+        found.push(Owner::Global);
+    }
+    Ok(found)
+}
+
+fn field(name: &str) -> Result<Field, Error> {
+    Ok(match name {
+        "text" => Field::Text,
+        "user" => Field::User,
+        "agent" => Field::Agent,
+        "session" => Field::Session,
+        "type" => Field::Kind,
+        "status" => Field::Status,
+        "importance" => Field::Importance,
+        "categories" => Field::Categories,
+        "created" => Field::Created,
+        "updated" => Field::Updated,
+        "event_time" => Field::EventTime,
+        _ => match name.strip_prefix("metadata.") {
+            Some(path) if !path.is_empty() && path.len() <= NAME_BYTES_MAX => Field::Metadata(path.into()),
+            _ => return Err(Error::invalid("filter", format!("there is no field '{name}'"))),
+        },
+    })
+}
+
+fn value(value: Option<v1::Value>) -> Result<Value, Error> {
+    match value.and_then(|v| v.kind) {
+        Some(v1::value::Kind::Text(text)) => {
+            check_len("filter", &text, TEXT_BYTES_MAX)?;
+            Ok(Value::Text(text))
+        }
+        Some(v1::value::Kind::Number(number)) => Ok(Value::Number(number)),
+        Some(v1::value::Kind::Boolean(flag)) => Ok(Value::Bool(flag)),
+        None => Err(Error::invalid("filter", "a condition lacks its value")),
+    }
+}
+
+/// A checked filter; `None` if there is none.
+pub fn filter(filter: Option<v1::Filter>) -> Result<Option<Filter>, Error> {
+    let mut nodes = 0;
+    filter.map(|f| filter_node(f, 0, &mut nodes)).transpose()
+}
+
+fn filter_node(filter: v1::Filter, depth: usize, nodes: &mut usize) -> Result<Filter, Error> {
+    use v1::filter::Condition;
+    *nodes += 1;
+    if *nodes > FILTER_NODES_MAX || depth > FILTER_DEPTH_MAX {
+        let limits = format!("at most {FILTER_NODES_MAX} conditions, nested {FILTER_DEPTH_MAX} deep");
+        return Err(Error::invalid("filter", limits));
+    }
+    let mut all = |list: v1::FilterList| -> Result<Vec<Filter>, Error> {
+        list.filters.into_iter().map(|f| filter_node(f, depth + 1, nodes)).collect()
+    };
+    Ok(match filter.condition.ok_or_else(|| Error::invalid("filter", "a condition is empty"))? {
+        Condition::All(list) => Filter::And(all(list)?),
+        Condition::Any(list) => Filter::Or(all(list)?),
+        Condition::Not(inner) => Filter::Not(Box::new(filter_node(*inner, depth + 1, nodes)?)),
+        Condition::Compare(c) => Filter::Compare {
+            field: field(&c.field)?,
+            op: match v1::CompareOp::try_from(c.op) {
+                Ok(v1::CompareOp::Eq) => CompareOp::Eq,
+                Ok(v1::CompareOp::Ne) => CompareOp::Ne,
+                Ok(v1::CompareOp::Lt) => CompareOp::Lt,
+                Ok(v1::CompareOp::Le) => CompareOp::Le,
+                Ok(v1::CompareOp::Gt) => CompareOp::Gt,
+                Ok(v1::CompareOp::Ge) => CompareOp::Ge,
+                _ => return Err(Error::invalid("filter", "a comparison lacks its operator")),
+            },
+            value: value(c.value)?,
+        },
+        Condition::In(i) => Filter::In {
+            field: field(&i.field)?,
+            values: i.values.into_iter().map(|v| value(Some(v))).collect::<Result<_, _>>()?,
+        },
+        Condition::Contains(c) => Filter::Contains { field: field(&c.field)?, value: value(c.value)? },
+        Condition::Exists(name) => Filter::Exists { field: field(&name)? },
+    })
+}
+
+/// Hash of a request's content, by which a reused idempotency key is told from a retry.
+pub fn request_hash(message: &impl prost::Message) -> [u8; 16] {
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&blake3::hash(&message.encode_to_vec()).as_bytes()[..16]);
+    hash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn id_from_key_is_stable_and_of_one_tenant() {
+        assert_eq!(derived_id("a", "k"), derived_id("a", "k"));
+        assert_ne!(derived_id("a", "k"), derived_id("b", "k"));
+        assert_ne!(derived_id("ab", "c"), derived_id("a", "bc"));
+        assert_eq!(Uuid::from_bytes(derived_id("a", "k")).get_version_num(), 8);
+    }
+
+    #[test]
+    fn vectors_are_brought_to_unit_length_or_refused() -> Result<(), Error> {
+        let unit = unit_vector(vec![3.0, 4.0], "s")?;
+        assert!((unit[0] - 0.6).abs() < 1e-6 && (unit[1] - 0.8).abs() < 1e-6);
+        for bad in [vec![0.0; 3], vec![f32::NAN], vec![f32::INFINITY, 1.0], vec![1.0; DIMENSION_MAX + 1]] {
+            assert!(unit_vector(bad, "s").is_err());
+        }
+        assert!(unit_vector(vec![1.0], "").is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn filters_that_nest_too_deep_are_refused() {
+        let mut nested = v1::Filter { condition: Some(v1::filter::Condition::Exists("text".into())) };
+        for _ in 0..=FILTER_DEPTH_MAX {
+            nested = v1::Filter { condition: Some(v1::filter::Condition::Not(Box::new(nested))) };
+        }
+        assert!(filter(Some(nested)).is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! `loci.v1.AdminService`: what an operator asks of one node.
+
+use super::context;
+use crate::error::Error;
+use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index};
+use crate::proto::v1::{self, admin_service_server};
+use openraft::async_runtime::WatchReceiver;
+use sim::time::Instant;
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+
+pub struct AdminService {
+    pub about: Arc<About>,
+}
+
+/// What a node knows of itself.
+pub struct About {
+    pub node: String,
+    pub roles: Vec<String>,
+    pub started: Instant,
+    /// Of a node with a replica.
+    pub ledger: Option<Ledger>,
+    pub disk_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl About {
+    /// The node's status; `with_digest` recomputes the digest from the tables, which reads everything.
+    pub async fn status(&self, with_digest: bool) -> Result<v1::StatusResponse, Error> {
+        let mut shards = vec![];
+        let mut level = "L0";
+        if let Some(ledger) = &self.ledger {
+            let shard = shard_status(ledger, with_digest).await?;
+            if shard.leader.is_empty() {
+                level = "L3";
+            }
+            shards.push(shard);
+        }
+        Ok(v1::StatusResponse {
+            node: self.node.clone(),
+            build: crate::BUILD.into(),
+            roles: self.roles.clone(),
+            level: level.into(),
+            shards,
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            disk_bytes: (self.disk_bytes)(),
+        })
+    }
+
+    pub fn members(&self) -> Vec<v1::Member> {
+        let Some(ledger) = &self.ledger else { return vec![] };
+        let metrics = ledger.raft.server_metrics().borrow_watched().clone();
+        let membership = metrics.membership_config.membership();
+        let voters: Vec<u64> = membership.voter_ids().collect();
+        let member = |(id, node): (&u64, &openraft::BasicNode)| v1::Member {
+            node: id.to_string(),
+            address: node.addr.clone(),
+            role: if voters.contains(id) { "voter" } else { "learner" }.into(),
+            leader: metrics.current_leader == Some(*id),
+        };
+        membership.nodes().map(member).collect()
+    }
+}
+
+async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardStatus, Error> {
+    let metrics = ledger.raft.metrics().borrow_watched().clone();
+    let leader = ledger.leader();
+    let shard = ledger.shard.clone();
+    let (counts, digests) = sim::task::blocking(move || {
+        let scan = if with_digest { Some(shard.digest_by_scan()) } else { None };
+        (shard.counts(), scan.transpose().map(|scan| (shard.digest(), scan)))
+    })
+    .await;
+    let internal = |e: storage::StorageError| Error::Internal(e.to_string());
+    let (counts, ((position, digest), scan)) = (counts.map_err(internal)?, digests.map_err(internal)?);
+    let published_index = ledger.shard.applied().0.index;
+    let view = |view: &str| v1::ViewStatus { view: view.into(), published_index };
+    let committed = metrics.last_applied.map_or(0, |l| position_index(l.index));
+    Ok(v1::ShardStatus {
+        shard: 0,
+        leader: leader.as_ref().map_or(String::new(), |(_, addr)| addr.clone()),
+        is_leader: ledger.raft.is_leader(),
+        term: metrics.current_term,
+        epoch: FIRST_EPOCH,
+        last_index: metrics.last_log_index.map_or(0, position_index),
+        committed_index: committed,
+        views: vec![view("records"), view("vector")],
+        memories: counts.memories,
+        vectors: counts.vectors,
+        idempotency_keys: counts.idempotency_keys,
+        digest: digest.to_vec(),
+        digest_index: scan.as_ref().map_or(position.index, |(at, _)| at.index),
+        digest_by_scan: scan.map_or(vec![], |(_, digest)| digest.to_vec()),
+        quorum_age_ms: metrics.last_quorum_acked.map_or(u64::MAX, |at| at.elapsed().as_millis() as u64),
+    })
+}
+
+#[tonic::async_trait]
+impl admin_service_server::AdminService for AdminService {
+    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        operator(&request)?;
+        Ok(Response::new(self.about.status(request.get_ref().with_digest).await?))
+    }
+
+    async fn members(&self, request: Request<v1::MembersRequest>) -> Result<Response<v1::MembersResponse>, Status> {
+        operator(&request)?;
+        Ok(Response::new(v1::MembersResponse { members: self.about.members() }))
+    }
+}
+
+fn operator<T>(request: &Request<T>) -> Result<(), Error> {
+    let (caller, _) = context(request)?;
+    if caller.operator {
+        return Ok(());
+    }
+    Err(Error::Forbidden("the admin service needs an operator's key (see `loci keys add --operator`)".into()))
+}

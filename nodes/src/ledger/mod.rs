@@ -1,0 +1,350 @@
+//! The ledger role: one shard's replicated log, on openraft.
+//!
+//! ```text
+//! propose ─► queue ─► batch ─► openraft ─► log (fsync) ─► quorum ─► apply ─► outcomes back to each caller
+//!                              │    ▲                       ▲
+//!                              └────┴── peers over gRPC ────┘
+//! read_position ─► leader confirms with a quorum that it still leads ─► position
+//! ```
+//!
+//! Commands that arrive while earlier batches are under way share the next entry, so a busy ledger needs fewer fsyncs per command.
+//!
+//! What can go wrong, and why nothing acknowledged is lost:
+//! - *The leader dies or is cut off.* What a majority has on disk survives; what it has not, nobody was told. A caller
+//!   whose answer is missing gets OUTCOME_UNKNOWN and retries with its idempotency key, decided at apply.
+//! - *A deposed leader is asked.* It can neither commit nor confirm a read position without a majority: it answers with an error.
+//! - *A log write or fsync fails.* The process ends and recovers from what its disk really holds ([`log_store`]).
+//! - *A replica is far behind.* It gets a snapshot ([`snapshot`]).
+
+pub mod log_store;
+pub mod network;
+pub mod service;
+pub mod snapshot;
+pub mod state_machine;
+pub mod types;
+
+use crate::error::Error;
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use network::Network;
+use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::{BasicNode, Config, ReadPolicy, SnapshotPolicy};
+use sim::disk::Disk;
+use sim::sync::{Semaphore, mpsc, oneshot};
+use sim::time::{Duration, Instant};
+use state_machine::StateMachine;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use storage::Shard;
+use storage::codec;
+use storage::log::{Log, LogOptions};
+use storage::model::{Batch, Command, Outcome, Position};
+use types::{Data, Raft};
+
+/// The first epoch of a shard.
+pub const FIRST_EPOCH: u64 = 1;
+/// Commands in one entry at most.
+const BATCH_COMMANDS_MAX: usize = 512;
+/// Entries under way at once.
+const BATCHES_IN_FLIGHT: usize = 4;
+/// Callers waiting for a place in a batch; beyond it they are turned away.
+const QUEUE_MAX: usize = 4096;
+
+/// How the ledger behaves; the defaults are production's.
+#[derive(Clone, Debug)]
+pub struct LedgerOptions {
+    pub heartbeat: Duration,
+    pub election_min: Duration,
+    pub election_max: Duration,
+    /// Entries between two checkpoints.
+    pub checkpoint_entries: u64,
+    /// Entries kept below the last checkpoint, for peers that lag a little.
+    pub entries_kept: u64,
+    pub log: LogOptions,
+}
+
+impl Default for LedgerOptions {
+    fn default() -> LedgerOptions {
+        LedgerOptions {
+            heartbeat: Duration::from_millis(100),
+            election_min: Duration::from_millis(500),
+            election_max: Duration::from_millis(1000),
+            checkpoint_entries: 5000,
+            entries_kept: 1000,
+            log: LogOptions::default(),
+        }
+    }
+}
+
+struct Waiting {
+    commands: Vec<Command>,
+    reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
+}
+
+/// This replica's handle on the shard's ledger. Cheap to clone.
+#[derive(Clone)]
+pub struct Ledger {
+    pub raft: Raft,
+    pub shard: Arc<Shard>,
+    peers: Peers,
+    queue: mpsc::Sender<Waiting>,
+}
+
+/// What the leader said of a proposal that it did not take.
+#[derive(Debug, bincode::Encode, bincode::Decode)]
+pub enum Proposed {
+    Done(Vec<Outcome>),
+    /// Nothing was proposed; the leader's address, if known.
+    NotLeader(Option<String>),
+    Unknown(String),
+    Overloaded(String),
+}
+
+fn internal(what: &str, error: impl std::fmt::Display) -> Error {
+    Error::Internal(format!("{what}: {error}"))
+}
+
+impl Ledger {
+    /// Opens this replica of the shard from `disk` and joins its peers. `members` are all voters by id; the first start anywhere
+    /// forms the group from them, later ones find it on disk.
+    pub async fn open(
+        id: u64,
+        members: BTreeMap<u64, String>,
+        disk: Arc<dyn Disk>,
+        shard: Arc<Shard>,
+        peers: Peers,
+        options: LedgerOptions,
+    ) -> Result<Ledger, Error> {
+        let config = Config {
+            cluster_name: format!("shard-0-epoch-{FIRST_EPOCH}"),
+            heartbeat_interval: options.heartbeat.as_millis() as u64,
+            election_timeout_min: options.election_min.as_millis() as u64,
+            election_timeout_max: options.election_max.as_millis() as u64,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(options.checkpoint_entries),
+            max_in_snapshot_log_to_keep: options.entries_kept,
+            replication_lag_threshold: options.checkpoint_entries + options.entries_kept,
+            max_payload_entries: 64,
+            enable_leader_restore: Some(false),
+            enable_pre_vote: Some(true),
+            ..Config::default()
+        };
+        let config = Arc::new(config.validate().map_err(|e| internal("ledger options", e))?);
+        let (log_disk, log_options) = (disk.clone(), options.log.clone());
+        let log = sim::task::blocking(move || Log::open(log_disk, "ledger", log_options)).await;
+        let log = Arc::new(log.map_err(|e| internal("ledger", e))?);
+        let store = log_store::LogStore::new(log);
+        let machine = StateMachine::new(shard.clone(), FIRST_EPOCH).await.map_err(|e| internal("views", e))?;
+        let network = Network { peers: peers.clone(), disk };
+        let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
+        if !raft.is_initialized().await.map_err(|e| internal("ledger", e))? {
+            let nodes: BTreeMap<u64, BasicNode> =
+                members.iter().map(|(id, addr)| (*id, BasicNode::new(addr.clone()))).collect();
+            // Each member forms the same group; whoever is first is elected, the others' attempt is refused harmlessly.
+            if let Err(error) = raft.initialize(nodes).await {
+                sim::debug!("group not formed here: {error}");
+            }
+        }
+        let (queue, waiting) = mpsc::channel(QUEUE_MAX);
+        sim::task::spawn(batcher(raft.clone(), waiting));
+        Ok(Ledger { raft, shard, peers, queue })
+    }
+
+    /// Address of the current leader; `None` while there is none. This replica's own if it leads.
+    pub fn leader(&self) -> Option<(u64, String)> {
+        let metrics = openraft::async_runtime::WatchReceiver::borrow_watched(&self.raft.server_metrics()).clone();
+        let leader = metrics.current_leader?;
+        let node = metrics.membership_config.membership().get_node(&leader)?.addr.clone();
+        Some((leader, node))
+    }
+
+    /// Proposes here; answers `NotLeader` if this replica does not lead.
+    pub async fn propose_here(&self, commands: Vec<Command>) -> Proposed {
+        if !self.raft.is_leader() {
+            let leader = self.leader().filter(|(id, _)| id != self.raft.node_id());
+            return Proposed::NotLeader(leader.map(|(_, addr)| addr));
+        }
+        let (reply, outcome) = oneshot::channel();
+        if self.queue.try_send(Waiting { commands, reply }).is_err() {
+            return Proposed::Overloaded(format!("{QUEUE_MAX} writes are waiting already"));
+        }
+        match outcome.await {
+            Ok(Ok(outcomes)) => Proposed::Done(outcomes),
+            Ok(Err(Error::Unavailable(_))) => Proposed::NotLeader(self.leader().map(|(_, addr)| addr)),
+            Ok(Err(Error::OutcomeUnknown(cause))) => Proposed::Unknown(cause),
+            Ok(Err(error)) => Proposed::Unknown(error.to_string()),
+            Err(_) => Proposed::Unknown("the ledger stopped".into()),
+        }
+    }
+
+    /// Proposes wherever the leader is. Only attempts that certainly did nothing are repeated.
+    pub async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
+        propose_via(&self.peers, deadline, commands, |commands| self.propose_here(commands), None).await
+    }
+
+    /// A position at or above every write acknowledged before the call, confirmed by a majority. Only on the leader.
+    pub async fn read_position_here(&self) -> Result<Position, Error> {
+        match self.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
+            Ok((read, _)) => {
+                let index = log_store::position_index(read.log_id().index);
+                Ok(Position { epoch: FIRST_EPOCH, index, item: u32::MAX })
+            }
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
+                Err(Error::Unavailable("this replica does not lead".into()))
+            }
+            Err(error) => Err(Error::Unavailable(format!("leadership not confirmed: {error}"))),
+        }
+    }
+
+    /// As [`Ledger::read_position_here`], wherever the leader is.
+    pub async fn read_position(&self, deadline: Instant) -> Result<Position, Error> {
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let left = left(deadline, || Error::Unavailable("no leader confirmed the read in time".into()))?;
+            let attempt = async {
+                match self.leader() {
+                    Some((id, _)) if id == *self.raft.node_id() => self.read_position_here().await,
+                    Some((_, addr)) => read_position_at(&self.peers, &addr, left).await,
+                    None => Err(Error::Unavailable("no leader".into())),
+                }
+            };
+            match sim::time::timeout(left, attempt).await {
+                Ok(Ok(position)) => return Ok(position),
+                Ok(Err(_)) | Err(_) => sim::time::sleep(pause.min(left)).await,
+            }
+            pause = (pause * 2).min(Duration::from_millis(200));
+        }
+    }
+
+    /// Waits until this replica's views publish `position`.
+    pub async fn wait_published(&self, position: Position, deadline: Instant) -> Result<(), Error> {
+        let reached = |p: Position| (p.epoch, p.index) >= (position.epoch, position.index);
+        if reached(self.shard.applied().0) {
+            return Ok(());
+        }
+        let mut progress = self.raft.watch_apply_progress();
+        loop {
+            let left = left(deadline, || Error::NotYetVisible)?;
+            match sim::time::timeout(left, progress.changed()).await {
+                Ok(Ok(())) if reached(self.shard.applied().0) => return Ok(()),
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Err(Error::Unavailable("the ledger stopped".into())),
+                Err(_) => return Err(Error::NotYetVisible),
+            }
+        }
+    }
+}
+
+/// Time until `deadline`, or the error that its passing means.
+pub fn left(deadline: Instant, passed: impl FnOnce() -> Error) -> Result<Duration, Error> {
+    let left = deadline - Instant::now();
+    if left.is_zero() { Err(passed()) } else { Ok(left) }
+}
+
+/// Asks the replica at `addr`, which should lead, for a read position.
+pub async fn read_position_at(peers: &Peers, addr: &str, ttl: Duration) -> Result<Position, Error> {
+    let mut client = peers.client(addr).map_err(|e| internal("peer", e))?;
+    let reply = client.read_index(peers.request(Body::default(), ttl)).await;
+    let reply = reply.map_err(|s| Error::Unavailable(s.message().to_string()))?;
+    codec::decode(&reply.into_inner().body).map_err(|e| internal("peer", e))
+}
+
+/// Proposes `commands` at the leader: first by `here`, then wherever the answers point. `hint` is an address to try when nobody
+/// knows better. Repeats only attempts that certainly did nothing.
+pub async fn propose_via<F: Future<Output = Proposed>>(
+    peers: &Peers,
+    deadline: Instant,
+    commands: Vec<Command>,
+    here: impl Fn(Vec<Command>) -> F,
+    mut hint: Option<String>,
+) -> Result<Vec<Outcome>, Error> {
+    let mut pause = Duration::from_millis(5);
+    let mut encoded = None;
+    loop {
+        let left = left(deadline, || Error::Unavailable("no leader took the write in time".into()))?;
+        let proposed = match hint.take() {
+            None => sim::time::timeout(left, here(commands.clone())).await.unwrap_or_else(|_| late()),
+            Some(addr) => {
+                let body = encoded.get_or_insert_with(|| bytes::Bytes::from(codec::encode(&commands))).clone();
+                propose_at(peers, &addr, body, left).await
+            }
+        };
+        match proposed {
+            Proposed::Done(outcomes) => return Ok(outcomes),
+            Proposed::Unknown(cause) => return Err(Error::OutcomeUnknown(cause)),
+            Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
+            Proposed::NotLeader(Some(leader)) => hint = Some(leader),
+            Proposed::NotLeader(None) => {}
+        }
+        sim::time::sleep(pause.min(left)).await;
+        pause = (pause * 2).min(Duration::from_millis(200));
+    }
+}
+
+fn late() -> Proposed {
+    Proposed::Unknown("the deadline passed while the write was under way".into())
+}
+
+/// Sends commands to the replica at `addr`. A call that may have reached it is `Unknown`.
+async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration) -> Proposed {
+    let Ok(mut client) = peers.client(addr) else { return Proposed::NotLeader(None) };
+    match sim::time::timeout(ttl, client.propose(peers.request(Body { body }, ttl))).await {
+        Ok(Ok(reply)) => match codec::decode(&reply.into_inner().body) {
+            Ok(proposed) => proposed,
+            Err(error) => Proposed::Unknown(error.to_string()),
+        },
+        Ok(Err(status)) => Proposed::Unknown(format!("the leader at {addr} did not answer: {}", status.message())),
+        Err(_) => late(),
+    }
+}
+
+/// Gathers waiting commands into entries, a few of which are under way at once.
+async fn batcher(raft: Raft, mut waiting: mpsc::Receiver<Waiting>) {
+    let places = Arc::new(Semaphore::new(BATCHES_IN_FLIGHT));
+    while let Some(first) = waiting.recv().await {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let mut count = first.commands.len();
+        let mut callers = vec![first];
+        while count < BATCH_COMMANDS_MAX {
+            let Ok(next) = waiting.try_recv() else { break };
+            count += next.commands.len();
+            callers.push(next);
+        }
+        let raft = raft.clone();
+        sim::task::spawn(async move {
+            submit(raft, callers).await;
+            drop(place);
+        });
+    }
+}
+
+async fn submit(raft: Raft, callers: Vec<Waiting>) {
+    let mut replies = Vec::with_capacity(callers.len());
+    let mut commands = Vec::new();
+    for caller in callers {
+        replies.push((caller.commands.len(), caller.reply));
+        commands.extend(caller.commands);
+    }
+    let data = Data(codec::encode(&Batch { commands }).into());
+    let result = match raft.client_write(data).await {
+        Ok(response) => Ok(response.data.0),
+        Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
+            Err(Error::Unavailable("this replica does not lead".into()))
+        }
+        Err(error) => Err(Error::OutcomeUnknown(format!("the ledger did not confirm the write: {error}"))),
+    };
+    match result {
+        Ok(outcomes) => {
+            let mut outcomes = outcomes.into_iter();
+            for (count, reply) in replies {
+                let own: Vec<Outcome> = outcomes.by_ref().take(count).collect();
+                let own = if own.len() == count { Ok(own) } else { Err(internal("ledger", "outcomes are missing")) };
+                let _ = reply.send(own);
+            }
+        }
+        Err(error) => {
+            for (_, reply) in replies {
+                let _ = reply.send(Err(error.clone()));
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! openraft's messages to a peer, over [`crate::proto::internal`]. Each call carries its own deadline and the cluster's secret.
+
+use super::snapshot;
+use super::state_machine::SnapshotSource;
+use super::types::{Types, Vote};
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, v2::RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse,
+    VoteRequest, VoteResponse,
+};
+use openraft::{BasicNode, OptionalSend, RaftNetworkFactory};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sim::disk::Disk;
+use sim::time::Duration;
+use std::future::Future;
+use std::sync::Arc;
+use storage::codec;
+
+/// A snapshot may take this long to export, send and install.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+#[derive(Clone)]
+pub struct Network {
+    pub peers: Peers,
+    pub disk: Arc<dyn Disk>,
+}
+
+/// One peer.
+pub struct Peer {
+    network: Network,
+    target: u64,
+    addr: String,
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = Peer;
+    async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
+        Peer { network: self.clone(), target, addr: node.addr.clone() }
+    }
+}
+
+type Error = RPCError<Types>;
+
+fn unreachable(message: impl std::fmt::Display) -> Unreachable<Types> {
+    Unreachable::from_string(message)
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    Append,
+    Vote,
+    PreVote,
+    TransferLeader,
+}
+
+impl Peer {
+    async fn call<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        method: Method,
+        request: &Q,
+        ttl: Duration,
+    ) -> Result<A, Error> {
+        let body = Body { body: codec::encode_serde(request).into() };
+        let mut client = self.network.peers.client(&self.addr).map_err(unreachable)?;
+        let request = self.network.peers.request(body, ttl);
+        let call = async {
+            match method {
+                Method::Append => client.append(request).await,
+                Method::Vote => client.vote(request).await,
+                Method::PreVote => client.pre_vote(request).await,
+                Method::TransferLeader => client.transfer_leader(request).await,
+            }
+        };
+        let reply = sim::time::timeout(ttl, call).await.map_err(unreachable)?.map_err(|s| unreachable(s.message()))?;
+        codec::decode_serde(&reply.into_inner().body).map_err(|e| unreachable(e).into())
+    }
+}
+
+impl RaftNetworkV2<Types> for Peer {
+    type SnapshotData = SnapshotSource;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<Types>, Error> {
+        self.call(Method::Append, &rpc, option.hard_ttl()).await
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+        self.call(Method::Vote, &rpc, option.hard_ttl()).await
+    }
+
+    async fn pre_vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+        self.call(Method::PreVote, &rpc, option.hard_ttl()).await
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, Error> {
+        self.call(Method::TransferLeader, &rpc, option.hard_ttl()).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: openraft::alias::SnapshotOf<Types, SnapshotSource>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let SnapshotSource::Views(shard) = snapshot.snapshot else {
+            return Err(unreachable("a received snapshot is not sent on").into());
+        };
+        sim::info!("peer {} is behind the log: sending it a snapshot", self.target);
+        let send = async {
+            let (disk, path) = (self.network.disk.clone(), format!("snapshot-to-{}.tmp", self.target));
+            let head = codec::encode_serde(&(vote, snapshot.meta));
+            let file = {
+                let (disk, path) = (disk.clone(), path.clone());
+                sim::task::blocking(move || {
+                    snapshot::export(&shard, &*disk, &path)?;
+                    snapshot::FileChunks::open(&*disk, &path).map_err(storage::StorageError::from)
+                })
+            };
+            let file = file.await.map_err(unreachable)?;
+            let first = futures::stream::iter([Body { body: head.into() }]);
+            let rest = futures::stream::unfold(Some(file), |file| async move {
+                let mut file = file?;
+                let (file, chunk) = sim::task::blocking(move || {
+                    let chunk = file.next();
+                    (file, chunk)
+                })
+                .await;
+                // A read error ends the stream early; the receiver then refuses the snapshot as incomplete.
+                let body = Body { body: chunk.ok()??.into() };
+                Some((body, Some(file)))
+            });
+            let stream = futures::StreamExt::chain(first, rest);
+            let mut client = self.network.peers.client(&self.addr).map_err(unreachable)?;
+            let reply = client.snapshot(self.network.peers.request(stream, SNAPSHOT_TIMEOUT)).await;
+            let removed = sim::task::blocking(move || disk.remove(&path)).await;
+            let reply = reply.map_err(|s| unreachable(s.message()))?;
+            removed.map_err(unreachable)?;
+            codec::decode_serde::<SnapshotResponse<Types>>(&reply.into_inner().body).map_err(unreachable)
+        };
+        sim::select! {
+            reason = cancel => Err(StreamingError::Closed(reason)),
+            reply = sim::time::timeout(SNAPSHOT_TIMEOUT, send) => match reply {
+                Ok(reply) => Ok(reply?),
+                Err(elapsed) => Err(unreachable(elapsed).into()),
+            },
+        }
+    }
+}

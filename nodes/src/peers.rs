@@ -1,0 +1,52 @@
+//! Channels to the other nodes of the cluster: one connection per address, shared by everything that talks to it.
+
+use crate::proto::internal::replica_client::ReplicaClient;
+use sim::net::Channel;
+use sim::time::Duration;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+use tonic::metadata::{Ascii, MetadataValue};
+
+/// Names the cluster's secret in a call's metadata.
+pub const SECRET_HEADER: &str = "x-loci-cluster-secret";
+/// Largest message between nodes, in bytes.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+#[derive(Clone)]
+pub struct Peers {
+    secret: MetadataValue<Ascii>,
+    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+}
+
+impl Peers {
+    /// `secret` must be printable ASCII.
+    pub fn new(secret: &str) -> io::Result<Peers> {
+        let secret = secret
+            .parse()
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII"))?;
+        Ok(Peers { secret, channels: Arc::default() })
+    }
+
+    pub fn client(&self, addr: &str) -> io::Result<ReplicaClient<Channel>> {
+        let mut channels = self.channels.lock().unwrap_or_else(|p| p.into_inner());
+        let channel = match channels.get(addr) {
+            Some(channel) => channel.clone(),
+            None => {
+                let channel = sim::net::connect(addr)?;
+                channels.insert(addr.to_string(), channel.clone());
+                channel
+            }
+        };
+        let client = ReplicaClient::new(channel);
+        Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
+    }
+
+    /// A request with the cluster's secret and a deadline.
+    pub fn request<T>(&self, message: T, deadline: Duration) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(deadline);
+        request.metadata_mut().insert(SECRET_HEADER, self.secret.clone());
+        request
+    }
+}

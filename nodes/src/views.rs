@@ -1,0 +1,189 @@
+//! The records and vector views of one shard, as readers ask them: in this process or at another node.
+
+use crate::error::Error;
+use crate::ledger::Ledger;
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use bincode::{Decode, Encode};
+use sim::cpu::cost;
+use sim::time::{Duration, Instant};
+use std::sync::Arc;
+use storage::codec;
+use storage::model::*;
+use storage::{Hit, ListQuery, Page, SearchQuery, Shard};
+
+/// A question, and how fresh the answer must be.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Query {
+    pub freshness: Freshness,
+    /// Milliseconds that the replica may wait until it is that fresh.
+    pub wait_ms: u64,
+    pub ask: Ask,
+}
+
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub enum Freshness {
+    /// Whatever the replica has.
+    Any,
+    /// At least this position.
+    AtLeast(Position),
+    /// Everything acknowledged before the call.
+    Strong,
+    /// Everything acknowledged up to this many milliseconds before the call.
+    Bounded(u64),
+}
+
+#[derive(Clone, Debug, Encode, Decode)]
+pub enum Ask {
+    Get { tenant: String, id: MemoryId, now: UnixMs },
+    List(ListQuery),
+    History { tenant: String, id: MemoryId },
+    Changes { tenant: String, after: Position, limit: u32 },
+    Search(SearchQuery),
+}
+
+#[derive(Clone, Debug, Encode, Decode)]
+pub enum Found {
+    Memory(Option<Arc<Memory>>),
+    Page(Page),
+    Changes(Vec<Change>),
+    Hits(Vec<Hit>),
+}
+
+/// An answer, and the position that it shows at least.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Answered {
+    pub found: Found,
+    pub position: Position,
+    pub staleness_ms: u64,
+    pub replica: String,
+}
+
+#[tonic::async_trait]
+pub trait Views: Send + Sync {
+    async fn query(&self, query: Query) -> Result<Answered, Error>;
+}
+
+/// Scans of more vectors than this leave the executor, so that small searches do not wait behind them.
+const INLINE_VECTORS_MAX: usize = 20_000;
+
+/// The views of this process's replica.
+pub struct LocalViews {
+    pub ledger: Ledger,
+    pub name: String,
+    /// When a read position was last asked for and then published here.
+    fresh: std::sync::Mutex<Option<Instant>>,
+}
+
+impl LocalViews {
+    pub fn new(ledger: Ledger, name: String) -> LocalViews {
+        LocalViews { ledger, name, fresh: std::sync::Mutex::new(None) }
+    }
+
+    fn fresh_since(&self) -> Option<Instant> {
+        *self.fresh.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Waits until this replica shows everything acknowledged before the call.
+    async fn catch_up(&self, deadline: Instant) -> Result<(), Error> {
+        let asked = Instant::now();
+        let position = self.ledger.read_position(deadline).await?;
+        self.ledger.wait_published(position, deadline).await?;
+        let mut fresh = self.fresh.lock().unwrap_or_else(|p| p.into_inner());
+        *fresh = (*fresh).max(Some(asked));
+        Ok(())
+    }
+
+    async fn make_fresh(&self, freshness: Freshness, deadline: Instant) -> Result<u64, Error> {
+        match freshness {
+            Freshness::Any => {}
+            Freshness::AtLeast(position) if position.epoch > crate::ledger::FIRST_EPOCH => {
+                return Err(Error::LostInFailover { epoch: position.epoch, index: position.index });
+            }
+            Freshness::AtLeast(position) => self.ledger.wait_published(position, deadline).await?,
+            Freshness::Bounded(ms) => {
+                let age = self.fresh_since().map(|at| at.elapsed());
+                if age.is_none_or(|age| age > Duration::from_millis(ms)) {
+                    self.catch_up(deadline).await?;
+                }
+            }
+            Freshness::Strong => {
+                self.catch_up(deadline).await?;
+                return Ok(0);
+            }
+        }
+        Ok(self.fresh_since().map_or(u64::MAX, |at| at.elapsed().as_millis() as u64))
+    }
+}
+
+fn answer(shard: &Shard, ask: Ask) -> Result<Found, Error> {
+    let found = match ask {
+        Ask::Get { tenant, id, now } => shard.get(&tenant, &id, now).map(Found::Memory),
+        Ask::List(query) => shard.list(&query).map(Found::Page),
+        Ask::History { tenant, id } => shard.history(&tenant, &id).map(Found::Changes),
+        Ask::Changes { tenant, after, limit } => {
+            shard.changes_after(&tenant, after, limit as usize).map(Found::Changes)
+        }
+        Ask::Search(query) => shard.search(&query).map(Found::Hits),
+    };
+    found.map_err(|e| Error::Internal(e.to_string()))
+}
+
+#[tonic::async_trait]
+impl Views for LocalViews {
+    async fn query(&self, query: Query) -> Result<Answered, Error> {
+        let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
+        let staleness_ms = self.make_fresh(query.freshness, deadline).await?;
+        let shard = self.ledger.shard.clone();
+        // Read before the views are: the answer shows at least this.
+        let (position, _) = shard.applied();
+        let vectors = match &query.ask {
+            Ask::Search(search) => shard.vectors_of(search),
+            _ => 0,
+        };
+        sim::cpu::work(cost::SCAN_THOUSAND * (vectors as u32 / 1000)).await;
+        let small = matches!(query.ask, Ask::Get { .. }) || (vectors > 0 && vectors <= INLINE_VECTORS_MAX);
+        let found = if small {
+            answer(&shard, query.ask)
+        } else {
+            sim::task::blocking(move || answer(&shard, query.ask)).await
+        }?;
+        Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })
+    }
+}
+
+/// The views of other nodes' replicas: the next one is asked when one does not answer.
+pub struct RemoteViews {
+    pub peers: Peers,
+    pub replicas: Vec<String>,
+}
+
+#[tonic::async_trait]
+impl Views for RemoteViews {
+    async fn query(&self, query: Query) -> Result<Answered, Error> {
+        let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
+        let first = sim::rand::below(self.replicas.len() as u64) as usize;
+        let mut last = Error::Unavailable("no replica is known".into());
+        for turn in 0..self.replicas.len() {
+            let addr = &self.replicas[(first + turn) % self.replicas.len()];
+            let rest = (self.replicas.len() - turn) as u32;
+            // What is left is shared out, so that one silent replica does not use it up.
+            let left = crate::ledger::left(deadline, || last.clone())? / rest;
+            let mut query = query.clone();
+            query.wait_ms = left.as_millis() as u64;
+            let body = Body { body: codec::encode(&query).into() };
+            let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
+            match sim::time::timeout(left, client.query(self.peers.request(body, left))).await {
+                Ok(Ok(reply)) => {
+                    return codec::decode(&reply.into_inner().body).map_err(|e| Error::Internal(e.to_string()));
+                }
+                Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
+                    return Err(Error::Unavailable(status.message().to_string()));
+                }
+                Ok(Err(status)) => last = Error::Unavailable(format!("{addr}: {}", status.message())),
+                Err(_) => last = Error::Unavailable(format!("{addr} did not answer in time")),
+            }
+        }
+        Err(last)
+    }
+}

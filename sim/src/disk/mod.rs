@@ -1,0 +1,72 @@
+//! Disks: the one way to a file.
+//!
+//! # The fault model
+//!
+//! What a disk may do to us, and why each is survivable by a caller who follows the contract below:
+//!
+//! - **Power loss.** Every write since the file's last `sync` may be kept, lost, or torn at a sector boundary,
+//!   each independently of the others and in no order. Every change of a directory entry (create, rename, remove)
+//!   since the directory's last `sync_dir` may be lost likewise. A caller survives because nothing is
+//!   acknowledged before its `sync` (and the `sync_dir` of a new name) returned.
+//! - **A failing sync.** The error is reported once; the dirty pages may already be marked clean and gone, so
+//!   a later `sync` that succeeds proves nothing. A caller treats the file as unusable: it stops, and rebuilds from peers
+//!   or from what a fresh start reads back.
+//! - **Latency.** An operation is slow. The operations are synchronous (SQLite demands it), so the simulated latency is a debt,
+//!   slept off by [`run`], the only way that asynchronous code may call a disk.
+//! - **A full disk**: writes fail with `StorageFull`; nothing already written is harmed.
+//! - **Process death without power loss**: the kernel lives on, and all writes survive.
+//!
+//! In production [`real`] maps this onto `pwrite`, `pread`, `fdatasync`, `rename` and `fsync` of the directory. In
+//! simulation [`simulated`] keeps each node's files in memory, in two states: what a reader sees and what the platter holds.
+//! [`sqlite`] lets SQLite stand on the same simulated disk.
+//!
+//! Paths are relative to the disk's root and separated by `/`. The root directory is `""`.
+
+use std::io;
+use std::sync::Arc;
+
+/// One open file. All methods may be called from several threads at once.
+pub trait File: Send + Sync {
+    /// Reads up to `buf.len()` bytes at `offset`; fewer than asked for only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `bytes` at `offset`, extending the file with zeroes when `offset` lies past its end.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Cuts or extends (with zeroes) the file to `len` bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Makes every write before this call durable. It says nothing about the file's directory entry.
+    fn sync(&self) -> io::Result<()>;
+    /// True when the file has no bytes.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+}
+
+/// One node's disk, rooted at a directory.
+pub trait Disk: Send + Sync {
+    /// Opens an existing file. `NotFound` if there is none.
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>>;
+    /// Opens a file, creating it empty if there is none. The new entry is durable after [`Disk::sync_dir`].
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>>;
+    /// Creates a directory and its parents; durable when it returns.
+    fn create_dir_all(&self, path: &str) -> io::Result<()>;
+    /// Atomically gives `from` the name `to`, replacing what had it. Durable after [`Disk::sync_dir`].
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Removes a file. Durable after [`Disk::sync_dir`].
+    fn remove(&self, path: &str) -> io::Result<()>;
+    /// Makes the directory's entries durable.
+    fn sync_dir(&self, dir: &str) -> io::Result<()>;
+    /// The names (not paths) of files and directories in `dir`, sorted. Empty if the directory is missing.
+    fn list(&self, dir: &str) -> io::Result<Vec<String>>;
+    /// Whether a file or directory has this path.
+    fn exists(&self, path: &str) -> io::Result<bool>;
+    /// What SQLite is to open for `path`: the full file name, and the name of the VFS (`None`: SQLite's own).
+    fn sqlite(&self, path: &str) -> io::Result<SqliteLocation>;
+}
+
+/// Where and through which VFS SQLite opens a database file.
+pub struct SqliteLocation {
+    pub file: String,
+    pub vfs: Option<&'static str>,
+}

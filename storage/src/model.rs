@@ -1,0 +1,237 @@
+//! The words of the store as types: what a memory is, what an entry of the ledger may ask for, and what came of it.
+//!
+//! Everything that could differ between two replicas (ids, times, vectors, expiry) is already fixed in these types when they
+//! enter the ledger, so that applying an entry is a pure function of the state before it.
+
+use bincode::{Decode, Encode};
+
+/// Milliseconds since the Unix epoch, on a calendar clock.
+pub type UnixMs = i64;
+
+/// A memory's id: the 16 bytes of a UUID (v7 when the server made it; v8, derived from tenant and key, when
+/// the writer gave an idempotency key and no id).
+pub type MemoryId = [u8; 16];
+
+/// The tenant that owns GLOBAL memories; only operators write to it.
+pub const GLOBAL_TENANT: &str = "global";
+
+/// Vectors have this many dimensions at most.
+pub const DIMENSION_MAX: usize = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum Scope {
+    Private = 1,
+    Shared = 2,
+    Global = 3,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum MemoryType {
+    Semantic = 1,
+    Episodic = 2,
+    Procedural = 3,
+    Message = 4,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum Status {
+    Active = 1,
+    Archived = 2,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum Tier {
+    Hot = 1,
+    Warm = 2,
+    Cold = 3,
+}
+
+/// The unit of filtering before any nearest-neighbour search: whose memories lie together.
+/// PRIVATE with an agent lies with the agent, else with the user; SHARED with the tenant; GLOBAL with everyone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum Owner {
+    Agent { tenant: String, agent: String },
+    User { tenant: String, user: String },
+    Shared { tenant: String },
+    Global,
+}
+
+/// One memory, as stored. Empty strings mean "none"; optional times are `None`.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Memory {
+    pub id: MemoryId,
+    pub tenant: String,
+    pub scope: Scope,
+    pub user: String,
+    pub agent: String,
+    pub session: String,
+    pub text: String,
+    /// A JSON object, or empty.
+    pub metadata: String,
+    pub kind: MemoryType,
+    pub status: Status,
+    /// 0.0 to 1.0.
+    pub importance: f32,
+    pub categories: Vec<String>,
+    pub links: Vec<MemoryId>,
+    pub event_time: Option<UnixMs>,
+    pub valid_from: Option<UnixMs>,
+    pub valid_to: Option<UnixMs>,
+    pub created: UnixMs,
+    pub updated: UnixMs,
+    pub expires: Option<UnixMs>,
+    pub access_count: u64,
+    pub last_access: Option<UnixMs>,
+    /// 1 for a new memory; one more for each update.
+    pub version: u64,
+    /// Names the model that made the vector, e.g. `lexical-384-v1`; only vectors of one space are compared.
+    pub space: String,
+    pub tier: Tier,
+    /// Unit length. Empty: no vector (not found by similarity).
+    pub vector: Vec<f32>,
+}
+
+impl Memory {
+    pub fn owner(&self) -> Owner {
+        match self.scope {
+            Scope::Private if !self.agent.is_empty() => {
+                Owner::Agent { tenant: self.tenant.clone(), agent: self.agent.clone() }
+            }
+            Scope::Private => Owner::User { tenant: self.tenant.clone(), user: self.user.clone() },
+            Scope::Shared => Owner::Shared { tenant: self.tenant.clone() },
+            Scope::Global => Owner::Global,
+        }
+    }
+}
+
+/// What an update changes; `None` leaves a field as it is. The vector is re-made by the writer when the text changes.
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+pub struct Patch {
+    pub text: Option<String>,
+    pub metadata: Option<String>,
+    pub kind: Option<MemoryType>,
+    pub status: Option<Status>,
+    pub importance: Option<f32>,
+    pub categories: Option<Vec<String>>,
+    pub links: Option<Vec<MemoryId>>,
+    /// Outer `None`: unchanged; inner `None`: cleared.
+    pub event_time: Option<Option<UnixMs>>,
+    pub valid_from: Option<Option<UnixMs>>,
+    pub valid_to: Option<Option<UnixMs>>,
+    pub expires: Option<Option<UnixMs>>,
+    /// The new vector and its space.
+    pub vector: Option<(Vec<f32>, String)>,
+}
+
+/// What one command asks for.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum Operation {
+    /// Adds a memory. `AlreadyExists` if its id is taken in this tenant.
+    Add(Memory),
+    Update { id: MemoryId, expected_version: Option<u64>, patch: Patch },
+    Delete { id: MemoryId, expected_version: Option<u64> },
+    /// Batched access counts: (id, how many, last time). Unknown ids are skipped. Changes no version.
+    Touch(Vec<(MemoryId, u64, UnixMs)>),
+}
+
+/// One command of one client, decided when its entry is applied.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Command {
+    pub tenant: String,
+    /// Empty: none. Unique per tenant for 24 hours.
+    pub idempotency_key: String,
+    /// Hash of what the client sent; the same key with another hash is an error.
+    pub request_hash: [u8; 16],
+    /// The writer's calendar when it made the command; becomes `updated` of what it changes.
+    pub now: UnixMs,
+    pub operation: Operation,
+}
+
+/// One entry of the ledger: commands that were batched together, applied in order.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Batch {
+    pub commands: Vec<Command>,
+}
+
+/// What came of one command. Deterministic, and remembered under the command's idempotency key.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum Outcome {
+    /// Added, updated or deleted; `version` is the memory's version after it (of a deletion: the deleted version + 1).
+    Done { id: MemoryId, version: u64, position: Position },
+    NotFound { id: MemoryId },
+    AlreadyExists { id: MemoryId, version: u64 },
+    VersionMismatch { id: MemoryId, actual: u64 },
+    /// The key was used within 24 hours for a request with another content.
+    KeyReused,
+}
+
+/// A place in one shard's ledger. `item` is the command's place in its entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub struct Position {
+    pub epoch: u64,
+    pub index: u64,
+    pub item: u32,
+}
+
+/// One row of a memory's history, or one event of a watch.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Change {
+    pub position: Position,
+    pub kind: ChangeKind,
+    /// The memory after the change; of a deletion, before it.
+    pub memory: Memory,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum ChangeKind {
+    Added = 1,
+    Updated = 2,
+    Deleted = 3,
+}
+
+/// A condition on a memory; evaluated before and during search.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum Filter {
+    And(Vec<Filter>),
+    Or(Vec<Filter>),
+    Not(Box<Filter>),
+    Compare { field: Field, op: CompareOp, value: Value },
+    In { field: Field, values: Vec<Value> },
+    /// A text holds a substring (case-insensitive); a list holds a value.
+    Contains { field: Field, value: Value },
+    Exists { field: Field },
+}
+
+/// `Metadata` takes a dotted path into the JSON object.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum Field {
+    Metadata(String),
+    Text,
+    User,
+    Agent,
+    Session,
+    Kind,
+    Status,
+    Importance,
+    Categories,
+    Created,
+    Updated,
+    EventTime,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum CompareOp {
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
+}
+
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum Value {
+    Text(String),
+    Number(f64),
+    Bool(bool),
+}
