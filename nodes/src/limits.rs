@@ -6,7 +6,6 @@ pub const METADATA_BYTES_MAX: usize = 16 << 10;
 pub const NAME_BYTES_MAX: usize = 256;
 pub const CATEGORIES_MAX: usize = 32;
 pub const LINKS_MAX: usize = 64;
-pub const DIMENSION_MAX: usize = storage::model::DIMENSION_MAX;
 pub const BATCH_ITEMS_MAX: usize = 1000;
 pub const BATCH_SEARCHES_MAX: usize = 100;
 pub const K_MAX: u32 = 1000;

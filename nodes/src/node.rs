@@ -5,7 +5,7 @@ use crate::auth::KeyRing;
 use crate::config::{EDGE_ROLES, NodeConfig, REPLICA_ROLES};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
-use crate::gateway::{AdminService, About, GraphService, MemoryService};
+use crate::gateway::{About, AdminService, GraphService, MemoryService};
 use crate::ledger::service::ReplicaService;
 use crate::ledger::{Ledger, Proposed, propose_via};
 use crate::limits::MESSAGE_BYTES_MAX;

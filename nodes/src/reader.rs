@@ -13,7 +13,7 @@ use crate::views::{Answered, Ask, Found, Freshness, Query, Views};
 use sim::cpu::cost;
 use sim::time::{self, Duration, Instant};
 use std::sync::Arc;
-use storage::embed::{LEXICAL_SPACE, embed, lexical_score};
+use storage::embed::{LEXICAL_SPACE, embed, lexical_scores};
 use storage::model::*;
 use storage::{ListQuery, SearchQuery, TimeField, TimeRange};
 
@@ -115,6 +115,7 @@ impl Reader {
         deadline: Instant,
     ) -> Result<(v1::ListResponse, Option<MemoryId>), Error> {
         let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let whole_tenant = request.owners.as_ref().is_none_or(|o| o.user.is_empty() && o.agent.is_empty());
         let query = ListQuery {
             tenant: caller.tenant.to_string(),
@@ -125,8 +126,8 @@ impl Reader {
             after,
             limit,
             now: time::calendar_ms(),
+            with_vector,
         };
-        let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let answered = self.ask(Ask::List(query), freshness, deadline).await?;
         let Found::Page(page) = &answered.found else { return Err(unexpected()) };
         let memories = page.memories.iter().map(|m| convert::memory(m, with_vector)).collect();
@@ -174,17 +175,19 @@ impl Reader {
             statuses: statuses(request.include_archived),
             time: time_range(request.time)?,
             now: time::calendar_ms(),
+            with_vector,
         };
         let answered = self.ask(Ask::Search(query), freshness, deadline).await?;
         let info = info(&answered, given);
         let Found::Hits(found) = answered.found else { return Err(unexpected()) };
-        let mut hits: Vec<(f32, f32, Arc<Memory>)> = found
-            .into_iter()
-            .map(|hit| {
-                let lexical = if rerank { lexical_score(&text, &hit.memory.text) } else { 0.0 };
-                (hit.similarity, lexical, hit.memory)
-            })
-            .collect();
+        let lexical = if rerank {
+            let texts: Vec<&str> = found.iter().map(|hit| hit.memory.text.as_str()).collect();
+            lexical_scores(&text, &texts)
+        } else {
+            vec![0.0; found.len()]
+        };
+        let mut hits: Vec<(f32, f32, Arc<Memory>)> =
+            found.into_iter().zip(lexical).map(|(hit, lexical)| (hit.similarity, lexical, hit.memory)).collect();
         let score = |similarity: f32, lexical: f32| match rerank {
             true => VECTOR_SHARE * similarity + (1.0 - VECTOR_SHARE) * lexical,
             false => similarity,

@@ -1,1 +1,31 @@
-//! storage
+//! State on a disk: the ledger's log, and the views derived from it.
+//!
+//! ```text
+//! ledger entries ─► log (segments, fsync before acknowledging)
+//!                └► Shard::apply ─► records (SQLite) ─► vectors (memory) ─► cache ─► position published
+//! ```
+//!
+//! Nothing here knows of a network or of roles, and all of it blocks: callers run it through `sim::task::blocking`.
+//! What a power loss takes from the views, the log gives back; what it takes from the log was never acknowledged.
+
+mod apply;
+mod cache;
+pub mod codec;
+pub mod embed;
+mod error;
+mod filter;
+pub mod log;
+pub mod model;
+mod query;
+mod records;
+mod shard;
+mod snapshot;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+pub mod vectors;
+
+pub use error::StorageError;
+pub use query::{Hit, ListQuery, Page, SearchQuery, TimeField, TimeRange};
+pub use shard::{Counts, Entry, Shard, ShardOptions};

@@ -98,7 +98,7 @@ impl memory_service_server::MemoryService for MemoryService {
     async fn list(&self, request: Request<v1::ListRequest>) -> Result<Response<Self::ListStream>, Status> {
         let (caller, deadline) = context(&request)?;
         let request = request.into_inner();
-        let mut after = match request.after.as_str() {
+        let after = match request.after.as_str() {
             "" => None,
             id => Some(convert::parse_id("after", id)?),
         };
@@ -114,9 +114,8 @@ impl memory_service_server::MemoryService for MemoryService {
                 if send.send(Ok(page)).await.is_err() || left == 0 || next.is_none() {
                     return;
                 }
-                after = next;
                 let deadline = Instant::now() + DEADLINE_DEFAULT;
-                match reader.list(&caller, &request, after, left.min(LIST_PAGE), deadline).await {
+                match reader.list(&caller, &request, next, left.min(LIST_PAGE), deadline).await {
                     Ok((more, then)) => (page, next) = (more, then),
                     Err(error) => {
                         let _ = send.send(Err(error.into())).await;

@@ -5,7 +5,7 @@ mod admin;
 mod graph;
 mod memory;
 
-pub use admin::AdminService;
+pub use admin::{About, AdminService};
 pub use graph::GraphService;
 pub use memory::MemoryService;
 

@@ -98,7 +98,7 @@ impl StateMachine {
 
 fn decode_batch(entry: &Entry) -> Result<Option<Batch>, String> {
     match &entry.payload {
-        EntryPayload::Normal(Data(bytes)) => codec::decode(bytes).map(Some).map_err(|e| e.to_string()),
+        EntryPayload::Normal(Data(bytes)) => codec::decode(&bytes[..]).map(Some).map_err(|e| e.to_string()),
         _ => Ok(None),
     }
 }

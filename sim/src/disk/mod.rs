@@ -70,3 +70,39 @@ pub struct SqliteLocation {
     pub file: String,
     pub vfs: Option<&'static str>,
 }
+
+pub mod real;
+pub mod simulated;
+pub mod sqlite;
+
+/// This node's disk: in simulation the machine's own, in production the directory `root`.
+pub fn open(root: &str) -> io::Result<Arc<dyn Disk>> {
+    #[cfg(madsim)]
+    {
+        let _ = root;
+        let disk = crate::world::current_disk();
+        Ok(disk.ok_or_else(|| io::Error::other("the scenario itself has no disk"))?)
+    }
+    #[cfg(not(madsim))]
+    real::RealDisk::open(root)
+}
+
+/// Opens an SQLite database on `disk`.
+pub fn open_sqlite(
+    disk: &dyn Disk,
+    path: &str,
+    flags: rusqlite::OpenFlags,
+) -> Result<rusqlite::Connection, rusqlite::Error> {
+    let failed = |e: io::Error| {
+        let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN);
+        rusqlite::Error::SqliteFailure(code, Some(format!("{path}: {e}")))
+    };
+    let location = disk.sqlite(path).map_err(failed)?;
+    match location.vfs {
+        Some(vfs) => {
+            sqlite::register().map_err(failed)?;
+            rusqlite::Connection::open_with_flags_and_vfs(location.file, flags, vfs)
+        }
+        None => rusqlite::Connection::open_with_flags(location.file, flags),
+    }
+}

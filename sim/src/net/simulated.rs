@@ -25,7 +25,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What arrives at a listening node.
 pub struct Incoming {
-    from: NodeIndex,
     request: http::Request<Body>,
     reply: oneshot::Sender<http::Response<Frames>>,
 }
@@ -101,7 +100,7 @@ impl Channel {
             return Err(error);
         }
         let (reply, response) = oneshot::channel();
-        if listener.send(Incoming { from, request, reply }).is_err() {
+        if listener.send(Incoming { request, reply }).is_err() {
             return Err(self.lost(to).await);
         }
         let response = match response.await {
@@ -265,7 +264,7 @@ pub async fn serve(
 }
 
 async fn handle(call: Incoming, mut routes: Routes) {
-    let Incoming { from: _, request, mut reply } = call;
+    let Incoming { request, mut reply } = call;
     let response = crate::select! {
         () = reply.closed() => return,
         response = async {

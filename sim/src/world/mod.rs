@@ -322,7 +322,7 @@ impl World {
     }
 
     /// Numbers that are part of the run's identity but belong to no node, such as a client's observations.
-    pub fn hash(&self, value: u64) {
+    pub fn identify(&self, value: u64) {
         lock(&self.inner.record).hash.number(value);
     }
 }

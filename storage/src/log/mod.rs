@@ -292,8 +292,8 @@ impl Log {
             state.last = index;
             state.cache.clear();
             state.cache_bytes = 0;
+            state.durable = index;
         }
-        state.durable = state.durable.max(index);
         Ok(())
     }
 

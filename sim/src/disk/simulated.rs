@@ -1,0 +1,612 @@
+//! Simulation: a disk in memory that lies the way disks do.
+//!
+//! Each file has what readers see and what the platter holds, and the writes in between since its last sync; each directory
+//! likewise has entries, durable entries, and changes in between. A power loss draws a mode (how harsh this one is), then
+//! decides every pending write and entry on its own. Handles carry the epoch of power they were opened in: old ones fail
+//! for ever. Plain data and a generator of its own: it runs in either world, so its tests do too.
+
+use super::{Disk, File, SqliteLocation};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
+
+const SECTOR: usize = 512;
+
+/// Faults beside power loss.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskFaults {
+    /// One sync in this many fails; 0: none.
+    pub sync_fail_one_in: u32,
+    /// Writes that would make a file longer fail with `StorageFull`.
+    pub full: bool,
+    /// Cost of one read or write.
+    pub latency: Duration,
+    pub sync_latency: Duration,
+}
+
+/// What happened so far: proof that faults took place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskCounters {
+    pub reads: u64,
+    pub writes: u64,
+    pub syncs: u64,
+    pub bytes_written: u64,
+    pub power_losses: u64,
+    pub writes_lost: u64,
+    pub writes_torn: u64,
+    pub entries_lost: u64,
+    pub sync_failures: u64,
+}
+
+/// One operation, for the trace.
+pub struct DiskEvent<'a> {
+    pub op: &'static str,
+    pub path: &'a str,
+    pub offset: u64,
+    pub len: usize,
+    pub content_hash: u64,
+}
+
+type Observer = Box<dyn Fn(DiskEvent<'_>) + Send + Sync>;
+
+pub struct SimDisk {
+    number: usize,
+    state: Mutex<State>,
+    observer: Mutex<Option<Arc<Observer>>>,
+}
+
+struct State {
+    random: u64,
+    powered: bool,
+    /// Handles of an earlier epoch are dead.
+    epoch: u64,
+    crash_at_op: Option<u64>,
+    inodes: BTreeMap<u64, Inode>,
+    next_inode: u64,
+    entries: BTreeMap<String, u64>,
+    durable_entries: BTreeMap<String, u64>,
+    pending_entries: Vec<EntryChange>,
+    dirs: BTreeSet<String>,
+    faults: DiskFaults,
+    counters: DiskCounters,
+    debt: Duration,
+}
+
+#[derive(Default)]
+struct Inode {
+    seen: Vec<u8>,
+    platter: Vec<u8>,
+    pending: Vec<Pending>,
+}
+
+enum Pending {
+    Write { offset: usize, bytes: Vec<u8> },
+    SetLen(usize),
+}
+
+/// One atomic change of directory entries: each path gets an inode or loses it.
+#[derive(Clone)]
+struct EntryChange {
+    dir: String,
+    sets: Vec<(String, Option<u64>)>,
+}
+
+/// How much of what was not synced a power loss takes.
+#[derive(Clone, Copy)]
+enum LossMode {
+    All,
+    None,
+    Some,
+    Torn,
+    Tail,
+}
+
+static DISKS: Mutex<Vec<Weak<SimDisk>>> = Mutex::new(vec![]);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The error of a disk without power.
+pub fn power_is_off() -> io::Error {
+    io::Error::other("power is off")
+}
+
+fn not_found(path: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{path}: no such file"))
+}
+
+fn parent(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(dir, _)| dir)
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hash = crate::trace::Hash::default();
+    hash.bytes(bytes);
+    hash.value()
+}
+
+impl Pending {
+    fn apply(&self, data: &mut Vec<u8>) {
+        match self {
+            Pending::Write { offset, bytes } => write_into(data, *offset, bytes),
+            Pending::SetLen(len) => data.resize(*len, 0),
+        }
+    }
+}
+
+fn write_into(data: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
+    if data.len() < offset + bytes.len() {
+        data.resize(offset + bytes.len(), 0);
+    }
+    data[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+impl State {
+    /// xorshift64*: this disk's own randomness.
+    fn next(&mut self) -> u64 {
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        ((self.next() as u128 * bound as u128) >> 64) as u64
+    }
+
+    /// Every operation passes here; those that change something count towards a planned crash.
+    fn enter(&mut self, epoch: Option<u64>, changes: bool) -> io::Result<()> {
+        if changes && let Some(left) = &mut self.crash_at_op {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                self.cut_power();
+            }
+        }
+        if !self.powered || epoch.is_some_and(|e| e != self.epoch) {
+            return Err(power_is_off());
+        }
+        self.debt += self.faults.latency;
+        Ok(())
+    }
+
+    fn cut_power(&mut self) {
+        self.crash_at_op = None;
+        if self.powered {
+            self.powered = false;
+            self.epoch += 1;
+            self.counters.power_losses += 1;
+        }
+    }
+
+    fn change_entries(&mut self, dir: &str, sets: Vec<(String, Option<u64>)>) {
+        for (path, inode) in &sets {
+            match inode {
+                Some(inode) => self.entries.insert(path.clone(), *inode),
+                None => self.entries.remove(path),
+            };
+        }
+        self.pending_entries.push(EntryChange { dir: dir.to_string(), sets });
+    }
+
+    /// Makes one change of entries durable, or loses it.
+    fn settle_entry(&mut self, change: EntryChange, kept: bool) {
+        if !kept {
+            self.counters.entries_lost += 1;
+            return;
+        }
+        for (path, inode) in change.sets {
+            match inode {
+                Some(inode) => self.durable_entries.insert(path, inode),
+                None => self.durable_entries.remove(&path),
+            };
+        }
+    }
+
+    /// Decides what survived a power loss.
+    fn settle(&mut self) {
+        let mode = match self.below(6) {
+            0 => LossMode::All,
+            1 => LossMode::None,
+            2 => LossMode::Tail,
+            3 | 4 => LossMode::Some,
+            _ => LossMode::Torn,
+        };
+        let mut tail_gone = false;
+        let mut keep = move |state: &mut State| match mode {
+            LossMode::All => false,
+            LossMode::None => true,
+            LossMode::Some | LossMode::Torn => state.below(2) == 0,
+            LossMode::Tail => {
+                tail_gone |= state.below(4) == 0;
+                !tail_gone
+            }
+        };
+        for change in std::mem::take(&mut self.pending_entries) {
+            let kept = keep(self);
+            self.settle_entry(change, kept);
+        }
+        let ids: Vec<u64> = self.inodes.keys().copied().collect();
+        for id in ids {
+            let Some(mut inode) = self.inodes.remove(&id) else { continue };
+            for write in std::mem::take(&mut inode.pending) {
+                if keep(self) {
+                    write.apply(&mut inode.platter);
+                    continue;
+                }
+                match (mode, &write) {
+                    (LossMode::Torn, Pending::Write { offset, bytes }) => {
+                        self.counters.writes_torn += 1;
+                        let mut at = 0;
+                        while at < bytes.len() {
+                            let end = ((offset + at) / SECTOR * SECTOR + SECTOR - offset).min(bytes.len());
+                            if self.below(2) == 0 {
+                                write_into(&mut inode.platter, offset + at, &bytes[at..end]);
+                            }
+                            at = end;
+                        }
+                    }
+                    _ => self.counters.writes_lost += 1,
+                }
+            }
+            inode.seen.clone_from(&inode.platter);
+            self.inodes.insert(id, inode);
+        }
+        self.entries.clone_from(&self.durable_entries);
+        let named: BTreeSet<u64> = self.entries.values().copied().collect();
+        self.inodes.retain(|id, _| named.contains(id));
+    }
+}
+
+impl SimDisk {
+    pub fn new(seed: u64) -> Arc<SimDisk> {
+        let state = State {
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            powered: true,
+            epoch: 0,
+            crash_at_op: None,
+            inodes: BTreeMap::new(),
+            next_inode: 1,
+            entries: BTreeMap::new(),
+            durable_entries: BTreeMap::new(),
+            pending_entries: vec![],
+            dirs: BTreeSet::from([String::new()]),
+            faults: DiskFaults::default(),
+            counters: DiskCounters::default(),
+            debt: Duration::ZERO,
+        };
+        let mut disks = lock(&DISKS);
+        let number = disks.len();
+        let disk = Arc::new(SimDisk { number, state: Mutex::new(state), observer: Mutex::new(None) });
+        disks.push(Arc::downgrade(&disk));
+        disk
+    }
+
+    /// The disk with this number, if it still exists.
+    pub(super) fn numbered(number: usize) -> Option<Arc<SimDisk>> {
+        lock(&DISKS).get(number)?.upgrade()
+    }
+
+    /// Takes the power: every handle fails from now on.
+    pub fn power_off(&self) {
+        lock(&self.state).cut_power();
+    }
+
+    /// Gives it back, and decides what had survived.
+    pub fn power_on(&self) {
+        let mut state = lock(&self.state);
+        if !state.powered {
+            state.settle();
+            state.powered = true;
+        }
+    }
+
+    /// The process that held the handles is gone; its writes are in the kernel's hands and survive.
+    pub fn crash_process(&self) {
+        lock(&self.state).epoch += 1;
+    }
+
+    /// Power goes off at the `n`-th changing operation from now (1: the next), which fails.
+    pub fn crash_at_op(&self, n: u64) {
+        lock(&self.state).crash_at_op = Some(n);
+    }
+
+    /// Counts restarts of whatever held handles: those of an earlier epoch are dead.
+    pub(super) fn epoch(&self) -> u64 {
+        lock(&self.state).epoch
+    }
+
+    pub fn is_powered(&self) -> bool {
+        lock(&self.state).powered
+    }
+
+    pub fn set_faults(&self, faults: DiskFaults) {
+        lock(&self.state).faults = faults;
+    }
+
+    pub fn counters(&self) -> DiskCounters {
+        lock(&self.state).counters
+    }
+
+    /// Latency run up since the last call.
+    pub fn take_debt(&self) -> Duration {
+        std::mem::take(&mut lock(&self.state).debt)
+    }
+
+    pub fn set_observer(&self, observer: Observer) {
+        *lock(&self.observer) = Some(Arc::new(observer));
+    }
+
+    fn observe(&self, op: &'static str, path: &str, offset: u64, len: usize, content: &[u8]) {
+        let observer = lock(&self.observer).clone();
+        if let Some(observer) = observer {
+            observer(DiskEvent { op, path, offset, len, content_hash: hash(content) });
+        }
+    }
+
+    fn me(&self) -> io::Result<Arc<SimDisk>> {
+        SimDisk::numbered(self.number).ok_or_else(power_is_off)
+    }
+
+    fn handle(&self, state: &State, inode: u64) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(SimFile { disk: self.me()?, inode, epoch: state.epoch }))
+    }
+}
+
+struct SimFile {
+    disk: Arc<SimDisk>,
+    inode: u64,
+    epoch: u64,
+}
+
+impl SimFile {
+    fn with<T>(&self, changes: bool, work: impl FnOnce(&mut State, &mut Inode) -> io::Result<T>) -> io::Result<T> {
+        let mut state = lock(&self.disk.state);
+        state.enter(Some(self.epoch), changes)?;
+        // A removed file stays usable through its handles until power goes.
+        let mut inode = state.inodes.remove(&self.inode).unwrap_or_default();
+        let result = work(&mut state, &mut inode);
+        state.inodes.insert(self.inode, inode);
+        result
+    }
+}
+
+impl File for SimFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.with(false, |state, inode| {
+            state.counters.reads += 1;
+            let from = (offset as usize).min(inode.seen.len());
+            let read = buf.len().min(inode.seen.len() - from);
+            buf[..read].copy_from_slice(&inode.seen[from..from + read]);
+            Ok(read)
+        })
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.with(true, |state, inode| {
+            let offset = offset as usize;
+            if state.faults.full && offset + bytes.len() > inode.seen.len() {
+                return Err(io::Error::new(io::ErrorKind::StorageFull, "no space left on the simulated disk"));
+            }
+            state.counters.writes += 1;
+            state.counters.bytes_written += bytes.len() as u64;
+            write_into(&mut inode.seen, offset, bytes);
+            inode.pending.push(Pending::Write { offset, bytes: bytes.to_vec() });
+            Ok(())
+        })?;
+        self.disk.observe("write", "", offset ^ self.inode << 48, bytes.len(), bytes);
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.with(true, |_, inode| {
+            inode.seen.resize(len as usize, 0);
+            inode.pending.push(Pending::SetLen(len as usize));
+            Ok(())
+        })?;
+        self.disk.observe("set_len", "", len, 0, &[]);
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.with(false, |_, inode| Ok(inode.seen.len() as u64))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.disk.observe("sync", "", self.inode, 0, &[]);
+        self.with(true, |state, inode| {
+            state.debt += state.faults.sync_latency;
+            let one_in = state.faults.sync_fail_one_in as u64;
+            if one_in > 0 && state.below(one_in) == 0 {
+                state.counters.sync_failures += 1;
+                // The kernel marks the pages clean although some never arrived: seen until power goes, then lost.
+                for write in std::mem::take(&mut inode.pending) {
+                    if state.below(2) == 0 {
+                        write.apply(&mut inode.platter);
+                    }
+                }
+                return Err(io::Error::other("input/output error while syncing"));
+            }
+            state.counters.syncs += 1;
+            for write in inode.pending.drain(..) {
+                write.apply(&mut inode.platter);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Disk for SimDisk {
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        let mut state = lock(&self.state);
+        state.enter(None, false)?;
+        let inode = *state.entries.get(path).ok_or_else(|| not_found(path))?;
+        self.handle(&state, inode)
+    }
+
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        self.observe("create", path, 0, 0, path.as_bytes());
+        let mut state = lock(&self.state);
+        let changes = !state.entries.contains_key(path);
+        state.enter(None, changes)?;
+        if let Some(&inode) = state.entries.get(path) {
+            return self.handle(&state, inode);
+        }
+        if !state.dirs.contains(parent(path)) {
+            return Err(not_found(parent(path)));
+        }
+        let inode = state.next_inode;
+        state.next_inode += 1;
+        state.inodes.insert(inode, Inode::default());
+        state.change_entries(parent(path), vec![(path.to_string(), Some(inode))]);
+        self.handle(&state, inode)
+    }
+
+    fn create_dir_all(&self, path: &str) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.enter(None, true)?;
+        let mut path = path;
+        while !path.is_empty() {
+            state.dirs.insert(path.to_string());
+            path = parent(path);
+        }
+        Ok(())
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.observe("rename", from, 0, 0, to.as_bytes());
+        let mut state = lock(&self.state);
+        state.enter(None, true)?;
+        let inode = *state.entries.get(from).ok_or_else(|| not_found(from))?;
+        let dir = parent(to).to_string();
+        state.change_entries(&dir, vec![(from.to_string(), None), (to.to_string(), Some(inode))]);
+        Ok(())
+    }
+
+    fn remove(&self, path: &str) -> io::Result<()> {
+        self.observe("remove", path, 0, 0, path.as_bytes());
+        let mut state = lock(&self.state);
+        state.enter(None, true)?;
+        if !state.entries.contains_key(path) {
+            return Err(not_found(path));
+        }
+        state.change_entries(parent(path), vec![(path.to_string(), None)]);
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &str) -> io::Result<()> {
+        self.observe("sync_dir", dir, 0, 0, dir.as_bytes());
+        let mut state = lock(&self.state);
+        state.enter(None, true)?;
+        let latency = state.faults.sync_latency;
+        state.debt += latency;
+        for change in state.pending_entries.extract_if(.., |c| c.dir == dir).collect::<Vec<_>>() {
+            state.settle_entry(change, true);
+        }
+        Ok(())
+    }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let mut state = lock(&self.state);
+        state.enter(None, false)?;
+        let prefix = if dir.is_empty() { String::new() } else { format!("{dir}/") };
+        let name = |path: &String| {
+            let rest = path.strip_prefix(&prefix)?;
+            (!rest.is_empty()).then(|| rest.split('/').next().unwrap_or(rest).to_string())
+        };
+        let names: BTreeSet<String> = state.entries.keys().chain(state.dirs.iter()).filter_map(name).collect();
+        Ok(names.into_iter().collect())
+    }
+
+    fn exists(&self, path: &str) -> io::Result<bool> {
+        let mut state = lock(&self.state);
+        state.enter(None, false)?;
+        Ok(state.entries.contains_key(path) || state.dirs.contains(path))
+    }
+
+    fn sqlite(&self, path: &str) -> io::Result<SqliteLocation> {
+        Ok(SqliteLocation { file: format!("/{}/{path}", self.number), vfs: Some(super::sqlite::VFS_NAME) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(disk: &SimDisk, path: &str) -> Option<Vec<u8>> {
+        let file = disk.open(path).ok()?;
+        let mut bytes = vec![0; file.len().ok()? as usize];
+        file.read_at(&mut bytes, 0).ok()?;
+        Some(bytes)
+    }
+
+    #[test]
+    fn synced_bytes_and_names_survive_every_power_loss() -> io::Result<()> {
+        for seed in 0..200 {
+            let disk = SimDisk::new(seed);
+            let file = disk.create("a")?;
+            file.write_at(b"kept", 0)?;
+            file.sync()?;
+            disk.sync_dir("")?;
+            file.write_at(b"XXXX", 4)?;
+            disk.power_off();
+            disk.power_on();
+            assert_eq!(content(&disk, "a").as_deref().map(|c| &c[..4]), Some(&b"kept"[..]), "seed {seed}");
+            assert!(file.write_at(b"ghost", 0).is_err(), "a handle outlived its power");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unsynced_writes_and_names_are_sometimes_lost_and_sometimes_torn() -> io::Result<()> {
+        let (mut lost_name, mut lost_write, mut torn) = (0, 0, 0);
+        for seed in 0..300 {
+            let disk = SimDisk::new(seed);
+            let named = disk.create("named")?;
+            disk.sync_dir("")?;
+            named.write_at(&[7; 2000], 0)?;
+            disk.create("unnamed")?.sync()?;
+            disk.power_off();
+            disk.power_on();
+            lost_name += content(&disk, "unnamed").is_none() as u32;
+            let bytes = content(&disk, "named").unwrap_or_default();
+            lost_write += bytes.is_empty() as u32;
+            torn += (!bytes.is_empty() && bytes != [7; 2000]) as u32;
+        }
+        assert!(lost_name > 30 && lost_write > 30 && torn > 10, "{lost_name} {lost_write} {torn}");
+        Ok(())
+    }
+
+    #[test]
+    fn sync_that_follows_a_failed_one_proves_nothing() -> io::Result<()> {
+        let mut lost = 0;
+        for seed in 0..100 {
+            let disk = SimDisk::new(seed);
+            let file = disk.create("a")?;
+            disk.sync_dir("")?;
+            disk.set_faults(DiskFaults { sync_fail_one_in: 1, ..Default::default() });
+            file.write_at(b"data", 0)?;
+            assert!(file.sync().is_err());
+            disk.set_faults(DiskFaults::default());
+            file.sync()?;
+            assert_eq!(content(&disk, "a").as_deref(), Some(&b"data"[..]), "readers still see it");
+            disk.power_off();
+            disk.power_on();
+            lost += (content(&disk, "a").as_deref() != Some(b"data")) as u32;
+        }
+        assert!(lost > 20, "only {lost} of 100 lost it");
+        Ok(())
+    }
+
+    #[test]
+    fn process_crash_keeps_unsynced_writes() -> io::Result<()> {
+        let disk = SimDisk::new(1);
+        let file = disk.create("a")?;
+        file.write_at(b"data", 0)?;
+        disk.crash_process();
+        assert!(file.sync().is_err());
+        assert_eq!(content(&disk, "a").as_deref(), Some(&b"data"[..]));
+        Ok(())
+    }
+}

@@ -1,0 +1,65 @@
+//! Questions to a shard's views, and their answers.
+
+use crate::model::{Filter, Memory, MemoryId, Owner, Status, UnixMs};
+use bincode::{Decode, Encode};
+use std::sync::Arc;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum TimeField {
+    Created,
+    Updated,
+    EventTime,
+}
+
+/// From `from` (inclusive) to `to` (exclusive); memories without the field are outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TimeRange {
+    pub field: TimeField,
+    pub from: Option<UnixMs>,
+    pub to: Option<UnixMs>,
+}
+
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct ListQuery {
+    pub tenant: String,
+    /// Empty: the whole tenant.
+    pub owners: Vec<Owner>,
+    pub filter: Option<Filter>,
+    pub statuses: Vec<Status>,
+    pub time: Option<TimeRange>,
+    pub after: Option<MemoryId>,
+    pub limit: usize,
+    pub now: UnixMs,
+    pub with_vector: bool,
+}
+
+/// Memories in the order of their ids; `next` is where to continue, `None` at the end.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Page {
+    pub memories: Vec<Arc<Memory>>,
+    pub next: Option<MemoryId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct SearchQuery {
+    pub tenant: String,
+    pub owners: Vec<Owner>,
+    /// Unit length.
+    pub vector: Vec<f32>,
+    pub space: String,
+    pub k: usize,
+    /// Least cosine.
+    pub threshold: Option<f32>,
+    pub filter: Option<Filter>,
+    pub statuses: Vec<Status>,
+    pub time: Option<TimeRange>,
+    pub now: UnixMs,
+    pub with_vector: bool,
+}
+
+/// A memory and the cosine of its vector with the query's.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Hit {
+    pub memory: Arc<Memory>,
+    pub similarity: f32,
+}

@@ -1,0 +1,105 @@
+//! The records view: memories, their history and the remembered idempotency keys, in SQLite.
+//!
+//! | table | row | key |
+//! |---|---|---|
+//! | `memories` | each memory as it is | its last change's position (as row id), and (tenant, id) |
+//! | `history` | each superseded version and each deletion | position, and (tenant, id) |
+//! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key), and time |
+//! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
+//!
+//! A position is stored as one integer, `index << 20 | item`, so both tables lie in the order of the ledger and new rows go to the end.
+//! The database runs in WAL mode without an fsync per transaction: a power loss takes back a suffix of transactions as a whole, and
+//! `state` says where the ledger must resume.
+
+pub mod rows;
+
+use crate::error::StorageError;
+use rusqlite::{Connection, OpenFlags};
+use sim::disk::{Disk, open_sqlite};
+use std::sync::{Mutex, MutexGuard};
+
+const SCHEMA_VERSION: i64 = 1;
+
+const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS memories (
+  position INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id BLOB NOT NULL, version INTEGER NOT NULL,
+  kind INTEGER NOT NULL, body BLOB NOT NULL, vector BLOB NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS memories_id ON memories (tenant, id);
+CREATE TABLE IF NOT EXISTS history (
+  position INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id BLOB NOT NULL, version INTEGER NOT NULL,
+  kind INTEGER NOT NULL, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS history_id ON history (tenant, id, version);
+CREATE TABLE IF NOT EXISTS keys (
+  tenant TEXT NOT NULL, key TEXT NOT NULL, time INTEGER NOT NULL, hash BLOB NOT NULL, outcome BLOB NOT NULL,
+  PRIMARY KEY (tenant, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS keys_time ON keys (time);
+CREATE TABLE IF NOT EXISTS state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
+";
+
+/// Connections that read side by side.
+const READERS: usize = 4;
+
+pub struct Records {
+    writer: Mutex<Connection>,
+    readers: Vec<Mutex<Connection>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn configure(connection: &Connection, cache_kib: u32) -> Result<(), rusqlite::Error> {
+    connection.set_prepared_statement_cache_capacity(64);
+    connection.execute_batch(&format!(
+        "PRAGMA page_size=4096; PRAGMA cache_size=-{cache_kib}; PRAGMA temp_store=MEMORY; PRAGMA mmap_size=0;"
+    ))
+}
+
+impl Records {
+    /// Opens the database at `path`, whose directory exists, creating it if there is none.
+    pub fn open(disk: &dyn Disk, path: &str) -> Result<Records, StorageError> {
+        let writer = open_sqlite(disk, path, OpenFlags::default())?;
+        configure(&writer, 32 << 10)?;
+        writer.execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=4000;")?;
+        let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        if version != 0 && version != SCHEMA_VERSION {
+            let problem = format!("it has format {version}, this build reads {SCHEMA_VERSION}: use the build that wrote it");
+            return Err(StorageError::Corrupt { what: format!("database {path}"), problem });
+        }
+        writer.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"))?;
+        let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);
+        disk.sync_dir(dir)?;
+        let reader = || -> Result<Mutex<Connection>, StorageError> {
+            let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let connection = open_sqlite(disk, path, flags)?;
+            configure(&connection, 8 << 10)?;
+            Ok(Mutex::new(connection))
+        };
+        let readers = (0..READERS).map(|_| reader()).collect::<Result<_, _>>()?;
+        Ok(Records { writer: Mutex::new(writer), readers })
+    }
+
+    /// The one connection that writes.
+    pub fn writer(&self) -> MutexGuard<'_, Connection> {
+        lock(&self.writer)
+    }
+
+    /// A connection to read with, another than the other readers' if one is free.
+    pub fn reader(&self) -> MutexGuard<'_, Connection> {
+        let free = self.readers.iter().find_map(|r| r.try_lock().ok());
+        free.unwrap_or_else(|| lock(&self.readers[0]))
+    }
+
+    /// Moves the write-ahead log into the database and syncs both.
+    pub fn checkpoint(&self) -> Result<(), StorageError> {
+        let writer = self.writer();
+        // PASSIVE never waits for readers; what it could not move stays in the log, which FULL would sync likewise.
+        writer.execute_batch("PRAGMA synchronous=FULL;")?;
+        let moved = writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        // With FULL, a commit syncs the log: everything before it is then durable, moved or not.
+        let synced = writer.execute_batch("UPDATE state SET value = value WHERE one = 1;");
+        writer.execute_batch("PRAGMA synchronous=NORMAL;")?;
+        moved?;
+        Ok(synced?)
+    }
+}

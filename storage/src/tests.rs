@@ -1,0 +1,322 @@
+//! The views' promises, one test each.
+
+use crate::model::*;
+use crate::testing::memory;
+use crate::*;
+use proptest::prelude::*;
+use sim::disk::simulated::SimDisk;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+type Result<T> = std::result::Result<T, StorageError>;
+
+fn open(disk: &Arc<SimDisk>) -> Result<Shard> {
+    Shard::open(disk.clone(), "views", ShardOptions::default())
+}
+
+fn vector(seed: u64) -> Vec<f32> {
+    let raw: Vec<f32> = (0..16).map(|i| ((seed * 131 + i * 29) % 101) as f32 - 50.0).collect();
+    let norm = raw.iter().map(|x| x * x).sum::<f32>().sqrt();
+    raw.into_iter().map(|x| x / norm).collect()
+}
+
+fn with_vector(tenant: &str, id: u64, text: &str) -> Memory {
+    Memory { vector: vector(id), ..memory(tenant, id, text) }
+}
+
+fn command(tenant: &str, key: &str, hash: u8, now: i64, operation: Operation) -> Command {
+    Command { tenant: tenant.into(), idempotency_key: key.into(), request_hash: [hash; 16], now, operation }
+}
+
+fn add(id: u64) -> Operation {
+    Operation::Add(with_vector("t", id, &format!("memory {id}")))
+}
+
+fn update(id: u64, text: &str, expected_version: Option<u64>) -> Operation {
+    let patch = Patch { text: Some(text.into()), ..Patch::default() };
+    Operation::Update { id: memory("t", id, "").id, expected_version, patch }
+}
+
+fn delete(id: u64) -> Operation {
+    Operation::Delete { id: memory("t", id, "").id, expected_version: None }
+}
+
+fn apply(shard: &Shard, index: u64, commands: Vec<Command>) -> Result<Vec<Outcome>> {
+    let batch = Batch { commands };
+    let mut outcomes = shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], &index.to_le_bytes())?;
+    Ok(outcomes.pop().unwrap_or_default())
+}
+
+fn search(k: usize) -> SearchQuery {
+    SearchQuery {
+        tenant: "t".into(),
+        owners: vec![memory("t", 0, "").owner()],
+        vector: vector(7),
+        space: "s".into(),
+        k,
+        threshold: None,
+        filter: None,
+        statuses: vec![Status::Active],
+        time: None,
+        now: 0,
+        with_vector: false,
+    }
+}
+
+fn check(shard: &Shard) -> Result<()> {
+    assert_eq!(shard.digest(), shard.digest_by_scan()?);
+    Ok(())
+}
+
+#[test]
+fn same_key_applies_once() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    apply(&shard, 1, vec![command("t", "", 0, 5, add(1))])?;
+    let first = apply(&shard, 2, vec![command("t", "k", 1, 5, update(1, "new", None))])?;
+    let again = apply(&shard, 3, vec![command("t", "k", 1, 9, update(1, "new", None))])?;
+    assert_eq!(first, again);
+    assert!(matches!(first[0], Outcome::Done { version: 2, .. }));
+    assert_eq!(shard.history("t", &memory("t", 1, "").id)?.len(), 2);
+    check(&shard)
+}
+
+#[test]
+fn key_with_other_body_is_refused() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    apply(&shard, 1, vec![command("t", "k", 1, 5, add(1))])?;
+    assert_eq!(apply(&shard, 2, vec![command("t", "k", 2, 5, add(2))])?, [Outcome::KeyReused]);
+    // Another tenant's key is another key.
+    let other = command("u", "k", 2, 5, Operation::Add(memory("u", 2, "x")));
+    assert!(matches!(apply(&shard, 3, vec![other])?[0], Outcome::Done { .. }));
+    check(&shard)
+}
+
+#[test]
+fn key_is_forgotten_after_a_day_of_ledger_time() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    apply(&shard, 1, vec![command("t", "k", 1, 5, add(1))])?;
+    let day = crate::apply::KEY_LIFE_MS;
+    apply(&shard, 2, vec![command("t", "", 0, day, add(2))])?;
+    assert_eq!(shard.counts()?.idempotency_keys, 1);
+    apply(&shard, 3, vec![command("t", "", 0, day + 6, add(3))])?;
+    assert_eq!(shard.counts()?.idempotency_keys, 0);
+    check(&shard)
+}
+
+#[test]
+fn expected_version_is_decided_at_apply() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    apply(&shard, 1, vec![command("t", "", 0, 5, add(1))])?;
+    let both = vec![command("t", "", 0, 5, update(1, "a", Some(1))), command("t", "", 0, 5, update(1, "b", Some(1)))];
+    let outcomes = apply(&shard, 2, both)?;
+    assert!(matches!(outcomes[0], Outcome::Done { version: 2, .. }));
+    assert!(matches!(outcomes[1], Outcome::VersionMismatch { actual: 2, .. }));
+    assert!(matches!(apply(&shard, 3, vec![command("t", "", 0, 5, delete(9))])?[0], Outcome::NotFound { .. }));
+    check(&shard)
+}
+
+#[test]
+fn versions_go_on_after_a_deletion() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let commands = [add(1), update(1, "x", None), delete(1), add(1)];
+    let outcomes = apply(&shard, 1, commands.map(|o| command("t", "", 0, 5, o)).into())?;
+    let versions: Vec<u64> =
+        outcomes.iter().map(|o| if let Outcome::Done { version, .. } = o { *version } else { 0 }).collect();
+    assert_eq!(versions, [1, 2, 3, 4]);
+    let kinds: Vec<ChangeKind> = shard.history("t", &memory("t", 1, "").id)?.iter().map(|c| c.kind).collect();
+    assert_eq!(kinds, [ChangeKind::Added, ChangeKind::Updated, ChangeKind::Deleted, ChangeKind::Added]);
+    let positions: Vec<Position> =
+        shard.changes_after("t", Position { epoch: 1, index: 1, item: 0 }, 10)?.iter().map(|c| c.position).collect();
+    assert_eq!(positions.iter().map(|p| p.item).collect::<Vec<_>>(), [1, 2, 3]);
+    check(&shard)
+}
+
+#[test]
+fn filtered_search_returns_k_while_k_exist() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let add = |id: u64| {
+        let mut m = with_vector("t", id, "text");
+        m.metadata = format!(r#"{{"even": {}}}"#, id.is_multiple_of(2));
+        command("t", "", 0, 5, Operation::Add(m))
+    };
+    apply(&shard, 1, (0..200).map(add).collect())?;
+    let field = Field::Metadata("even".into());
+    let filter = Some(Filter::Compare { field, op: CompareOp::Eq, value: Value::Bool(true) });
+    let hits = shard.search(&SearchQuery { filter: filter.clone(), ..search(100) })?;
+    assert_eq!(hits.len(), 100);
+    assert!(hits.iter().all(|h| h.memory.id[15].is_multiple_of(2)));
+    assert!(hits.windows(2).all(|w| w[0].similarity >= w[1].similarity));
+    assert_eq!(shard.search(&SearchQuery { filter, ..search(150) })?.len(), 100);
+    Ok(())
+}
+
+#[test]
+fn other_tenant_is_never_found() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let theirs = Operation::Add(with_vector("other", 1, "secret"));
+    apply(&shard, 1, vec![command("other", "", 0, 5, theirs), command("t", "", 0, 5, add(1))])?;
+    let id = memory("t", 1, "").id;
+    assert_eq!(shard.get("t", &id, 0)?.map(|m| m.tenant.clone()).as_deref(), Some("t"));
+    assert!(shard.search(&search(10))?.iter().all(|h| h.memory.tenant == "t"));
+    assert!(matches!(apply(&shard, 2, vec![command("t", "", 0, 5, delete(1))])?[0], Outcome::Done { .. }));
+    assert_eq!(shard.get("t", &id, 0)?, None);
+    assert!(shard.get("other", &id, 0)?.is_some());
+    check(&shard)
+}
+
+#[test]
+fn reopened_shard_equals_before_and_replays_change_nothing() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let shard = open(&disk)?;
+    for index in 1..=20 {
+        apply(&shard, index, vec![command("t", &format!("k{index}"), 1, 5, add(index))])?;
+    }
+    let before = (shard.digest(), shard.applied(), shard.search(&search(5))?);
+    drop(shard);
+    let shard = open(&disk)?;
+    assert_eq!(before, (shard.digest(), shard.applied(), shard.search(&search(5))?));
+    assert_eq!(apply(&shard, 20, vec![command("t", "", 0, 5, add(99))])?, []);
+    assert_eq!(before.0, shard.digest());
+    check(&shard)
+}
+
+#[test]
+fn power_loss_takes_back_a_suffix_and_never_a_checkpoint() -> Result<()> {
+    for seed in 0..60 {
+        let disk = SimDisk::new(seed);
+        let shard = open(&disk)?;
+        let mut kept = 0;
+        for index in 1..=30 {
+            apply(&shard, index, vec![command("t", &format!("k{index}"), 1, 5, add(index))])?;
+            if index % 7 == 0 {
+                kept = shard.checkpoint()?.index;
+            }
+        }
+        disk.power_off();
+        drop(shard);
+        disk.power_on();
+        let shard = open(&disk)?;
+        let at = shard.applied().0.index;
+        assert!(at >= kept, "seed {seed}: at {at} after a checkpoint at {kept}");
+        assert_eq!(shard.counts()?.memories, at, "seed {seed}");
+        check(&shard)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn export_and_import_give_an_equal_shard() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    for index in 1..=20 {
+        let operation = if index % 4 == 0 { delete(index - 1) } else { add(index) };
+        apply(&shard, index, vec![command("t", &format!("k{index}"), 1, 5, operation)])?;
+    }
+    let mut chunks = vec![];
+    shard.export(&mut |frame| {
+        chunks.push(frame.to_vec());
+        Ok(())
+    })?;
+    let copy = open(&SimDisk::new(2))?;
+    apply(&copy, 1, vec![command("t", "", 0, 5, add(77))])?;
+    // Cut short or damaged, it changes nothing.
+    let old = copy.digest();
+    let mut short = chunks[..chunks.len() - 1].iter().cloned();
+    assert!(copy.import(&mut || Ok(short.next())).is_err());
+    let mut damaged = chunks.clone();
+    damaged[3][12] ^= 1;
+    let mut damaged = damaged.into_iter();
+    assert!(copy.import(&mut || Ok(damaged.next())).is_err());
+    assert_eq!(copy.digest(), old);
+    check(&copy)?;
+    let mut chunks = chunks.into_iter();
+    copy.import(&mut || Ok(chunks.next()))?;
+    assert_eq!((copy.digest(), copy.applied()), (shard.digest(), shard.applied()));
+    assert_eq!(copy.search(&search(20))?, shard.search(&search(20))?);
+    check(&copy)
+}
+
+#[test]
+fn full_disk_is_an_error_and_nothing_is_half_applied() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let shard = open(&disk)?;
+    apply(&shard, 1, vec![command("t", "", 0, 5, add(1))])?;
+    let before = shard.digest();
+    disk.set_faults(sim::disk::simulated::DiskFaults { full: true, ..Default::default() });
+    assert!(apply(&shard, 2, (2..500).map(|id| command("t", "", 0, 5, add(id))).collect()).is_err());
+    disk.set_faults(Default::default());
+    assert_eq!(shard.digest(), before);
+    check(&shard)?;
+    apply(&shard, 2, vec![command("t", "", 0, 5, add(2))])?;
+    check(&shard)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Add(u64),
+    Update(u64),
+    Delete(u64),
+    Touch(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let id = 0u64..12;
+    prop_oneof![
+        id.clone().prop_map(Step::Add),
+        id.clone().prop_map(Step::Update),
+        id.clone().prop_map(Step::Delete),
+        id.prop_map(Step::Touch)
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn random_commands_agree_with_a_plain_map(steps in proptest::collection::vec(step(), 1..60)) {
+        let run = || -> Result<()> {
+            let shard = open(&SimDisk::new(1))?;
+            let mut model: BTreeMap<u64, (u64, String, u64)> = BTreeMap::new();
+            let mut last: BTreeMap<u64, u64> = BTreeMap::new();
+            for (index, step) in steps.iter().enumerate() {
+                let text = format!("step {index}");
+                let operation = match step {
+                    Step::Add(id) => {
+                        if !model.contains_key(id) {
+                            let version = last.get(id).unwrap_or(&0) + 1;
+                            last.insert(*id, version);
+                            model.insert(*id, (version, format!("memory {id}"), 0));
+                        }
+                        add(*id)
+                    }
+                    Step::Update(id) => {
+                        if let Some(held) = model.get_mut(id) {
+                            *held = (held.0 + 1, text.clone(), held.2);
+                            last.insert(*id, held.0);
+                        }
+                        update(*id, &text, None)
+                    }
+                    Step::Delete(id) => {
+                        if let Some(held) = model.remove(id) {
+                            last.insert(*id, held.0 + 1);
+                        }
+                        delete(*id)
+                    }
+                    Step::Touch(id) => {
+                        if let Some(held) = model.get_mut(id) {
+                            held.2 += 2;
+                        }
+                        Operation::Touch(vec![(memory("t", *id, "").id, 2, 9)])
+                    }
+                };
+                apply(&shard, index as u64 + 1, vec![command("t", "", 0, 5, operation)])?;
+            }
+            for id in 0..12 {
+                let held = shard.get("t", &memory("t", id, "").id, 0)?;
+                let held = held.map(|m| (m.version, m.text.clone(), m.access_count));
+                assert_eq!(held.as_ref(), model.get(&id), "memory {id}");
+            }
+            assert_eq!(shard.search(&search(100))?.len(), model.len());
+            check(&shard)
+        };
+        run().map_err(|e| TestCaseError::fail(e.to_string()))?;
+    }
+}
