@@ -1,1 +1,31 @@
-//! scenarios
+//! Scenarios: what Loci must survive, as data; the clients that load it, the faults that hit it, the promises that judge it.
+//!
+//! ```text
+//! files/*.toml ─► spec ─► fault plan (by seed) ─┐
+//!                                               ├─► simulation: world, nodes, clients, faults ─► history ─► promises ─► verdict
+//!                              workload ────────┘                                                   (one JSON line per run)
+//! ```
+//!
+//! A run is one process and one seed. The runner starts a child per run, side by side, with bounds on time and memory. A run that
+//! proves nothing is not a success: fewer than [`report::ACKED_MIN`] acknowledged writes, less than [`report::VIRTUAL_MIN_S`]
+//! virtual seconds, or a planned fault that never took place make it `vacuous`.
+
+pub mod history;
+pub mod promises;
+pub mod report;
+pub mod spec;
+
+// The world's hands exist in the simulated build only; so does what uses them.
+#[cfg(madsim)]
+pub mod simulation;
+
+/// The command line of the simulator.
+#[cfg(madsim)]
+pub use simulation::cli::main;
+
+/// In production's build there is nothing to simulate with.
+#[cfg(not(madsim))]
+pub fn main() -> std::process::ExitCode {
+    eprintln!("this is the production build; simulate with `cargo sim list`, `cargo sim run NAME --seed N`, …");
+    std::process::ExitCode::from(2)
+}

@@ -59,7 +59,9 @@ pub fn parse_jsonl_line(line: &str) -> Result<JsonlMemory, String> {
         return Err(format!("field `importance` is {importance}; it must be from 0 to 1"));
     }
     match &memory.vector {
-        Some(vector) if vector.is_empty() => Err("field `vector` is empty; leave it out to have one made".into()),
+        Some(vector) if vector.is_empty() => {
+            Err("field `vector` is empty; leave it out to have one made".into())
+        }
         Some(vector) if vector.iter().any(|x| !x.is_finite()) => {
             Err("field `vector` holds a number too large for 32 bits".into())
         }
@@ -149,6 +151,23 @@ mod tests {
             let error = parse_jsonl_line(line).unwrap_err();
             assert!(error.contains(why), "{line}: {error}");
             assert!(!error.contains("at line"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_demo_ships_good_memories_and_answerable_questions() {
+        let memories: Vec<JsonlMemory> =
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/memories.jsonl"))
+                .lines()
+                .map(|line| parse_jsonl_line(line).unwrap_or_else(|error| panic!("{line}: {error}")))
+                .collect();
+        assert!(memories.len() >= 300);
+        for line in include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/questions.jsonl")).lines() {
+            let question: serde_json::Value = serde_json::from_str(line).unwrap();
+            let (user, expect) = (question["user"].as_str(), question["expect"].as_str().unwrap());
+            let answers =
+                memories.iter().filter(|m| m.user.as_deref() == user && m.text.contains(expect)).count();
+            assert!(answers >= 1, "no memory answers {line}");
         }
     }
 

@@ -6,14 +6,15 @@
 //! passages hold the same visible characters in the same order, without front matter, rulers and the marks of headings, whose
 //! words stand in [`Passage::heading`]. Only white space changes: the lines of a wrapped paragraph become one.
 
+mod markdown;
+
+use std::ops::Range;
 use std::path::Path;
 
 /// Sizes of a passage in characters.
 pub const TARGET_MIN: usize = 300;
 pub const TARGET_MAX: usize = 700;
 pub const HARD_MAX: usize = 1500;
-/// A longer line is no heading, whatever its marks say.
-const HEADING_MAX: usize = 200;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passage {
@@ -50,7 +51,9 @@ pub fn looks_binary(bytes: &[u8]) -> bool {
     let sample = &bytes[..bytes.len().min(8192)];
     let control = |b: &&u8| **b < b' ' && !b"\t\n\r\x08\x0c\x1b".contains(b);
     let broken: usize = sample.utf8_chunks().map(|chunk| chunk.invalid().len()).sum();
-    sample.starts_with(b"%PDF-") || sample.contains(&0) || (sample.iter().filter(control).count() + broken) * 10 > sample.len()
+    sample.starts_with(b"%PDF-")
+        || sample.contains(&0)
+        || (sample.iter().filter(control).count() + broken) * 10 > sample.len()
 }
 
 /// Of JSONL, every line that is not blank is a passage, for `parse_jsonl_line`.
@@ -59,13 +62,15 @@ pub fn split(format: Format, source: &str, content: &str) -> Vec<Passage> {
     let lines = lines_of(content);
     let sections = match format {
         Format::Jsonl => {
-            let passage = |(i, line): (usize, &Line)| (line.text.trim(), i + 1);
-            let filled = lines.iter().enumerate().map(passage).filter(|(text, _)| !text.is_empty());
-            let passage =
-                |(text, line): (&str, usize)| Passage { text: text.into(), source: source.into(), heading: String::new(), line };
-            return filled.map(passage).collect();
+            let passage = |(i, line): (usize, &Line)| Passage {
+                text: line.text.trim().into(),
+                source: source.into(),
+                heading: String::new(),
+                line: i + 1,
+            };
+            return lines.iter().enumerate().filter(|(_, line)| !line.is_blank()).map(passage).collect();
         }
-        Format::Markdown => markdown(&lines),
+        Format::Markdown => markdown::sections(content, &lines),
         Format::Text => vec![Section { heading: String::new(), blocks: paragraphs(&lines) }],
     };
     let mut passages = Vec::new();
@@ -104,13 +109,8 @@ impl Line<'_> {
 }
 
 fn lines_of(content: &str) -> Vec<Line<'_>> {
-    let mut start = 0;
-    let line = |text: &'_ str| {
-        start += text.len();
-        start - text.len()
-    };
-    let starts: Vec<usize> = content.split_inclusive('\n').map(line).collect();
-    starts.into_iter().zip(content.lines()).map(|(start, text)| Line { start, text }).collect()
+    let offset = |text: &str| text.as_ptr() as usize - content.as_ptr() as usize;
+    content.lines().map(|text| Line { start: offset(text), text }).collect()
 }
 
 struct Section {
@@ -178,45 +178,213 @@ fn item_mark(text: &str) -> Option<usize> {
     text[mark..].starts_with([' ', '\t']).then_some(mark + 1)
 }
 
-// ---- Markdown ----
+// ---- Pieces ----
 
-fn markdown(lines: &[Line]) -> Vec<Section> {
-    let mut sections = vec![Section { heading: String::new(), blocks: Vec::new() }];
-    let mut path: Vec<(usize, String)> = Vec::new();
-    let mut bare: Option<(usize, Block)> = None; // a heading with nothing below it yet, and its level
-    let mut at = front_matter(lines);
-    while let Some(line) = lines.get(at) {
-        let (next, what) = next_block(lines, at);
-        let rest = &lines[at..next];
-        let last = sections.len() - 1;
-        match what {
-            What::Skip => {}
-            What::Block(seam) => {
-                bare = None;
-                sections[last].blocks.extend(Block::new(rest, seam));
-            }
-            What::Heading(level, words) => {
-                if let Some((_, block)) = bare.take().filter(|(above, _)| level <= *above) {
-                    sections[last].blocks.push(block);
-                }
-                path.retain(|(above, _)| *above < level);
-                path.push((level, words));
-                let words: Vec<&str> = path.iter().map(|(_, words)| words.as_str()).collect();
-                sections.push(Section { heading: words.join(" > "), blocks: Vec::new() });
-                // As text, a heading goes without its marks.
-                let body = if line.text.trim_start().starts_with('#') { rest } else { &rest[..rest.len() - 1] };
-                bare = Block::new(body, Seam::Sentences).map(|block| (level, block));
-                if let Some((_, block)) = bare.as_mut().filter(|_| line.text.trim_start().starts_with('#')) {
-                    let words = heading_words(line.text).map_or("", |(_, words)| words);
-                    block.start = line.start + (words.as_ptr() as usize - line.text.as_ptr() as usize);
-                    block.end = block.start + words.len();
-                }
-            }
-        }
-        at = next;
-    }
-    if let (Some((_, block)), Some(section)) = (bare, sections.last_mut()) {
-        section.blocks.push(block);
-    }
-    sections
+#[derive(Debug)]
+struct Piece {
+    start: usize,
+    text: String,
+    chars: usize,
+    /// What stood between the piece before and this one.
+    glue: &'static str,
 }
+
+/// A block as one piece, or as several if it is too long. Prose is held to the target, what has a form of its own to the limit.
+fn pieces(content: &str, block: &Block) -> Vec<Piece> {
+    let limit = if block.flow { TARGET_MAX } else { HARD_MAX };
+    let mut pieces = Vec::new();
+    divide(content, block, block.start..block.end, None, limit, &mut pieces);
+    let mut pieces = pack(pieces);
+    if let Some(first) = pieces.first_mut() {
+        first.glue = "\n\n";
+    }
+    pieces
+}
+
+/// Adds the range whole if it is within the limit, else divided at the next finer seam (`None`: not divided yet).
+fn divide(
+    content: &str,
+    block: &Block,
+    range: Range<usize>,
+    seam: Option<Seam>,
+    limit: usize,
+    into: &mut Vec<Piece>,
+) {
+    let raw = &content[range.clone()];
+    let text = render(raw, block.flow, block.indent);
+    let chars = text.chars().count();
+    if chars == 0 {
+        return;
+    }
+    if chars <= limit {
+        let before = &content[block.start..range.start];
+        let gap = &before[before.trim_end().len()..];
+        let new_line = gap.contains('\n') && (!block.flow || item_mark(raw).is_some());
+        let glue = if new_line {
+            "\n"
+        } else if gap.is_empty() {
+            ""
+        } else {
+            " "
+        };
+        into.push(Piece { start: range.start, text, chars, glue });
+        return;
+    }
+    let seam = match seam {
+        None => block.seam,
+        Some(Seam::Items) => Seam::Lines,
+        Some(Seam::Lines) => Seam::Sentences,
+        Some(Seam::Sentences | Seam::Words) => Seam::Words,
+    };
+    let mut start = range.start;
+    for end in seams(raw, seam, block.indent).into_iter().map(|end| range.start + end).chain([range.end]) {
+        let part = &content[start..end];
+        let space = part.len() - part.trim_start().len();
+        // The indent of a line in code stays; the rest of the space between two parts is the glue's.
+        let keep = match part[..space].rfind('\n') {
+            _ if block.flow => space,
+            Some(line_end) => line_end + 1,
+            None if content[..start].ends_with('\n') || start == block.start => 0,
+            None => space,
+        };
+        let limit = if seam == Seam::Words { usize::MAX } else { HARD_MAX };
+        divide(content, block, start + keep..end, Some(seam), limit, into);
+        start = end;
+    }
+}
+
+/// Byte offsets at which the text may be divided, ascending, neither end included.
+fn seams(raw: &str, seam: Seam, indent: usize) -> Vec<usize> {
+    let line_starts = || raw.match_indices('\n').map(|(at, _)| at + 1).filter(|at| *at < raw.len());
+    match seam {
+        Seam::Lines => line_starts().collect(),
+        Seam::Items => {
+            let own_indent = |at: &usize| raw[*at..].len() - raw[*at..].trim_start_matches([' ', '\t']).len();
+            line_starts().filter(|at| item_mark(&raw[*at..]).is_some() && own_indent(at) <= indent).collect()
+        }
+        Seam::Sentences => sentence_ends(raw),
+        Seam::Words => word_ends(raw),
+    }
+}
+
+/// Offsets after `.`, `!`, `?` or `…` with its closing quotes, where white space and then no small letter follows, and after the full
+/// stops of Chinese and Japanese. The stop of an abbreviation or of an initial is none.
+fn sentence_ends(raw: &str) -> Vec<usize> {
+    const ABBREVIATIONS: [&str; 18] = [
+        "e.g", "i.e", "cf", "vs", "mr", "mrs", "ms", "dr", "prof", "st", "no", "fig", "vol", "approx",
+        "dept", "sec", "pp", "viz",
+    ];
+    let mut ends = Vec::new();
+    for (at, stop) in
+        raw.char_indices().filter(|(_, c)| matches!(c, '.' | '!' | '?' | '…' | '。' | '！' | '？'))
+    {
+        let rest = raw[at + stop.len_utf8()..]
+            .trim_start_matches(['"', '\'', ')', ']', '”', '’', '»', '*', '_', '」', '』']);
+        let end = raw.len() - rest.len();
+        let wide = matches!(stop, '。' | '！' | '？');
+        let begins = rest
+            .trim_start()
+            .chars()
+            .next()
+            .is_some_and(|c| !c.is_lowercase() && !matches!(c, '.' | '!' | '?' | '…'));
+        let spaced = rest.starts_with(char::is_whitespace);
+        let word = raw[..at].rsplit([' ', '\t', '\n', '(', '[', '"', '“']).next().unwrap_or_default();
+        let before = raw[..at - word.len()].trim_end_matches([' ', '\t']);
+        let opens_line = before.is_empty() || before.ends_with('\n');
+        let short = stop == '.'
+            && (word.chars().count() == 1 && word.chars().all(char::is_alphabetic)
+                || opens_line && word.bytes().all(|b| b.is_ascii_digit()) // the mark of an item
+                || ABBREVIATIONS.contains(&word.to_lowercase().as_str()));
+        if end < raw.len() && (wide || spaced && begins && !short) {
+            ends.push(end);
+        }
+    }
+    ends.dedup();
+    ends
+}
+
+/// Offsets at most [`TARGET_MAX`] characters apart, at white space where there is any.
+fn word_ends(raw: &str) -> Vec<usize> {
+    let mut ends = Vec::new();
+    let mut start = 0;
+    while let Some((length, _)) = raw[start..].char_indices().nth(TARGET_MAX) {
+        let reach = &raw[start..start + length];
+        let spaced =
+            reach.char_indices().rev().find(|(at, c)| *at > 0 && c.is_whitespace()).map(|(at, _)| at);
+        start += spaced.unwrap_or(length);
+        ends.push(start);
+    }
+    ends
+}
+
+/// Joins neighbours up to the target. One that is still short takes in its neighbour up to the limit.
+fn pack(pieces: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
+    let mut packed: Vec<Piece> = Vec::new();
+    let join = |left: &mut Piece, right: Piece| {
+        left.text += right.glue;
+        left.text += &right.text;
+        left.chars += right.glue.len() + right.chars;
+    };
+    for piece in pieces {
+        match packed.last_mut() {
+            Some(last) if last.chars + piece.glue.len() + piece.chars <= room(last) => join(last, piece),
+            _ => packed.push(piece),
+        }
+    }
+    if let Some(last) = packed.pop_if(|last| last.chars < TARGET_MIN) {
+        match packed.last_mut() {
+            Some(before) if before.chars + last.glue.len() + last.chars <= TARGET_MAX + TARGET_MIN => {
+                join(before, last)
+            }
+            _ => packed.push(last),
+        }
+    }
+    packed
+}
+
+fn room(piece: &Piece) -> usize {
+    if piece.chars < TARGET_MIN { HARD_MAX } else { TARGET_MAX }
+}
+
+/// What a reader sees: wrapped prose on one line, anything else as it stands without the indent of the whole.
+fn render(raw: &str, flow: bool, indent: usize) -> String {
+    let mut text = String::with_capacity(raw.len());
+    if !flow {
+        for line in raw.lines() {
+            let own = line.len() - line.trim_start_matches([' ', '\t']).len();
+            text += line[own.min(indent)..].trim_end();
+            text.push('\n');
+        }
+        text.truncate(text.trim_end().len());
+        return text;
+    }
+    for line in raw.lines() {
+        for (i, word) in line.split_whitespace().enumerate() {
+            text += match i {
+                _ if text.is_empty() => "",
+                0 if begins_item(line, &text) => "\n",
+                0 if is_hyphenated(&text, word) => "",
+                _ => " ",
+            };
+            text += word;
+        }
+    }
+    text
+}
+
+/// A wrapped sentence may happen to break before a number and a stop: that is an item only after a sentence.
+fn begins_item(line: &str, before: &str) -> bool {
+    let number = line.trim_start().starts_with(|c: char| c.is_ascii_digit());
+    item_mark(line).is_some() && (!number || before.ends_with(['.', ':', ';', '!', '?', ',']))
+}
+
+/// Whether a word goes on in the next line. The hyphen stays, as it may be the word's own.
+fn is_hyphenated(text: &str, next: &str) -> bool {
+    let mut back = text.chars().rev();
+    matches!(back.next(), Some('-' | '\u{2010}' | '\u{ad}'))
+        && back.next().is_some_and(char::is_alphabetic)
+        && next.starts_with(char::is_lowercase)
+}
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,9 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
     let bytes = text.trim().as_bytes();
     let refuse = |why: &str| format!("'{text}' is not a time: {why} (write it like 2025-03-14T09:00:00Z)");
     let number = |range: Range<usize>, least: i64, most: i64, what: &str| {
-        digits(bytes, range).filter(|n| (least..=most).contains(n)).ok_or_else(|| refuse(&format!("bad {what}")))
+        digits(bytes, range)
+            .filter(|n| (least..=most).contains(n))
+            .ok_or_else(|| refuse(&format!("bad {what}")))
     };
     let is = |at: usize, allowed: &[u8]| bytes.get(at).is_some_and(|b| allowed.contains(b));
 
@@ -46,7 +48,8 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
     let offset_minutes = match &bytes[at..] {
         [b'Z' | b'z'] => 0,
         [sign @ (b'+' | b'-'), _, _, b':', _, _] => {
-            let minutes = number(at + 1..at + 3, 0, 23, "offset")? * 60 + number(at + 4..at + 6, 0, 59, "offset")?;
+            let minutes =
+                number(at + 1..at + 3, 0, 23, "offset")? * 60 + number(at + 4..at + 6, 0, 59, "offset")?;
             if *sign == b'-' { -minutes } else { minutes }
         }
         [] => return Err(refuse("the zone is missing: end with Z or an offset such as +02:00")),

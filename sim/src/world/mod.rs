@@ -507,3 +507,8 @@ pub(crate) async fn arrive(arrival: Arrival) -> bool {
     let world = World::current();
     links::arrive(&world.inner.links, arrival).await
 }
+
+/// Virtual time since the world began, on nobody's clock: for those who judge, not for those who run.
+pub fn true_now() -> Duration {
+    madsim::time::TimeHandle::current().elapsed()
+}

@@ -1,0 +1,36 @@
+//! The promises, one file each: the claim, how it is read from the clients' history, and a short check.
+
+mod linearizable;
+mod p01;
+mod p03;
+mod p04;
+mod p05;
+mod p07;
+mod p10;
+mod p12;
+
+
+
+use crate::history::History;
+use serde::{Deserialize, Serialize};
+
+/// A promise that did not hold.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Violation {
+    pub promise: String,
+    /// Names operations, memories and times, for a person.
+    pub what: String,
+    pub at_s: f64,
+}
+
+fn violation(promise: &str, at_ns: u64, what: String) -> Violation {
+    Violation { promise: promise.into(), what, at_s: at_ns as f64 / 1e9 }
+}
+
+pub use p01::lost;
+
+/// Checks every promise.
+pub fn check_all(history: &History) -> Vec<Violation> {
+    let checks = [p01::check, p03::check, p04::check, p05::check, p07::check, p10::check, p12::check];
+    checks.iter().flat_map(|check| check(history)).collect()
+}

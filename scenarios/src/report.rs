@@ -1,0 +1,62 @@
+//! One run's result: one JSON line.
+
+use crate::promises::Violation;
+use crate::spec::Fault;
+use serde::{Deserialize, Serialize};
+
+/// Fewer acknowledged writes prove nothing.
+pub const ACKED_MIN: usize = 500;
+/// Nor does less virtual time, in seconds.
+pub const VIRTUAL_MIN_S: f64 = 60.0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Pass,
+    /// A promise did not hold.
+    Fail,
+    /// It ran, but proved nothing.
+    Vacuous,
+    /// The run itself ended badly: panic, time or memory bound.
+    Broken,
+}
+
+/// A planned fault, and whether it took place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fired {
+    pub fault: Fault,
+    /// On whom.
+    pub node: String,
+    pub fired: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub scenario: String,
+    pub seed: u64,
+    pub build: String,
+    pub verdict: Verdict,
+    /// The run's identity: equal in every process with this build, scenario and seed.
+    pub trace_hash: String,
+    pub virtual_s: f64,
+    pub wall_s: f64,
+    /// Writes that were acknowledged, and how many of them are lost.
+    pub acked: usize,
+    pub lost: usize,
+    pub faults: Vec<Fired>,
+    pub violations: Vec<Violation>,
+    /// Reads and searches that were answered.
+    pub reads: usize,
+    /// Writes whose outcome stayed unknown.
+    pub unknown: usize,
+    /// The longest time without an acknowledged write while clients asked for them, in virtual seconds.
+    pub write_gap_s: f64,
+    /// From the end of the last fault until all replicas agreed, in virtual seconds.
+    pub converge_s: Option<f64>,
+    /// What the simulated disks did to unsynced data.
+    pub writes_lost: u64,
+    pub entries_lost: u64,
+    /// Why the verdict is vacuous or broken.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub why: String,
+}

@@ -1,0 +1,284 @@
+//! One run: build the world, load it, hit it, let it recover, look at what is left, judge.
+
+use super::client::{self, Recorder};
+use super::cluster::{Cluster, host_of};
+use super::faults;
+use crate::history::{Final, History, Row, Sample};
+use crate::promises;
+use crate::report::{ACKED_MIN, Fired, Report, VIRTUAL_MIN_S, Verdict};
+use crate::spec::{Fault, Scenario};
+use nodes::error::Error;
+use nodes::proto::v1;
+use sim::time::{self, Duration};
+use sim::trace::Level;
+use sim::world::{self, NodeIndex, TraceLine, World};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Everything that a run gave.
+pub struct Run {
+    pub report: Report,
+    pub lines: Vec<TraceLine>,
+    pub plan: Vec<Fault>,
+}
+
+struct Seen {
+    history: History,
+    fired: Vec<Fired>,
+    writes_lost: u64,
+    entries_lost: u64,
+}
+
+/// Runs `scenario` with `seed` in this process, which must not have run one before. `all_lines` keeps the whole trace.
+pub fn run(name: &str, scenario: &Scenario, seed: u64, all_lines: bool) -> Run {
+    let mut plan = scenario.faults.list.clone();
+    if let Some(generate) = &scenario.faults.generate {
+        plan.extend(generate.plan(seed, scenario.workload_s));
+    }
+    plan.sort_by_key(|fault| fault.at_ms);
+    let started = super::cli::wall_seconds();
+    let (to_play, spec) = (plan.clone(), scenario.clone());
+    let outcome = world::run(seed, all_lines, |world| async move { scenes(world, spec, to_play).await });
+    let wall_s = super::cli::wall_seconds() - started;
+    let virtual_s = outcome.virtual_time.as_secs_f64();
+    let mut report = match outcome.value {
+        Ok(seen) => judge(seen, virtual_s),
+        Err(error) => Report { verdict: Verdict::Broken, why: error.to_string(), ..empty() },
+    };
+    report.scenario = name.into();
+    report.seed = seed;
+    report.trace_hash = format!("{:016x}", outcome.trace_hash);
+    report.virtual_s = virtual_s;
+    report.wall_s = wall_s;
+    Run { report, lines: outcome.lines, plan }
+}
+
+/// A report of nothing, to be filled in.
+pub fn empty() -> Report {
+    Report {
+        scenario: String::new(),
+        seed: 0,
+        build: nodes::BUILD.into(),
+        verdict: Verdict::Broken,
+        trace_hash: String::new(),
+        virtual_s: 0.0,
+        wall_s: 0.0,
+        acked: 0,
+        lost: 0,
+        faults: vec![],
+        violations: vec![],
+        reads: 0,
+        unknown: 0,
+        write_gap_s: 0.0,
+        converge_s: None,
+        writes_lost: 0,
+        entries_lost: 0,
+        why: String::new(),
+    }
+}
+
+fn judge(seen: Seen, virtual_s: f64) -> Report {
+    use crate::history::Response;
+    let Seen { history, fired, writes_lost, entries_lost } = seen;
+    let violations = promises::check_all(&history);
+    let acked = history.acked();
+    let idle: Vec<String> = fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
+    let (verdict, why) = if !violations.is_empty() {
+        (Verdict::Fail, String::new())
+    } else if acked < ACKED_MIN {
+        (Verdict::Vacuous, format!("only {acked} acknowledged writes, {ACKED_MIN} are needed"))
+    } else if virtual_s < VIRTUAL_MIN_S {
+        (Verdict::Vacuous, format!("only {virtual_s:.0} virtual seconds, {VIRTUAL_MIN_S:.0} are needed"))
+    } else if !idle.is_empty() {
+        (Verdict::Vacuous, format!("planned faults never took place: {}", idle.join(", ")))
+    } else {
+        (Verdict::Pass, String::new())
+    };
+    let mut acks: Vec<u64> =
+        history.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).map(|op| op.return_ns).collect();
+    acks.sort_unstable();
+    let gap_ns = acks.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
+    let count = |wanted: fn(&Response) -> bool| history.ops.iter().filter(|op| wanted(&op.response)).count();
+    Report {
+        verdict,
+        why,
+        acked,
+        lost: promises::lost(&history),
+        faults: fired,
+        violations,
+        reads: count(|r| matches!(r, Response::Value { .. } | Response::Absent { .. } | Response::Rows(_))),
+        unknown: count(|r| matches!(r, Response::Unknown)),
+        write_gap_s: gap_ns as f64 / 1e9,
+        converge_s: history.converged_ns.map(|at| at.saturating_sub(history.healed_ns) as f64 / 1e9),
+        writes_lost,
+        entries_lost,
+        ..empty()
+    }
+}
+
+async fn scenes(world: World, scenario: Scenario, plan: Vec<Fault>) -> Result<Seen, Error> {
+    // Setup.
+    let cluster = Arc::new(Cluster::start(&world, &scenario)?);
+    let recorder: Recorder = Arc::default();
+    let until = Duration::from_secs(scenario.workload_s);
+    // Start: load, faults and samples side by side.
+    let running = client::start(&cluster, &scenario.workload, &recorder, until);
+    let samples: Arc<Mutex<Vec<Sample>>> = Arc::default();
+    let sampler = sim::task::spawn(sample_forever(cluster.clone(), samples.clone()));
+    let fired = faults::play(&cluster, &plan).await;
+    let healed = world.now();
+    while *running.lock().unwrap_or_else(|p| p.into_inner()) > 0 {
+        time::sleep(Duration::from_millis(250)).await;
+    }
+    sampler.abort();
+    // Recover: the system gets its time after the load and the faults, without buggify.
+    world.stop_buggify();
+    let healed = healed.max(world.now());
+    world.note(0, Level::Info, "load and faults have ended; the system recovers");
+    let limit = Duration::from_secs(scenario.promises.converge_s);
+    let mut converged = None;
+    while world.now() < healed + limit * 2 {
+        if agree(&cluster).await {
+            converged = Some(world.now());
+            break;
+        }
+        time::sleep(Duration::from_millis(200)).await;
+    }
+    // Check.
+    let mut finals = vec![];
+    if converged.is_some() {
+        for &node in &cluster.replicas {
+            finals.push(look(&cluster, node).await?);
+        }
+    }
+    let (mut writes_lost, mut entries_lost) = (0, 0);
+    for disk in cluster.replicas.iter().filter_map(|n| world.disk(*n)) {
+        let counters = disk.counters();
+        writes_lost += counters.writes_lost + counters.writes_torn;
+        entries_lost += counters.entries_lost;
+    }
+    let ops = std::mem::take(&mut *recorder.lock().unwrap_or_else(|p| p.into_inner()));
+    world.identify(ops.len() as u64);
+    let history = History {
+        ops,
+        samples: std::mem::take(&mut *samples.lock().unwrap_or_else(|p| p.into_inner())),
+        finals,
+        healed_ns: healed.as_nanos() as u64,
+        converged_ns: converged.map(|at| at.as_nanos() as u64),
+        converge_limit_ns: limit.as_nanos() as u64,
+    };
+    Ok(Seen { history, fired, writes_lost, entries_lost })
+}
+
+/// Whether all replicas answer, name one leader and publish the same position.
+async fn agree(cluster: &Cluster) -> bool {
+    let (mut published, mut leaders) = (vec![], vec![]);
+    for &node in &cluster.replicas {
+        let Some(status) = cluster.status(node, false).await else { return false };
+        for shard in status.shards {
+            leaders.push(shard.leader.clone());
+            published.push((shard.last_index, shard.views.iter().map(|v| v.published_index).min().unwrap_or(0)));
+        }
+    }
+    let same = |w: &[(u64, u64)]| w[0] == w[1];
+    published.len() == cluster.replicas.len()
+        && published.windows(2).all(same)
+        && published.iter().all(|(last, published)| last == published)
+        && leaders.iter().all(|l| !l.is_empty() && *l == leaders[0])
+}
+
+async fn sample_forever(cluster: Arc<Cluster>, samples: Arc<Mutex<Vec<Sample>>>) {
+    loop {
+        time::sleep(SAMPLE_INTERVAL).await;
+        for &node in &cluster.replicas {
+            let Some(status) = cluster.status(node, false).await else { continue };
+            let sample = sample(&cluster, &status);
+            samples.lock().unwrap_or_else(|p| p.into_inner()).extend(sample);
+        }
+    }
+}
+
+fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Option<Sample> {
+    let shard = status.shards.first()?;
+    let at_ns = cluster.world.now().as_nanos() as u64;
+    Some(Sample { at_ns, node: status.node.clone(), index: shard.digest_index, digest: shard.digest.clone() })
+}
+
+/// Reads everything from one replica, tenant by tenant, as its clients would.
+async fn look(cluster: &Cluster, node: NodeIndex) -> Result<Final, Error> {
+    let unanswered = || Error::Internal(format!("{} does not answer after recovery", cluster.world.node_name(node)));
+    let addr = cluster.addr(node);
+    let status = cluster.status(node, true).await;
+    let sample = match &status {
+        Some(status) => sample(cluster, status),
+        None => cluster.status(node, false).await.as_ref().and_then(|s| sample(cluster, s)),
+    };
+    let sample = sample.ok_or_else(unanswered)?;
+    let scanned = match status.and_then(|s| s.shards.into_iter().next()) {
+        Some(shard) => Ok(shard.digest_by_scan),
+        None => Err("its tables and vectors do not agree, or could not be read".to_string()),
+    };
+    let channel = sim::net::connect(&addr).map_err(|e| Error::Internal(e.to_string()))?;
+    let (mut rows, mut versions) = (BTreeMap::new(), BTreeMap::new());
+    for (tenant, key) in cluster.keys.iter().enumerate() {
+        let mut client = v1::memory_service_client::MemoryServiceClient::new(channel.clone());
+        let failed = |s: tonic::Status| Error::Internal(format!("{}: {}", host_of(&addr), s.message()));
+        let eventual = Some(v1::ReadOptions { consistency: v1::Consistency::Eventual as i32, ..Default::default() });
+        let list = v1::ListRequest { options: eventual.clone(), include_archived: true, ..Default::default() };
+        let mut pages = client.list(with_key(list, key)).await.map_err(failed)?.into_inner();
+        while let Some(page) = pages.message().await.map_err(failed)? {
+            for memory in &page.memories {
+                rows.insert((tenant, memory.id.clone()), client::row(memory));
+            }
+        }
+        let ids = known_ids(cluster, tenant);
+        for id in ids {
+            let request = v1::HistoryRequest { id: id.clone(), options: eventual.clone() };
+            let changes = match client.history(with_key(request, key)).await {
+                Ok(answer) => answer.into_inner().changes,
+                Err(status) if status.code() == tonic::Code::NotFound => continue,
+                Err(status) => return Err(failed(status)),
+            };
+            versions.insert((tenant, id), changes.iter().map(version_of).collect::<Vec<_>>());
+        }
+    }
+    Ok(Final { sample, scanned, rows, versions })
+}
+
+/// The version of a change and the marker of the write that made it; a deletion's own version is one more than what it deleted.
+fn version_of(change: &v1::Change) -> (u64, String) {
+    let row = change.memory.as_ref().map_or_else(Row::default, client::row);
+    if change.kind == v1::ChangeKind::Deleted as i32 {
+        return (row.version + 1, format!("deletion of version {}", row.version));
+    }
+    (row.version, row.marker)
+}
+
+fn known_ids(cluster: &Cluster, tenant: usize) -> Vec<String> {
+    (0..cluster.keys_per_tenant).map(|number| client::id_of(tenant, number)).collect()
+}
+
+fn with_key<T>(message: T, key: &str) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    if let Ok(value) = format!("Bearer {key}").parse() {
+        request.metadata_mut().insert("authorization", value);
+    }
+    request.set_timeout(Duration::from_secs(10));
+    request
+}
+
+/// Lets three nodes do nothing for a while; how many entries their ledger has then.
+pub fn idle(virtual_s: u64) -> Result<u64, Error> {
+    let mut scenario = crate::spec::find("steady").map_err(Error::Internal)?;
+    scenario.topology.gateways = 0;
+    let outcome = world::run(1, false, |world| async move {
+        let cluster = Cluster::start(&world, &scenario)?;
+        time::sleep(Duration::from_secs(virtual_s)).await;
+        let status = cluster.status(cluster.replicas[0], false).await;
+        let last = status.and_then(|s| s.shards.first().map(|s| s.last_index));
+        last.ok_or_else(|| Error::Internal("the idle cluster does not answer".into()))
+    });
+    outcome.value
+}
