@@ -56,7 +56,8 @@ impl Accesses {
             let now = time::calendar_ms();
             let mut commands = vec![];
             for (tenant, touched) in counts {
-                let touched: Vec<_> = touched.into_iter().map(|(id, (count, last))| (id, count, last)).collect();
+                let touched: Vec<_> =
+                    touched.into_iter().map(|(id, (count, last))| (id, count, last)).collect();
                 for touches in touched.chunks(TOUCHES_MAX) {
                     commands.push(Command {
                         tenant: tenant.clone(),

@@ -96,7 +96,8 @@ impl Keys {
             Err(error) => return Err(error),
         };
         let len = file.len()?;
-        let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, format!("{KEYS_FILE}: {text}"));
+        let invalid =
+            |text: String| io::Error::new(io::ErrorKind::InvalidData, format!("{KEYS_FILE}: {text}"));
         if len > KEYS_BYTES_MAX {
             return Err(invalid("is too large".into()));
         }

@@ -86,17 +86,23 @@ fn all_roles() -> Vec<String> {
 impl NodeConfig {
     /// Reads and checks a configuration.
     pub fn parse(text: &str) -> Result<NodeConfig, Error> {
-        let config: NodeConfig = toml::from_str(text).map_err(|e| Error::invalid("configuration", e.to_string()))?;
+        let config: NodeConfig =
+            toml::from_str(text).map_err(|e| Error::invalid("configuration", e.to_string()))?;
         config.voters()?;
         config.has_group(&EDGE_ROLES)?;
         if config.has_group(&REPLICA_ROLES)? {
-            let id = config.id.ok_or_else(|| Error::invalid("id", "a node with the role ledger needs its number"))?;
+            let id = config
+                .id
+                .ok_or_else(|| Error::invalid("id", "a node with the role ledger needs its number"))?;
             if !config.voters()?.contains_key(&id) {
                 return Err(Error::invalid("replicas", format!("have no number {id}, this node's own")));
             }
         }
         if let Some(role) = config.roles.iter().find(|r| !all_roles().contains(r)) {
-            return Err(Error::invalid("roles", format!("there is no role '{role}'; there are {}", all_roles().join(", "))));
+            return Err(Error::invalid(
+                "roles",
+                format!("there is no role '{role}'; there are {}", all_roles().join(", ")),
+            ));
         }
         if config.roles.is_empty() {
             return Err(Error::invalid("roles", "are empty: this node would do nothing"));
@@ -108,9 +114,14 @@ impl NodeConfig {
     }
 
     pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {
-        let number = |text: &String| text.parse().map_err(|_| Error::invalid("replicas", format!("'{text}' is no number")));
-        let voters: BTreeMap<u64, String> =
-            self.replicas.iter().map(|(id, addr)| Ok((number(id)?, addr.clone()))).collect::<Result<_, Error>>()?;
+        let number = |text: &String| {
+            text.parse().map_err(|_| Error::invalid("replicas", format!("'{text}' is no number")))
+        };
+        let voters: BTreeMap<u64, String> = self
+            .replicas
+            .iter()
+            .map(|(id, addr)| Ok((number(id)?, addr.clone())))
+            .collect::<Result<_, Error>>()?;
         if voters.is_empty() {
             return Err(Error::invalid("replicas", "are empty; list at least one"));
         }
@@ -122,7 +133,10 @@ impl NodeConfig {
         match group.iter().filter(|role| self.roles.iter().any(|r| r == *role)).count() {
             0 => Ok(false),
             3 => Ok(true),
-            _ => Err(Error::invalid("roles", format!("{} live in one process: give all three or none", group.join(", ")))),
+            _ => Err(Error::invalid(
+                "roles",
+                format!("{} live in one process: give all three or none", group.join(", ")),
+            )),
         }
     }
 

@@ -8,7 +8,9 @@ use storage::model::*;
 use uuid::Uuid;
 
 pub fn parse_id(field: &str, text: &str) -> Result<MemoryId, Error> {
-    Uuid::try_parse(text).map(|u| u.into_bytes()).map_err(|_| Error::invalid(field, format!("'{text}' is no UUID")))
+    Uuid::try_parse(text)
+        .map(|u| u.into_bytes())
+        .map_err(|_| Error::invalid(field, format!("'{text}' is no UUID")))
 }
 
 pub fn id_text(id: &MemoryId) -> String {
@@ -27,7 +29,10 @@ pub fn derived_id(tenant: &str, key: &str) -> MemoryId {
 
 fn check_len(field: &str, text: &str, max: usize) -> Result<(), Error> {
     if text.len() > max {
-        return Err(Error::invalid(field, format!("is {} bytes long; at most {max} are allowed", text.len())));
+        return Err(Error::invalid(
+            field,
+            format!("is {} bytes long; at most {max} are allowed", text.len()),
+        ));
     }
     Ok(())
 }
@@ -50,7 +55,10 @@ pub fn check_metadata(text: &str) -> Result<(), Error> {
 
 fn check_categories(categories: &[String]) -> Result<(), Error> {
     if categories.len() > CATEGORIES_MAX {
-        return Err(Error::invalid("categories", format!("{} given; at most {CATEGORIES_MAX}", categories.len())));
+        return Err(Error::invalid(
+            "categories",
+            format!("{} given; at most {CATEGORIES_MAX}", categories.len()),
+        ));
     }
     categories.iter().try_for_each(|c| check_len("categories", c, NAME_BYTES_MAX))
 }
@@ -63,13 +71,20 @@ fn parse_links(links: &[String]) -> Result<Vec<MemoryId>, Error> {
 }
 
 fn check_importance(value: f32) -> Result<f32, Error> {
-    if (0.0..=1.0).contains(&value) { Ok(value) } else { Err(Error::invalid("importance", "must be from 0 to 1")) }
+    if (0.0..=1.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Error::invalid("importance", "must be from 0 to 1"))
+    }
 }
 
 /// Checks a caller's vector and brings it to unit length.
 pub fn unit_vector(vector: Vec<f32>, space: &str) -> Result<Vec<f32>, Error> {
     if vector.len() > DIMENSION_MAX {
-        return Err(Error::invalid("vector", format!("has {} dimensions; at most {DIMENSION_MAX}", vector.len())));
+        return Err(Error::invalid(
+            "vector",
+            format!("has {} dimensions; at most {DIMENSION_MAX}", vector.len()),
+        ));
     }
     if space.is_empty() {
         return Err(Error::invalid("space", "must name the model that made the vector"));
@@ -232,7 +247,10 @@ pub fn position(token: &v1::Token) -> Result<Position, Error> {
     let mut found = Position::default();
     for at in &token.positions {
         if at.shard != 0 {
-            return Err(Error::invalid("token", format!("names shard {}, which this cluster does not have", at.shard)));
+            return Err(Error::invalid(
+                "token",
+                format!("names shard {}, which this cluster does not have", at.shard),
+            ));
         }
         found = found.max(Position { epoch: at.epoch, index: at.index, item: u32::MAX });
     }

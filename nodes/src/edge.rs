@@ -81,7 +81,9 @@ impl EdgeLayer {
             let given = request.headers().get(SECRET_HEADER).map_or(&[][..], |v| v.as_bytes());
             // Hashes compare in constant time.
             if blake3::hash(given) != blake3::hash(self.secret.as_bytes()) {
-                return Err(Error::Unauthenticated("not a node of this cluster: cluster_secret differs".into()));
+                return Err(Error::Unauthenticated(
+                    "not a node of this cluster: cluster_secret differs".into(),
+                ));
             }
             return Ok(false);
         }
@@ -90,7 +92,9 @@ impl EdgeLayer {
         }
         let header = request.headers().get(http::header::AUTHORIZATION).and_then(|v| v.to_str().ok());
         let key = header.and_then(|h| h.strip_prefix("Bearer ")).ok_or_else(|| {
-            Error::Unauthenticated("no API key: send metadata 'authorization: Bearer KEY' (see `loci keys add`)".into())
+            Error::Unauthenticated(
+                "no API key: send metadata 'authorization: Bearer KEY' (see `loci keys add`)".into(),
+            )
         })?;
         let caller = self.keys.check(key).ok_or_else(|| {
             Error::Unauthenticated("unknown or revoked API key (see `loci keys list`)".into())
@@ -137,7 +141,9 @@ where
             drop(place);
             match answer {
                 Ok(answer) => answer,
-                Err(_) => Ok(refused(Status::deadline_exceeded("the deadline passed; a write may have been applied"))),
+                Err(_) => Ok(refused(Status::deadline_exceeded(
+                    "the deadline passed; a write may have been applied",
+                ))),
             }
         })
     }

@@ -18,7 +18,9 @@ pub enum Error {
     AlreadyExists { id: String, version: u64 },
     #[error("memory {id} is at version {actual}, not at the expected one; read it again and decide anew")]
     VersionMismatch { id: String, actual: u64 },
-    #[error("this idempotency key was used within 24 hours for a request with another content; use a new key")]
+    #[error(
+        "this idempotency key was used within 24 hours for a request with another content; use a new key"
+    )]
     KeyReused,
     #[error("{0}")]
     Unauthenticated(String),
@@ -30,11 +32,15 @@ pub enum Error {
     /// The write may or may not have been applied.
     #[error("{0}; the write may have been applied: retry it with the same idempotency key")]
     OutcomeUnknown(String),
-    #[error("the deadline passed before this replica saw the requested position; ask again or another replica")]
+    #[error(
+        "the deadline passed before this replica saw the requested position; ask again or another replica"
+    )]
     NotYetVisible,
     #[error("{0}; ask for less, or more slowly")]
     Overloaded(String),
-    #[error("the token names epoch {epoch} index {index}, which this ledger does not hold; what was written there is lost")]
+    #[error(
+        "the token names epoch {epoch} index {index}, which this ledger does not hold; what was written there is lost"
+    )]
     LostInFailover { epoch: u64, index: u64 },
     #[error("{0} is not there yet in this version")]
     Unimplemented(&'static str),
@@ -94,12 +100,19 @@ impl From<Error> for Status {
             }
             _ => vec![],
         };
-        details.set_error_info(error.reason(), DOMAIN, metadata.into_iter().collect::<std::collections::HashMap<_, _>>());
+        details.set_error_info(
+            error.reason(),
+            DOMAIN,
+            metadata.into_iter().collect::<std::collections::HashMap<_, _>>(),
+        );
         match &error {
             Error::Invalid { field, problem } => {
                 details.add_bad_request_violation(field, problem);
             }
-            Error::Unavailable(_) | Error::OutcomeUnknown(_) | Error::NotYetVisible | Error::Overloaded(_) => {
+            Error::Unavailable(_)
+            | Error::OutcomeUnknown(_)
+            | Error::NotYetVisible
+            | Error::Overloaded(_) => {
                 details.set_retry_info(Some(Duration::from_millis(100)));
             }
             _ => {}

@@ -16,6 +16,7 @@ pub mod convert;
 pub mod edge;
 pub mod error;
 pub mod gateway;
+pub mod http;
 pub mod ledger;
 pub mod limits;
 pub mod node;

@@ -55,16 +55,22 @@ impl Node {
         let started = Instant::now();
         let internal = |what: &str, e: &dyn std::fmt::Display| Error::Internal(format!("{what}: {e}"));
         let keys = KeyRing::open(disk.clone()).await.map_err(|e| internal("keys", &e))?;
-        let peers = Peers::new(&config.cluster_secret).map_err(|e| Error::invalid("cluster_secret", e.to_string()))?;
+        let peers = Peers::new(&config.cluster_secret)
+            .map_err(|e| Error::invalid("cluster_secret", e.to_string()))?;
         let voters = config.voters()?;
         let replicas: Vec<String> = voters.values().cloned().collect();
 
         let ledger = match (config.has_group(&REPLICA_ROLES)?, config.id) {
             (true, Some(id)) => {
                 let views_disk = disk.clone();
-                let shard = sim::task::blocking(move || Shard::open(views_disk, "views", ShardOptions::default()));
+                let shard =
+                    sim::task::blocking(move || Shard::open(views_disk, "views", ShardOptions::default()));
                 let shard = Arc::new(shard.await.map_err(|e| internal("views", &e))?);
-                sim::info!("views opened at {}, {:?} after start", shard.applied().0.index, started.elapsed());
+                sim::info!(
+                    "views opened at {}, {:?} after start",
+                    shard.applied().0.index,
+                    started.elapsed()
+                );
                 let options = config.ledger_options();
                 Some(Ledger::open(id, voters, disk.clone(), shard, peers.clone(), options).await?)
             }
@@ -102,7 +108,8 @@ impl Node {
             let accesses = Accesses::default();
             let interval = Duration::from_millis(config.tuning.access_flush_ms.max(1));
             sim::task::spawn(accesses.clone().flush_forever(proposer.clone(), interval));
-            let service = MemoryService { writer: Writer { ledger: proposer }, reader: Reader { views, accesses } };
+            let service =
+                MemoryService { writer: Writer { ledger: proposer }, reader: Reader { views, accesses } };
             let server = MemoryServiceServer::new(service);
             let limit = MESSAGE_BYTES_MAX;
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));

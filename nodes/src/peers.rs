@@ -22,9 +22,9 @@ pub struct Peers {
 impl Peers {
     /// `secret` must be printable ASCII.
     pub fn new(secret: &str) -> io::Result<Peers> {
-        let secret = secret
-            .parse()
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII"))?;
+        let secret = secret.parse().map_err(|_| {
+            io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII")
+        })?;
         Ok(Peers { secret, channels: Arc::default() })
     }
 

@@ -29,7 +29,10 @@ pub struct Reader {
 }
 
 /// What a read asks of its freshness; `or` is what the call does when it asks nothing.
-fn freshness(options: Option<&v1::ReadOptions>, or: v1::Consistency) -> Result<(v1::Consistency, Freshness), Error> {
+fn freshness(
+    options: Option<&v1::ReadOptions>,
+    or: v1::Consistency,
+) -> Result<(v1::Consistency, Freshness), Error> {
     let default = v1::ReadOptions::default();
     let options = options.unwrap_or(&default);
     let token = options.token.as_ref().map(convert::position).transpose()?.filter(|p| p.index > 0);
@@ -90,7 +93,12 @@ impl Reader {
         self.views.query(Query { freshness, wait_ms, ask }).await
     }
 
-    pub async fn get(&self, caller: &Caller, request: v1::GetRequest, deadline: Instant) -> Result<v1::GetResponse, Error> {
+    pub async fn get(
+        &self,
+        caller: &Caller,
+        request: v1::GetRequest,
+        deadline: Instant,
+    ) -> Result<v1::GetResponse, Error> {
         let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
         let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let id = convert::parse_id("id", &request.id)?;
@@ -153,8 +161,12 @@ impl Reader {
             return Err(Error::invalid("text", format!("at most {TEXT_BYTES_MAX} bytes")));
         }
         let (vector, space) = match (std::mem::take(&mut request.vector), text.is_empty()) {
-            (vector, true) if vector.is_empty() => return Err(Error::invalid("text", "a search needs a text or a vector")),
-            (vector, _) if !vector.is_empty() => (convert::unit_vector(vector, &request.space)?, request.space),
+            (vector, true) if vector.is_empty() => {
+                return Err(Error::invalid("text", "a search needs a text or a vector"));
+            }
+            (vector, _) if !vector.is_empty() => {
+                (convert::unit_vector(vector, &request.space)?, request.space)
+            }
             _ => {
                 sim::cpu::work(cost::EMBED).await;
                 (embed(&text), LEXICAL_SPACE.to_string())
@@ -186,14 +198,19 @@ impl Reader {
         } else {
             vec![0.0; found.len()]
         };
-        let mut hits: Vec<(f32, f32, Arc<Memory>)> =
-            found.into_iter().zip(lexical).map(|(hit, lexical)| (hit.similarity, lexical, hit.memory)).collect();
+        let mut hits: Vec<(f32, f32, Arc<Memory>)> = found
+            .into_iter()
+            .zip(lexical)
+            .map(|(hit, lexical)| (hit.similarity, lexical, hit.memory))
+            .collect();
         let score = |similarity: f32, lexical: f32| match rerank {
             true => VECTOR_SHARE * similarity + (1.0 - VECTOR_SHARE) * lexical,
             false => similarity,
         };
         if rerank {
-            hits.sort_by(|a, b| score(b.0, b.1).total_cmp(&score(a.0, a.1)).then_with(|| a.2.id.cmp(&b.2.id)));
+            hits.sort_by(|a, b| {
+                score(b.0, b.1).total_cmp(&score(a.0, a.1)).then_with(|| a.2.id.cmp(&b.2.id))
+            });
             hits.retain(|h| request.threshold == 0.0 || score(h.0, h.1) >= request.threshold);
             hits.truncate(k);
         }

@@ -175,7 +175,8 @@ impl Views for RemoteViews {
             let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
             match sim::time::timeout(left, client.query(self.peers.request(body, left))).await {
                 Ok(Ok(reply)) => {
-                    return codec::decode(&reply.into_inner().body).map_err(|e| Error::Internal(e.to_string()));
+                    return codec::decode(&reply.into_inner().body)
+                        .map_err(|e| Error::Internal(e.to_string()));
                 }
                 Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
                     return Err(Error::Unavailable(status.message().to_string()));

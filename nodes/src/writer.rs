@@ -88,7 +88,12 @@ impl Writer {
         Ok(Command { tenant, idempotency_key: key, request_hash, now, operation: Operation::Add(memory) })
     }
 
-    pub async fn add(&self, caller: &Caller, request: v1::AddRequest, deadline: Instant) -> Result<Written, Error> {
+    pub async fn add(
+        &self,
+        caller: &Caller,
+        request: v1::AddRequest,
+        deadline: Instant,
+    ) -> Result<Written, Error> {
         let command = Writer::add_command(caller, request, time::calendar_ms())?;
         sim::cpu::work(cost::EMBED).await;
         self.one(command, deadline).await
@@ -103,7 +108,10 @@ impl Writer {
     ) -> Result<Vec<Result<Written, Error>>, Error> {
         let count = request.items.len();
         if count == 0 || count > BATCH_ITEMS_MAX {
-            return Err(Error::invalid("items", format!("{count} given; 1 to {BATCH_ITEMS_MAX} are allowed")));
+            return Err(Error::invalid(
+                "items",
+                format!("{count} given; 1 to {BATCH_ITEMS_MAX} are allowed"),
+            ));
         }
         let now = time::calendar_ms();
         let checked: Vec<Result<Command, Error>> =
@@ -115,7 +123,8 @@ impl Writer {
             errors.push(item.as_ref().err().cloned());
             commands.extend(item);
         }
-        let outcomes = if commands.is_empty() { vec![] } else { self.ledger.propose(commands, deadline).await? };
+        let outcomes =
+            if commands.is_empty() { vec![] } else { self.ledger.propose(commands, deadline).await? };
         let mut outcomes = outcomes.into_iter();
         let missing = || Err(Error::Internal("the ledger gave too few outcomes".into()));
         Ok(errors

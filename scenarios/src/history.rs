@@ -30,25 +30,49 @@ pub struct Op {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     /// `marker` is unique to this logical write and stands in the text.
-    Add { id: Id, marker: String },
-    Update { id: Id, expected: Option<u64>, marker: String },
-    Delete { id: Id, expected: Option<u64> },
+    Add {
+        id: Id,
+        marker: String,
+    },
+    Update {
+        id: Id,
+        expected: Option<u64>,
+        marker: String,
+    },
+    Delete {
+        id: Id,
+        expected: Option<u64>,
+    },
     /// Strong if there is no token.
-    Get { id: Id, token: Option<u64> },
+    Get {
+        id: Id,
+        token: Option<u64>,
+    },
     Search,
     List,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Response {
-    Written { version: u64, at: At },
+    Written {
+        version: u64,
+        at: At,
+    },
     /// The same key was sent again after an answer and got another one.
-    Changed { first: String, then: String },
+    Changed {
+        first: String,
+        then: String,
+    },
     Refused(Refusal),
     /// It may have happened, once, at any time after the call, or never.
     Unknown,
-    Value { row: Row, shown: u64 },
-    Absent { shown: u64 },
+    Value {
+        row: Row,
+        shown: u64,
+    },
+    Absent {
+        shown: u64,
+    },
     Rows(Vec<Row>),
 }
 
@@ -105,9 +129,10 @@ impl Request {
     /// The memory that it is about, if it is about one.
     pub fn id(&self) -> Option<&Id> {
         match self {
-            Request::Add { id, .. } | Request::Update { id, .. } | Request::Delete { id, .. } | Request::Get { id, .. } => {
-                Some(id)
-            }
+            Request::Add { id, .. }
+            | Request::Update { id, .. }
+            | Request::Delete { id, .. }
+            | Request::Get { id, .. } => Some(id),
             Request::Search | Request::List => None,
         }
     }

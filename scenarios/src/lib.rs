@@ -26,6 +26,8 @@ pub use simulation::cli::main;
 /// In production's build there is nothing to simulate with.
 #[cfg(not(madsim))]
 pub fn main() -> std::process::ExitCode {
-    eprintln!("this is the production build; simulate with `cargo sim list`, `cargo sim run NAME --seed N`, …");
+    eprintln!(
+        "this is the production build; simulate with `cargo sim list`, `cargo sim run NAME --seed N`, …"
+    );
     std::process::ExitCode::from(2)
 }

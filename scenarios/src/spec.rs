@@ -133,10 +133,15 @@ pub struct Promises {
 pub fn find(name: &str) -> Result<Scenario, String> {
     let text = match SHIPPED.iter().find(|(n, _)| *n == name) {
         Some((_, text)) => text.to_string(),
-        None if name.ends_with(".toml") => std::fs::read_to_string(name).map_err(|e| format!("{name}: {e}"))?,
+        None if name.ends_with(".toml") => {
+            std::fs::read_to_string(name).map_err(|e| format!("{name}: {e}"))?
+        }
         None => {
             let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
-            return Err(format!("there is no scenario '{name}'; there are {}, or give a .toml file", known.join(", ")));
+            return Err(format!(
+                "there is no scenario '{name}'; there are {}, or give a .toml file",
+                known.join(", ")
+            ));
         }
     };
     toml::from_str(&text).map_err(|e| format!("scenario {name}: {e}"))
@@ -199,7 +204,8 @@ mod tests {
                     let plan = generate.plan(seed, scenario.workload_s);
                     assert!(!plan.is_empty(), "{name} seed {seed} plans nothing");
                     assert_eq!(plan, generate.plan(seed, scenario.workload_s));
-                    let text = toml::to_string(&Faults { generate: None, list: plan.clone() }).map_err(|e| e.to_string())?;
+                    let text = toml::to_string(&Faults { generate: None, list: plan.clone() })
+                        .map_err(|e| e.to_string())?;
                     let read: Faults = toml::from_str(&text).map_err(|e| e.to_string())?;
                     assert_eq!(read.list, plan, "a plan must survive being written down");
                 }

@@ -27,7 +27,9 @@ pub struct JoinHandle<T>(tokio::task::JoinHandle<T>);
 impl<T> Future for JoinHandle<T> {
     type Output = Result<T, JoinError>;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(cx).map(|r| r.map_err(|e| JoinError { panic: e.is_panic(), text: e.to_string() }))
+        Pin::new(&mut self.0)
+            .poll(cx)
+            .map(|r| r.map_err(|e| JoinError { panic: e.is_panic(), text: e.to_string() }))
     }
 }
 

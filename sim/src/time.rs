@@ -96,7 +96,9 @@ impl Future for Sleep {
             }
             let wait = self.deadline - now;
             match &mut self.timer {
-                Some((timer, waker)) if waker.will_wake(cx.waker()) && !imp::fired(timer) => return Poll::Pending,
+                Some((timer, waker)) if waker.will_wake(cx.waker()) && !imp::fired(timer) => {
+                    return Poll::Pending;
+                }
                 slot => *slot = Some((Box::pin(imp::timer(wait)), cx.waker().clone())),
             }
             let Some((timer, _)) = &mut self.timer else { continue };

@@ -3,10 +3,10 @@
 //! Idempotency and expected versions are decided here, the only place that cannot race. Nothing here looks at a clock
 //! or draws a random number.
 
+use crate::codec;
 use crate::error::StorageError;
 use crate::model::*;
 use crate::records::rows::{self, KeyRow, State, Stored};
-use crate::codec;
 use rusqlite::Connection;
 
 /// How long an idempotency key is remembered, in milliseconds of ledger time.
@@ -31,7 +31,12 @@ pub struct Applier<'a> {
 
 impl Applier<'_> {
     /// Applies one entry's commands; what came of each.
-    pub fn entry(&mut self, epoch: u64, index: u64, batch: Option<&Batch>) -> Result<Vec<Outcome>, StorageError> {
+    pub fn entry(
+        &mut self,
+        epoch: u64,
+        index: u64,
+        batch: Option<&Batch>,
+    ) -> Result<Vec<Outcome>, StorageError> {
         let mut outcomes = vec![];
         for (item, command) in batch.iter().flat_map(|b| &b.commands).enumerate() {
             self.state.ledger_time = self.state.ledger_time.max(command.now);
@@ -75,7 +80,9 @@ impl Applier<'_> {
             Operation::Update { id, expected_version, patch } => {
                 self.update(&command.tenant, id, *expected_version, patch, command.now, at)
             }
-            Operation::Delete { id, expected_version } => self.delete(&command.tenant, id, *expected_version, at),
+            Operation::Delete { id, expected_version } => {
+                self.delete(&command.tenant, id, *expected_version, at)
+            }
             Operation::Touch(touches) => self.touch(&command.tenant, touches, at),
         }
     }
@@ -106,7 +113,9 @@ impl Applier<'_> {
         id: &MemoryId,
         expected: Option<u64>,
     ) -> Result<Result<(Stored, Memory), Outcome>, StorageError> {
-        let Some(held) = rows::find(self.db, tenant, id)? else { return Ok(Err(Outcome::NotFound { id: *id })) };
+        let Some(held) = rows::find(self.db, tenant, id)? else {
+            return Ok(Err(Outcome::NotFound { id: *id }));
+        };
         let memory = rows::decode_body(&held.body)?;
         if expected.is_some_and(|e| e != memory.version) {
             return Ok(Err(Outcome::VersionMismatch { id: *id, actual: memory.version }));
@@ -188,7 +197,12 @@ impl Applier<'_> {
         Ok(())
     }
 
-    fn put_history(&mut self, row: (i64, u8, &[u8]), memory: &Memory, version: u64) -> Result<(), StorageError> {
+    fn put_history(
+        &mut self,
+        row: (i64, u8, &[u8]),
+        memory: &Memory,
+        version: u64,
+    ) -> Result<(), StorageError> {
         rows::put_history(self.db, row, &memory.tenant, &memory.id, version)?;
         self.add(rows::memory_hash("history", row.0, row.1, row.2, &[]));
         Ok(())

@@ -90,7 +90,8 @@ impl Cache {
     /// Stores what a reader read after a lookup that gave `evictions`.
     pub fn store_read(&self, memory: Arc<Memory>, evictions: u64) {
         let mut state = self.lock();
-        let known = get(&state.young, &memory.tenant, &memory.id).is_some() || get(&state.old, &memory.tenant, &memory.id).is_some();
+        let known = get(&state.young, &memory.tenant, &memory.id).is_some()
+            || get(&state.old, &memory.tenant, &memory.id).is_some();
         if !known && state.evictions == evictions {
             state.put((memory.tenant.clone(), memory.id), Some(memory), self.bytes_max);
         }

@@ -34,9 +34,10 @@ still take tell thing think three time times try turn two want well work world y
 
 /// How much a word weighs.
 fn weight(word: &str) -> f32 {
-    let listed = |list: &str| list.match_indices(word).any(|(at, _)| {
-        list.as_bytes()[at - 1] == b' ' && list.as_bytes()[at + word.len()] == b' '
-    });
+    let listed = |list: &str| {
+        list.match_indices(word)
+            .any(|(at, _)| list.as_bytes()[at - 1] == b' ' && list.as_bytes()[at + word.len()] == b' ')
+    };
     if word.len() < 12 && word.is_ascii() {
         if listed(STOP) {
             return 0.0;
@@ -54,8 +55,27 @@ fn stem(word: &str) -> &str {
         return word;
     }
     for (ending, least) in [
-        ("ications", 4), ("ication", 4), ("ations", 4), ("ation", 4), ("ments", 4), ("ment", 4), ("ingly", 4), ("edly", 4),
-        ("ness", 4), ("ings", 3), ("ing", 3), ("ies", 3), ("ied", 3), ("ers", 4), ("ed", 3), ("es", 3), ("er", 4), ("ly", 4), ("s", 3), ("e", 3), ("y", 3),
+        ("ications", 4),
+        ("ication", 4),
+        ("ations", 4),
+        ("ation", 4),
+        ("ments", 4),
+        ("ment", 4),
+        ("ingly", 4),
+        ("edly", 4),
+        ("ness", 4),
+        ("ings", 3),
+        ("ing", 3),
+        ("ies", 3),
+        ("ied", 3),
+        ("ers", 4),
+        ("ed", 3),
+        ("es", 3),
+        ("er", 4),
+        ("ly", 4),
+        ("s", 3),
+        ("e", 3),
+        ("y", 3),
     ] {
         if let Some(stem) = word.strip_suffix(ending)
             && stem.len() >= least
@@ -63,7 +83,9 @@ fn stem(word: &str) -> &str {
         {
             let bytes = stem.as_bytes();
             // A doubled consonant goes with its ending: "running" is "run", as "runs" is.
-            let doubled = bytes.len() > 3 && bytes[bytes.len() - 1] == bytes[bytes.len() - 2] && !b"aeiouls".contains(&bytes[bytes.len() - 1]);
+            let doubled = bytes.len() > 3
+                && bytes[bytes.len() - 1] == bytes[bytes.len() - 2]
+                && !b"aeiouls".contains(&bytes[bytes.len() - 1]);
             return if doubled { &stem[..stem.len() - 1] } else { stem };
         }
     }
@@ -178,7 +200,10 @@ pub fn lexical_scores(query: &str, texts: &[&str]) -> Vec<f32> {
                 return 0.0;
             }
             let held: f32 = terms.iter().zip(found).filter(|(_, p)| !p.is_empty()).map(|((_, w), _)| w).sum();
-            let close = found.windows(2).filter(|p| p[0].iter().any(|a| p[1].iter().any(|b| a.abs_diff(*b) <= 2))).count();
+            let close = found
+                .windows(2)
+                .filter(|p| p[0].iter().any(|a| p[1].iter().any(|b| a.abs_diff(*b) <= 2)))
+                .count();
             let close = if pairs > 0.0 { close as f32 / pairs } else { held / all };
             (6.0 * held / all + close) / 7.0
         })
@@ -192,7 +217,9 @@ mod tests {
 
     #[test]
     fn vectors_have_unit_length_and_never_change() {
-        let vector = embed("Maya moved her marathon training to the mornings because the nights at the clinic run long.");
+        let vector = embed(
+            "Maya moved her marathon training to the mornings because the nights at the clinic run long.",
+        );
         assert_eq!(vector.len(), DIMENSION);
         assert!((dot(&vector, &vector) - 1.0).abs() < 1e-5);
         let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -211,7 +238,9 @@ mod tests {
 
     #[test]
     fn endings_do_not_matter() {
-        for (a, b) in [("renovating", "renovated"), ("running", "runs"), ("studies", "study"), ("licenses", "license")] {
+        for (a, b) in
+            [("renovating", "renovated"), ("running", "runs"), ("studies", "study"), ("licenses", "license")]
+        {
             assert_eq!(stem(a), stem(b), "{a} and {b}");
         }
     }

@@ -12,7 +12,9 @@ pub enum StorageError {
     Sqlite(rusqlite::Error),
     #[error("the disk is full ({0}); nothing was changed, make room and restart this node")]
     Full(rusqlite::Error),
-    #[error("{what} is damaged ({problem}); remove this replica's views and let it restore them from its peers")]
+    #[error(
+        "{what} is damaged ({problem}); remove this replica's views and let it restore them from its peers"
+    )]
     Corrupt { what: String, problem: String },
     #[error("snapshot refused: {0}; nothing was changed, send it again")]
     Snapshot(String),

@@ -26,7 +26,9 @@ pub fn in_time(memory: &Memory, range: &TimeRange) -> bool {
 pub fn matches(filter: &Filter, memory: &Memory) -> bool {
     // The metadata is parsed once, and only if some condition asks for it.
     let metadata = std::cell::OnceCell::new();
-    eval(filter, memory, &|| metadata.get_or_init(|| serde_json::from_str(&memory.metadata).unwrap_or(Json::Null)))
+    eval(filter, memory, &|| {
+        metadata.get_or_init(|| serde_json::from_str(&memory.metadata).unwrap_or(Json::Null))
+    })
 }
 
 fn eval<'a>(filter: &Filter, memory: &Memory, metadata: &dyn Fn() -> &'a Json) -> bool {
@@ -50,7 +52,9 @@ fn eval<'a>(filter: &Filter, memory: &Memory, metadata: &dyn Fn() -> &'a Json) -
             values.iter().any(|v| equals(&held, v))
         }
         Filter::Contains { field, value } => match (held(field, memory, metadata), value) {
-            (Held::One(Value::Text(text)), Value::Text(part)) => text.to_lowercase().contains(&part.to_lowercase()),
+            (Held::One(Value::Text(text)), Value::Text(part)) => {
+                text.to_lowercase().contains(&part.to_lowercase())
+            }
             (Held::Many(values), value) => values.iter().any(|v| compare(v, value) == Some(Ordering::Equal)),
             _ => false,
         },

@@ -128,8 +128,15 @@ pub struct Patch {
 pub enum Operation {
     /// Adds a memory. `AlreadyExists` if its id is taken in this tenant.
     Add(Memory),
-    Update { id: MemoryId, expected_version: Option<u64>, patch: Patch },
-    Delete { id: MemoryId, expected_version: Option<u64> },
+    Update {
+        id: MemoryId,
+        expected_version: Option<u64>,
+        patch: Patch,
+    },
+    Delete {
+        id: MemoryId,
+        expected_version: Option<u64>,
+    },
     /// Batched access counts: (id, how many, last time). Unknown ids are skipped. Changes no version.
     Touch(Vec<(MemoryId, u64, UnixMs)>),
 }
@@ -157,10 +164,22 @@ pub struct Batch {
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub enum Outcome {
     /// Added, updated or deleted; `version` is the memory's version after it (of a deletion: the deleted version + 1).
-    Done { id: MemoryId, version: u64, position: Position },
-    NotFound { id: MemoryId },
-    AlreadyExists { id: MemoryId, version: u64 },
-    VersionMismatch { id: MemoryId, actual: u64 },
+    Done {
+        id: MemoryId,
+        version: u64,
+        position: Position,
+    },
+    NotFound {
+        id: MemoryId,
+    },
+    AlreadyExists {
+        id: MemoryId,
+        version: u64,
+    },
+    VersionMismatch {
+        id: MemoryId,
+        actual: u64,
+    },
     /// The key was used within 24 hours for a request with another content.
     KeyReused,
 }
@@ -195,11 +214,23 @@ pub enum Filter {
     And(Vec<Filter>),
     Or(Vec<Filter>),
     Not(Box<Filter>),
-    Compare { field: Field, op: CompareOp, value: Value },
-    In { field: Field, values: Vec<Value> },
+    Compare {
+        field: Field,
+        op: CompareOp,
+        value: Value,
+    },
+    In {
+        field: Field,
+        values: Vec<Value>,
+    },
     /// A text holds a substring (case-insensitive); a list holds a value.
-    Contains { field: Field, value: Value },
-    Exists { field: Field },
+    Contains {
+        field: Field,
+        value: Value,
+    },
+    Exists {
+        field: Field,
+    },
 }
 
 /// `Metadata` takes a dotted path into the JSON object.

@@ -80,7 +80,8 @@ impl Shard {
     pub(crate) fn load_vectors(&self) -> Result<(), StorageError> {
         let mut vectors = Vectors::default();
         let reader = self.records.reader();
-        let mut statement = reader.prepare("SELECT position, kind, body, vector FROM memories ORDER BY position")?;
+        let mut statement =
+            reader.prepare("SELECT position, kind, body, vector FROM memories ORDER BY position")?;
         let mut found = statement.query([])?;
         while let Some(row) = found.next()? {
             let row = rows::stored(row)?;
@@ -121,7 +122,11 @@ impl Shard {
         let mut outcomes = Vec::with_capacity(entries.len());
         for entry in entries {
             let skipped = (entry.epoch, entry.index) <= (before.position.epoch, before.position.index);
-            outcomes.push(if skipped { vec![] } else { applier.entry(entry.epoch, entry.index, entry.batch)? });
+            outcomes.push(if skipped {
+                vec![]
+            } else {
+                applier.entry(entry.epoch, entry.index, entry.batch)?
+            });
         }
         let Applier { state, effects, .. } = applier;
         if state.position == before.position {
@@ -233,7 +238,12 @@ impl Shard {
     }
 
     /// The tenant's changes after a position, in the order of the ledger.
-    pub fn changes_after(&self, tenant: &str, after: Position, limit: usize) -> Result<Vec<Change>, StorageError> {
+    pub fn changes_after(
+        &self,
+        tenant: &str,
+        after: Position,
+        limit: usize,
+    ) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
         let mut statement = reader.prepare_cached(
             "SELECT position, kind, body FROM history WHERE position > ?2 AND tenant = ?1
@@ -249,7 +259,11 @@ impl Shard {
         while let Some(row) = found.next()? {
             let (position, kind, body): (i64, u8, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
             let position = rows::unpack(epoch, position);
-            changes.push(Change { position, kind: rows::change_kind(kind)?, memory: rows::decode_body(&body)? });
+            changes.push(Change {
+                position,
+                kind: rows::change_kind(kind)?,
+                memory: rows::decode_body(&body)?,
+            });
         }
         Ok(changes)
     }
@@ -290,7 +304,8 @@ impl Shard {
                 let Some(mut memory) = memory else { continue };
                 if query.with_vector {
                     let mut whole = Memory::clone(&memory);
-                    whole.vector = self.vectors().get(&memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
+                    whole.vector =
+                        self.vectors().get(&memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
                     memory = Arc::new(whole);
                 }
                 hits.push(Hit { memory, similarity });
@@ -344,7 +359,13 @@ impl Shard {
         let mut with_vector = 0;
         each(&reader, "SELECT position, kind, body, vector FROM memories", |row| {
             let row = rows::stored(row)?;
-            digest = digest.wrapping_add(rows::memory_hash("memories", row.position, row.kind, &row.body, &row.vector));
+            digest = digest.wrapping_add(rows::memory_hash(
+                "memories",
+                row.position,
+                row.kind,
+                &row.body,
+                &row.vector,
+            ));
             let memory = rows::decode_body(&row.body)?;
             let vector = rows::vector_from(&row.vector);
             if !vector.is_empty() {

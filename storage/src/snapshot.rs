@@ -21,7 +21,10 @@ enum Piece {
 
 impl Shard {
     /// Gives the whole logical state at one position to `sink`, a frame at a time. Applying goes on meanwhile.
-    pub fn export(&self, sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>) -> Result<(), StorageError> {
+    pub fn export(
+        &self,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
         let mut reader = self.records.reader();
         let snapshot = reader.transaction()?;
         let mut pieces = 0;
@@ -55,7 +58,10 @@ impl Shard {
     }
 
     /// Replaces the whole state by an exported one. On any error nothing has changed.
-    pub fn import(&self, next: &mut dyn FnMut() -> Result<Option<Vec<u8>>, StorageError>) -> Result<(), StorageError> {
+    pub fn import(
+        &self,
+        next: &mut dyn FnMut() -> Result<Option<Vec<u8>>, StorageError>,
+    ) -> Result<(), StorageError> {
         let _applying = lock(&self.applying);
         let mut writer = self.records.writer();
         let transaction = writer.transaction()?;
@@ -64,7 +70,8 @@ impl Shard {
         while let Some(chunk) = next()? {
             let mut rest = &chunk[..];
             while !rest.is_empty() {
-                let (payload, then) = codec::unframe(rest).map_err(|e| StorageError::Snapshot(e.to_string()))?;
+                let (payload, then) =
+                    codec::unframe(rest).map_err(|e| StorageError::Snapshot(e.to_string()))?;
                 rest = then;
                 if end.is_some() {
                     return Err(StorageError::Snapshot("it goes on behind its end".into()));
@@ -104,7 +111,13 @@ fn put(db: &Connection, piece: Piece) -> Result<(), StorageError> {
         }
         Piece::History { version, mut row } => {
             let body = rows::encode_body(&mut row.memory);
-            rows::put_history(db, (row.position, row.kind, &body), &row.memory.tenant, &row.memory.id, version)
+            rows::put_history(
+                db,
+                (row.position, row.kind, &body),
+                &row.memory.tenant,
+                &row.memory.id,
+                version,
+            )
         }
         Piece::Key(row) => rows::put_key(db, &row),
         Piece::End { .. } => Ok(()),

@@ -43,7 +43,8 @@ fn delete(id: u64) -> Operation {
 
 fn apply(shard: &Shard, index: u64, commands: Vec<Command>) -> Result<Vec<Outcome>> {
     let batch = Batch { commands };
-    let mut outcomes = shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], &index.to_le_bytes())?;
+    let mut outcomes =
+        shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], &index.to_le_bytes())?;
     Ok(outcomes.pop().unwrap_or_default())
 }
 
@@ -107,11 +108,17 @@ fn key_is_forgotten_after_a_day_of_ledger_time() -> Result<()> {
 fn expected_version_is_decided_at_apply() -> Result<()> {
     let shard = open(&SimDisk::new(1))?;
     apply(&shard, 1, vec![command("t", "", 0, 5, add(1))])?;
-    let both = vec![command("t", "", 0, 5, update(1, "a", Some(1))), command("t", "", 0, 5, update(1, "b", Some(1)))];
+    let both = vec![
+        command("t", "", 0, 5, update(1, "a", Some(1))),
+        command("t", "", 0, 5, update(1, "b", Some(1))),
+    ];
     let outcomes = apply(&shard, 2, both)?;
     assert!(matches!(outcomes[0], Outcome::Done { version: 2, .. }));
     assert!(matches!(outcomes[1], Outcome::VersionMismatch { actual: 2, .. }));
-    assert!(matches!(apply(&shard, 3, vec![command("t", "", 0, 5, delete(9))])?[0], Outcome::NotFound { .. }));
+    assert!(matches!(
+        apply(&shard, 3, vec![command("t", "", 0, 5, delete(9))])?[0],
+        Outcome::NotFound { .. }
+    ));
     check(&shard)
 }
 
@@ -125,8 +132,11 @@ fn versions_go_on_after_a_deletion() -> Result<()> {
     assert_eq!(versions, [1, 2, 3, 4]);
     let kinds: Vec<ChangeKind> = shard.history("t", &memory("t", 1, "").id)?.iter().map(|c| c.kind).collect();
     assert_eq!(kinds, [ChangeKind::Added, ChangeKind::Updated, ChangeKind::Deleted, ChangeKind::Added]);
-    let positions: Vec<Position> =
-        shard.changes_after("t", Position { epoch: 1, index: 1, item: 0 }, 10)?.iter().map(|c| c.position).collect();
+    let positions: Vec<Position> = shard
+        .changes_after("t", Position { epoch: 1, index: 1, item: 0 }, 10)?
+        .iter()
+        .map(|c| c.position)
+        .collect();
     assert_eq!(positions.iter().map(|p| p.item).collect::<Vec<_>>(), [1, 2, 3]);
     check(&shard)
 }

@@ -96,12 +96,18 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
 
 #[tonic::async_trait]
 impl admin_service_server::AdminService for AdminService {
-    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
         operator(&request)?;
         Ok(Response::new(self.about.status(request.get_ref().with_digest).await?))
     }
 
-    async fn members(&self, request: Request<v1::MembersRequest>) -> Result<Response<v1::MembersResponse>, Status> {
+    async fn members(
+        &self,
+        request: Request<v1::MembersRequest>,
+    ) -> Result<Response<v1::MembersResponse>, Status> {
         operator(&request)?;
         Ok(Response::new(v1::MembersResponse { members: self.about.members() }))
     }

@@ -10,15 +10,24 @@ const MISSING: Error = Error::Unimplemented("the graph view");
 
 #[tonic::async_trait]
 impl graph_service_server::GraphService for GraphService {
-    async fn upsert_edges(&self, _: Request<v1::UpsertEdgesRequest>) -> Result<Response<v1::UpsertEdgesResponse>, Status> {
+    async fn upsert_edges(
+        &self,
+        _: Request<v1::UpsertEdgesRequest>,
+    ) -> Result<Response<v1::UpsertEdgesResponse>, Status> {
         Err(MISSING.into())
     }
 
-    async fn delete_edges(&self, _: Request<v1::DeleteEdgesRequest>) -> Result<Response<v1::DeleteEdgesResponse>, Status> {
+    async fn delete_edges(
+        &self,
+        _: Request<v1::DeleteEdgesRequest>,
+    ) -> Result<Response<v1::DeleteEdgesResponse>, Status> {
         Err(MISSING.into())
     }
 
-    async fn traverse(&self, _: Request<v1::TraverseRequest>) -> Result<Response<v1::TraverseResponse>, Status> {
+    async fn traverse(
+        &self,
+        _: Request<v1::TraverseRequest>,
+    ) -> Result<Response<v1::TraverseResponse>, Status> {
         Err(MISSING.into())
     }
 }

@@ -46,7 +46,9 @@ fn info(written: &Written) -> Option<v1::WriteInfo> {
 
 fn batch_result(result: Result<Written, Error>) -> v1::BatchAddResult {
     match result {
-        Ok(w) => v1::BatchAddResult { id: id_text(&w.id), version: w.version, error: None, item: w.position.item },
+        Ok(w) => {
+            v1::BatchAddResult { id: id_text(&w.id), version: w.version, error: None, item: w.position.item }
+        }
         Err(error) => {
             let id = if let Error::AlreadyExists { id, .. } = &error { id.clone() } else { String::new() };
             let error = v1::ItemError {
@@ -70,7 +72,10 @@ impl memory_service_server::MemoryService for MemoryService {
         Ok(Response::new(v1::AddResponse { id: id_text(&w.id), version: w.version, info: info(&w) }))
     }
 
-    async fn batch_add(&self, request: Request<v1::BatchAddRequest>) -> Result<Response<v1::BatchAddResponse>, Status> {
+    async fn batch_add(
+        &self,
+        request: Request<v1::BatchAddRequest>,
+    ) -> Result<Response<v1::BatchAddResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let results = self.writer.batch_add(&caller, request.into_inner(), deadline).await?;
         let last = results.iter().flatten().map(|w| w.position).max();
@@ -83,13 +88,19 @@ impl memory_service_server::MemoryService for MemoryService {
         Ok(Response::new(self.reader.get(&caller, request.into_inner(), deadline).await?))
     }
 
-    async fn update(&self, request: Request<v1::UpdateRequest>) -> Result<Response<v1::UpdateResponse>, Status> {
+    async fn update(
+        &self,
+        request: Request<v1::UpdateRequest>,
+    ) -> Result<Response<v1::UpdateResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let w = self.writer.update(&caller, request.into_inner(), deadline).await?;
         Ok(Response::new(v1::UpdateResponse { id: id_text(&w.id), version: w.version, info: info(&w) }))
     }
 
-    async fn delete(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteResponse>, Status> {
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let w = self.writer.delete(&caller, request.into_inner(), deadline).await?;
         Ok(Response::new(v1::DeleteResponse { id: id_text(&w.id), version: w.version, info: info(&w) }))
@@ -127,7 +138,10 @@ impl memory_service_server::MemoryService for MemoryService {
         Ok(Response::new(Feed(feed)))
     }
 
-    async fn search(&self, request: Request<v1::SearchRequest>) -> Result<Response<v1::SearchResponse>, Status> {
+    async fn search(
+        &self,
+        request: Request<v1::SearchRequest>,
+    ) -> Result<Response<v1::SearchResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         Ok(Response::new(self.reader.search(&caller, request.into_inner(), deadline).await?))
     }
@@ -147,7 +161,10 @@ impl memory_service_server::MemoryService for MemoryService {
         Ok(Response::new(v1::BatchSearchResponse { results }))
     }
 
-    async fn history(&self, request: Request<v1::HistoryRequest>) -> Result<Response<v1::HistoryResponse>, Status> {
+    async fn history(
+        &self,
+        request: Request<v1::HistoryRequest>,
+    ) -> Result<Response<v1::HistoryResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         Ok(Response::new(self.reader.history(&caller, request.into_inner(), deadline).await?))
     }
@@ -164,13 +181,14 @@ impl memory_service_server::MemoryService for MemoryService {
         sim::task::spawn(async move {
             let mut idle = 0;
             loop {
-                let (changes, shown) = match reader.changes(&caller.tenant, Some(seen), WATCH_CHANGES_MAX).await {
-                    Ok(found) => found,
-                    Err(error) => {
-                        let _ = send.send(Err(error.into())).await;
-                        return;
-                    }
-                };
+                let (changes, shown) =
+                    match reader.changes(&caller.tenant, Some(seen), WATCH_CHANGES_MAX).await {
+                        Ok(found) => found,
+                        Err(error) => {
+                            let _ = send.send(Err(error.into())).await;
+                            return;
+                        }
+                    };
                 // A full page may have left changes behind, so only its own last position is seen.
                 seen = match changes.last() {
                     Some(last) => last.position,

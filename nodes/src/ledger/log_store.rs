@@ -80,7 +80,8 @@ async fn flusher(log: Arc<Log>, mut waiting: mpsc::UnboundedReceiver<IOFlushed<T
         }
         let log = log.clone();
         if let Err(error) = sim::task::blocking(move || log.sync()).await {
-            sim::task::abort(&format!("the ledger's log cannot be made durable ({error}); check the disk")).await;
+            sim::task::abort(&format!("the ledger's log cannot be made durable ({error}); check the disk"))
+                .await;
         }
         for callback in callbacks {
             callback.io_completed(Ok(()));
@@ -171,7 +172,8 @@ impl RaftLogStorage<Types> for LogStore {
     async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
         let purged: Option<LogId> = self.meta(PURGED)?;
         let (first, last) = (self.log.first_index(), self.log.last_index());
-        let last_log_id = if last >= first { self.read(last - 1, last)?.pop().map(|e| e.log_id()) } else { None };
+        let last_log_id =
+            if last >= first { self.read(last - 1, last)?.pop().map(|e| e.log_id()) } else { None };
         Ok(LogState { last_purged_log_id: purged, last_log_id: last_log_id.or(purged) })
     }
 
@@ -204,7 +206,8 @@ impl RaftLogStorage<Types> for LogStore {
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
         let (log, from) = (self.log.clone(), position_index(last.map_or(0, |l| l.index + 1)));
         if let Err(error) = sim::task::blocking(move || log.truncate_from(from)).await {
-            sim::task::abort(&format!("the ledger's log cannot be truncated ({error}); check the disk")).await;
+            sim::task::abort(&format!("the ledger's log cannot be truncated ({error}); check the disk"))
+                .await;
         }
         Ok(())
     }

@@ -133,7 +133,8 @@ impl Ledger {
         let log = sim::task::blocking(move || Log::open(log_disk, "ledger", log_options)).await;
         let log = Arc::new(log.map_err(|e| internal("ledger", e))?);
         let store = log_store::LogStore::new(log);
-        let machine = StateMachine::new(shard.clone(), FIRST_EPOCH).await.map_err(|e| internal("views", e))?;
+        let machine =
+            StateMachine::new(shard.clone(), FIRST_EPOCH).await.map_err(|e| internal("views", e))?;
         let network = Network { peers: peers.clone(), disk };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if !raft.is_initialized().await.map_err(|e| internal("ledger", e))? {
@@ -151,7 +152,8 @@ impl Ledger {
 
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.
     pub fn leader(&self) -> Option<(u64, String)> {
-        let metrics = openraft::async_runtime::WatchReceiver::borrow_watched(&self.raft.server_metrics()).clone();
+        let metrics =
+            openraft::async_runtime::WatchReceiver::borrow_watched(&self.raft.server_metrics()).clone();
         let leader = metrics.current_leader?;
         let node = metrics.membership_config.membership().get_node(&leader)?.addr.clone();
         Some((leader, node))
@@ -264,7 +266,8 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
         let proposed = match hint.take() {
             None => sim::time::timeout(left, here(commands.clone())).await.unwrap_or_else(|_| late()),
             Some(addr) => {
-                let body = encoded.get_or_insert_with(|| bytes::Bytes::from(codec::encode(&commands))).clone();
+                let body =
+                    encoded.get_or_insert_with(|| bytes::Bytes::from(codec::encode(&commands))).clone();
                 propose_at(peers, &addr, body, left).await
             }
         };
@@ -292,7 +295,9 @@ async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration
             Ok(proposed) => proposed,
             Err(error) => Proposed::Unknown(error.to_string()),
         },
-        Ok(Err(status)) => Proposed::Unknown(format!("the leader at {addr} did not answer: {}", status.message())),
+        Ok(Err(status)) => {
+            Proposed::Unknown(format!("the leader at {addr} did not answer: {}", status.message()))
+        }
         Err(_) => late(),
     }
 }
@@ -337,7 +342,11 @@ async fn submit(raft: Raft, callers: Vec<Waiting>) {
             let mut outcomes = outcomes.into_iter();
             for (count, reply) in replies {
                 let own: Vec<Outcome> = outcomes.by_ref().take(count).collect();
-                let own = if own.len() == count { Ok(own) } else { Err(internal("ledger", "outcomes are missing")) };
+                let own = if own.len() == count {
+                    Ok(own)
+                } else {
+                    Err(internal("ledger", "outcomes are missing"))
+                };
                 let _ = reply.send(own);
             }
         }

@@ -8,8 +8,8 @@ use crate::proto::internal::Body;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, v2::RaftNetworkV2};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse,
-    VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{BasicNode, OptionalSend, RaftNetworkFactory};
 use serde::Serialize;
@@ -75,7 +75,10 @@ impl Peer {
                 Method::TransferLeader => client.transfer_leader(request).await,
             }
         };
-        let reply = sim::time::timeout(ttl, call).await.map_err(unreachable)?.map_err(|s| unreachable(s.message()))?;
+        let reply = sim::time::timeout(ttl, call)
+            .await
+            .map_err(unreachable)?
+            .map_err(|s| unreachable(s.message()))?;
         codec::decode_serde(&reply.into_inner().body).map_err(|e| unreachable(e).into())
     }
 }
@@ -91,11 +94,19 @@ impl RaftNetworkV2<Types> for Peer {
         self.call(Method::Append, &rpc, option.hard_ttl()).await
     }
 
-    async fn vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, Error> {
         self.call(Method::Vote, &rpc, option.hard_ttl()).await
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, Error> {
         self.call(Method::PreVote, &rpc, option.hard_ttl()).await
     }
 
@@ -133,7 +144,7 @@ impl RaftNetworkV2<Types> for Peer {
             let rest = futures::stream::unfold(Some(file), |file| async move {
                 let mut file = file?;
                 let (file, chunk) = sim::task::blocking(move || {
-                    let chunk = file.next();
+                    let chunk = file.next_chunk();
                     (file, chunk)
                 })
                 .await;

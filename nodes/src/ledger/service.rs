@@ -24,7 +24,8 @@ pub struct ReplicaService {
 type Answer = Result<Response<Body>, Status>;
 
 fn decoded<T: DeserializeOwned>(request: &Request<Body>) -> Result<T, Status> {
-    codec::decode_serde(&request.get_ref().body).map_err(|e| Status::invalid_argument(format!("unreadable message: {e}")))
+    codec::decode_serde(&request.get_ref().body)
+        .map_err(|e| Status::invalid_argument(format!("unreadable message: {e}")))
 }
 
 fn answer<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Answer {
@@ -68,7 +69,8 @@ impl replica_server::Replica for ReplicaService {
         let (disk, name) = (self.disk.clone(), path.clone());
         let mut sink = sim::task::blocking(move || FileSink::create(&*disk, &name)).await.map_err(broken)?;
         while let Some(chunk) = stream.message().await? {
-            sink = sim::task::blocking(move || sink.push(&chunk.body).map(|()| sink)).await.map_err(broken)?;
+            sink =
+                sim::task::blocking(move || sink.push(&chunk.body).map(|()| sink)).await.map_err(broken)?;
         }
         let source = SnapshotSource::File { disk: self.disk.clone(), path };
         let snapshot = openraft::storage::Snapshot { meta, snapshot: source };

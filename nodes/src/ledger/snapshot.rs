@@ -49,7 +49,7 @@ impl FileChunks {
         Ok(FileChunks { file, offset: 0, len })
     }
 
-    pub fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+    pub fn next_chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
         if self.offset == self.len {
             return Ok(None);
         }
@@ -57,7 +57,10 @@ impl FileChunks {
         self.read_exact(&mut length)?;
         let length = u32::from_le_bytes(length) as usize;
         if length > CHUNK_BYTES_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "snapshot file is corrupt: oversized chunk"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "snapshot file is corrupt: oversized chunk",
+            ));
         }
         let mut chunk = vec![0; length];
         self.read_exact(&mut chunk)?;

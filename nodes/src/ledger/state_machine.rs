@@ -36,6 +36,9 @@ pub enum SnapshotSource {
 pub struct StateMachine {
     shard: Arc<Shard>,
     epoch: u64,
+    /// How far openraft knows that the views are. A received snapshot's data can be further than it said, and a checkpoint must
+    /// not name entries that openraft has not yet handed over.
+    known: SnapshotMeta,
     /// The last checkpoint.
     snapshot: Arc<Mutex<SnapshotMeta>>,
 }
@@ -60,8 +63,9 @@ impl StateMachine {
     pub async fn new(shard: Arc<Shard>, epoch: u64) -> io::Result<StateMachine> {
         let views = shard.clone();
         sim::task::blocking(move || views.checkpoint()).await.map_err(io_error)?;
-        let snapshot = Arc::new(Mutex::new(applied_meta(&shard)?));
-        Ok(StateMachine { shard, epoch, snapshot })
+        let known = applied_meta(&shard)?;
+        let snapshot = Arc::new(Mutex::new(known.clone()));
+        Ok(StateMachine { shard, epoch, known, snapshot })
     }
 
     async fn apply_some(&self, entries: Vec<(Entry, Option<Batch>)>) -> Vec<Vec<storage::model::Outcome>> {
@@ -139,6 +143,12 @@ impl RaftStateMachine<Types> for StateMachine {
             if batch.is_empty() {
                 continue;
             }
+            for (entry, _) in &batch {
+                self.known.last_log_id = Some(entry.log_id());
+                if let EntryPayload::Membership(m) = &entry.payload {
+                    self.known.last_membership = StoredMembership::new(Some(entry.log_id()), m.clone());
+                }
+            }
             let outcomes = self.apply_some(batch).await;
             for (responder, outcomes) in responders.into_iter().zip(outcomes) {
                 if let Some(responder) = responder {
@@ -150,7 +160,7 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Checkpointer {
-        Checkpointer { shard: self.shard.clone(), snapshot: self.snapshot.clone() }
+        Checkpointer { shard: self.shard.clone(), meta: self.known.clone(), snapshot: self.snapshot.clone() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotSource) -> io::Result<()> {
@@ -163,8 +173,11 @@ impl RaftStateMachine<Types> for StateMachine {
             let (position, _) = shard.applied();
             // The views may already be ahead: a snapshot's data can be newer than its meta.
             if position.index < index {
-                let mut chunks = super::snapshot::FileChunks::open(&*disk, &path).map_err(|e| e.to_string())?;
-                shard.import(&mut || chunks.next().map_err(StorageError::from)).map_err(|e| e.to_string())?;
+                let mut chunks =
+                    super::snapshot::FileChunks::open(&*disk, &path).map_err(|e| e.to_string())?;
+                shard
+                    .import(&mut || chunks.next_chunk().map_err(StorageError::from))
+                    .map_err(|e| e.to_string())?;
                 shard.checkpoint().map_err(|e| e.to_string())?;
             }
             disk.remove(&path).map_err(|e| e.to_string())?;
@@ -174,13 +187,17 @@ impl RaftStateMachine<Types> for StateMachine {
             Ok(position) => sim::info!("snapshot installed, views at {}", position.index),
             Err(error) => return Err(io::Error::other(format!("snapshot not installed: {error}"))),
         }
+        self.known = meta.clone();
         *lock(&self.snapshot) = meta.clone();
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
         let meta = lock(&self.snapshot).clone();
-        Ok(meta.last_log_id.is_some().then(|| Snapshot { meta, snapshot: SnapshotSource::Views(self.shard.clone()) }))
+        Ok(meta
+            .last_log_id
+            .is_some()
+            .then(|| Snapshot { meta, snapshot: SnapshotSource::Views(self.shard.clone()) }))
     }
 }
 
@@ -191,6 +208,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Makes the applied state durable, so that the log below it may go.
 pub struct Checkpointer {
     shard: Arc<Shard>,
+    /// What was applied when the checkpoint was asked for; it covers at least that.
+    meta: SnapshotMeta,
     snapshot: Arc<Mutex<SnapshotMeta>>,
 }
 
@@ -198,8 +217,7 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
     type SnapshotData = SnapshotSource;
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
-        // The position is read first: the checkpoint then covers at least that.
-        let meta = applied_meta(&self.shard)?;
+        let meta = self.meta.clone();
         let shard = self.shard.clone();
         if let Err(error) = sim::task::blocking(move || shard.checkpoint()).await {
             sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await;

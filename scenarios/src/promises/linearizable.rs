@@ -39,9 +39,9 @@ fn step(state: &State, op: &Op) -> Option<State> {
             Request::Update { expected, .. } | Request::Delete { expected, .. },
             Response::Refused(Refusal::VersionMismatch { actual }),
         ) => (exists && *actual == state.version && !expected_ok(expected)).then(|| state.clone()),
-        (Request::Get { .. }, Response::Value { row, .. }) => {
-            (state.marker.as_ref() == Some(&row.marker) && row.version == state.version).then(|| state.clone())
-        }
+        (Request::Get { .. }, Response::Value { row, .. }) => (state.marker.as_ref() == Some(&row.marker)
+            && row.version == state.version)
+            .then(|| state.clone()),
         (Request::Get { .. }, Response::Absent { .. }) => (!exists).then(|| state.clone()),
         (Request::Add { marker, .. }, Response::Written { version, .. }) => {
             (!exists && *version == state.version + 1).then(|| next(Some(marker)))
@@ -92,7 +92,8 @@ pub fn check(ops: &[&Op]) -> Verdict {
             deepest = (*done, state.clone(), taken.clone());
         }
         // Nothing that was called after an open answer can come before it.
-        let open = (0..ops.len()).filter(|&i| !has(taken, i)).map(|i| answer_ns(ops[i])).min().unwrap_or(u64::MAX);
+        let open =
+            (0..ops.len()).filter(|&i| !has(taken, i)).map(|i| answer_ns(ops[i])).min().unwrap_or(u64::MAX);
         let next = (*from..ops.len())
             .take_while(|&i| ops[i].call_ns <= open)
             .find_map(|i| if has(taken, i) { None } else { step(state, ops[i]).map(|s| (i, s)) });
@@ -114,7 +115,10 @@ pub fn check(ops: &[&Op]) -> Verdict {
     let (done, state, taken) = deepest;
     let stuck = (0..ops.len()).filter(|&i| !has(&taken, i) && ops[i].response != Response::Unknown);
     let stuck: Vec<String> = stuck.take(3).map(|i| describe(ops[i])).collect();
-    Verdict::Impossible(format!("after {done} operations it is {state:?}, and none of these fits: {}", stuck.join("; ")))
+    Verdict::Impossible(format!(
+        "after {done} operations it is {state:?}, and none of these fits: {}",
+        stuck.join("; ")
+    ))
 }
 
 /// An operation as a person reads it.

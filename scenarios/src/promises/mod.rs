@@ -9,8 +9,6 @@ mod p07;
 mod p10;
 mod p12;
 
-
-
 use crate::history::History;
 use serde::{Deserialize, Serialize};
 

@@ -11,13 +11,15 @@ fn missing(history: &History) -> Vec<(u64, String)> {
     let mut missing = vec![];
     for ((tenant, id), ops) in history.by_key() {
         let deletion = ops.iter().any(|op| {
-            matches!(op.request, Request::Delete { .. }) && matches!(op.response, Response::Written { .. } | Response::Unknown)
+            matches!(op.request, Request::Delete { .. })
+                && matches!(op.response, Response::Written { .. } | Response::Unknown)
         });
         for op in ops {
             let Response::Written { version, .. } = op.response else { continue };
             for replica in &history.finals {
                 let key = (tenant, id.to_string());
-                let kept = replica.versions.get(&key).is_some_and(|v| v.iter().any(|(held, _)| *held == version));
+                let kept =
+                    replica.versions.get(&key).is_some_and(|v| v.iter().any(|(held, _)| *held == version));
                 let shown = replica.rows.get(&key).map(|row| row.version);
                 let survived = match (&op.request, shown) {
                     (Request::Delete { .. }, Some(shown)) => shown > version,
@@ -27,7 +29,9 @@ fn missing(history: &History) -> Vec<(u64, String)> {
                 };
                 if !survived || !kept {
                     let node = &replica.sample.node;
-                    let text = format!("version {version} of {id} (tenant {tenant}), acknowledged, but {node} shows {shown:?}");
+                    let text = format!(
+                        "version {version} of {id} (tenant {tenant}), acknowledged, but {node} shows {shown:?}"
+                    );
                     missing.push((op.return_ns, text));
                     break;
                 }

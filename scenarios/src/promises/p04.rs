@@ -19,15 +19,24 @@ pub fn check(history: &History) -> Vec<Violation> {
         };
         let ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
         let last_ns = ops.iter().map(|op| op.return_ns).max().unwrap_or(0);
-        let end: Vec<Op> = history.finals.iter().map(|replica| last_read(replica, tenant, id, history)).collect();
+        let end: Vec<Op> =
+            history.finals.iter().map(|replica| last_read(replica, tenant, id, history)).collect();
         let all: Vec<&Op> = ops.iter().copied().chain(&end).collect();
         match linearize(&all) {
             Verdict::Linearizable => {}
             Verdict::Impossible(why) => {
-                found.push(violation("P4", last_ns, format!("{id} (tenant {tenant}) is not linearizable: {why}")));
+                found.push(violation(
+                    "P4",
+                    last_ns,
+                    format!("{id} (tenant {tenant}) is not linearizable: {why}"),
+                ));
             }
             Verdict::Undecided => {
-                found.push(violation("P4", last_ns, format!("{id}: {} operations are too many to decide", all.len())));
+                found.push(violation(
+                    "P4",
+                    last_ns,
+                    format!("{id}: {} operations are too many to decide", all.len()),
+                ));
             }
         }
     }
@@ -57,8 +66,10 @@ fn sessions(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     let mut seen: BTreeMap<(usize, &str), u64> = BTreeMap::new();
     for op in &history.ops {
-        if let (Request::Get { token: Some(token), .. }, Response::Value { shown, .. } | Response::Absent { shown }) =
-            (&op.request, &op.response)
+        if let (
+            Request::Get { token: Some(token), .. },
+            Response::Value { shown, .. } | Response::Absent { shown },
+        ) = (&op.request, &op.response)
             && shown < token
         {
             let what = format!("asked for at least {token}, was shown {shown}: {}", describe(op));

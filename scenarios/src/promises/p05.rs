@@ -22,7 +22,8 @@ pub fn check(history: &History) -> Vec<Violation> {
         match &replica.scanned {
             Ok(scanned) if *scanned == sample.digest => {}
             Ok(_) => {
-                let what = format!("{}'s digest at {} differs from that of its tables", sample.node, sample.index);
+                let what =
+                    format!("{}'s digest at {} differs from that of its tables", sample.node, sample.index);
                 found.push(violation("P5", sample.at_ns, what));
             }
             Err(error) => found.push(violation("P5", sample.at_ns, format!("{}: {error}", sample.node))),

@@ -10,7 +10,11 @@ pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     for op in &history.ops {
         if let Response::Changed { .. } = &op.response {
-            found.push(violation("P10", op.return_ns, format!("a repeated key got another answer: {}", describe(op))));
+            found.push(violation(
+                "P10",
+                op.return_ns,
+                format!("a repeated key got another answer: {}", describe(op)),
+            ));
         }
     }
     for replica in &history.finals {
@@ -19,7 +23,9 @@ pub fn check(history: &History) -> Vec<Violation> {
             for (version, marker) in versions {
                 if let Some(first) = markers.insert(marker, *version) {
                     let node = &replica.sample.node;
-                    let what = format!("{marker} was applied as versions {first} and {version} of {id} (tenant {tenant}, {node})");
+                    let what = format!(
+                        "{marker} was applied as versions {first} and {version} of {id} (tenant {tenant}, {node})"
+                    );
                     found.push(violation("P10", replica.sample.at_ns, what));
                 }
             }

@@ -16,7 +16,11 @@ pub fn check(history: &History) -> Vec<Violation> {
         }
         None => {
             let limit = history.converge_limit_ns as f64 / 1e9;
-            vec![violation("P12", limit_ns, format!("replicas did not agree within {limit:.0} s of the last fault"))]
+            vec![violation(
+                "P12",
+                limit_ns,
+                format!("replicas did not agree within {limit:.0} s of the last fault"),
+            )]
         }
     }
 }

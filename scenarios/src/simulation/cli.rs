@@ -93,7 +93,10 @@ pub fn main() -> ExitCode {
         }
         Cmd::Run { scenario, seed, json } => with(&scenario, seed, false, |run| {
             if json {
-                println!("{}", serde_json::to_string(&run.report).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}")));
+                println!(
+                    "{}",
+                    serde_json::to_string(&run.report).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
+                );
             } else {
                 print_report(&run.report);
             }
@@ -106,7 +109,9 @@ pub fn main() -> ExitCode {
                 Ok(entries) => {
                     let wall_s = (wall_seconds() - started).max(0.01);
                     let speed = virtual_s as f64 / wall_s;
-                    println!("three idle nodes: {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)");
+                    println!(
+                        "three idle nodes: {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)"
+                    );
                     ExitCode::SUCCESS
                 }
                 Err(error) => fail(&error.to_string()),
@@ -133,12 +138,24 @@ fn with(name: &str, seed: u64, all_lines: bool, show: impl FnOnce(Run)) -> ExitC
 
 fn print_report(report: &Report) {
     println!("{} seed {}: {:?}  {}", report.scenario, report.seed, report.verdict, report.why);
-    println!("  {} writes acknowledged, {} lost, {} of unknown outcome; {} reads", report.acked, report.lost, report.unknown, report.reads);
-    println!("  {:.1} virtual s in {:.1} wall s; longest time without an acknowledged write {:.2} s", report.virtual_s, report.wall_s, report.write_gap_s);
+    println!(
+        "  {} writes acknowledged, {} lost, {} of unknown outcome; {} reads",
+        report.acked, report.lost, report.unknown, report.reads
+    );
+    println!(
+        "  {:.1} virtual s in {:.1} wall s; longest time without an acknowledged write {:.2} s",
+        report.virtual_s, report.wall_s, report.write_gap_s
+    );
     for fired in &report.faults {
         let fault = &fired.fault;
         let state = if fired.fired { "" } else { "  (never took place)" };
-        println!("  {:7.2} s  {:?} on {} for {:.1} s{state}", fault.at_ms as f64 / 1e3, fault.kind, fired.node, fault.lasts_ms as f64 / 1e3);
+        println!(
+            "  {:7.2} s  {:?} on {} for {:.1} s{state}",
+            fault.at_ms as f64 / 1e3,
+            fault.kind,
+            fired.node,
+            fault.lasts_ms as f64 / 1e3
+        );
     }
     for violation in &report.violations {
         println!("  {} at {:.3} s: {}", violation.promise, violation.at_s, violation.what);
@@ -172,9 +189,12 @@ fn sweep(seeds: Range<u64>, scenarios: Vec<String>, jobs: usize) -> ExitCode {
         return fail(&error);
     }
     let jobs = if jobs > 0 { jobs } else { std::thread::available_parallelism().map_or(2, |n| n.get()) };
-    let runs: Vec<(String, u64)> = seeds.flat_map(|seed| names.iter().map(move |name| (name.clone(), seed))).collect();
+    let runs: Vec<(String, u64)> =
+        seeds.flat_map(|seed| names.iter().map(move |name| (name.clone(), seed))).collect();
     let bar = indicatif::ProgressBar::new(runs.len() as u64);
-    if let Ok(style) = indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} runs, {elapsed} (about {eta} left) {msg}") {
+    if let Ok(style) = indicatif::ProgressStyle::with_template(
+        "{bar:40} {pos}/{len} runs, {elapsed} (about {eta} left) {msg}",
+    ) {
         bar.set_style(style);
     }
     let failed = Mutex::new(0);
@@ -196,20 +216,43 @@ fn table(reports: &[Report]) -> ExitCode {
     for report in reports {
         rows.entry(&report.scenario).or_default().push(report);
     }
-    println!("{:22} {:>5} {:>5} {:>5} {:>5} {:>5} {:>8} {:>5} {:>7} {:>9} {:>10} {:>8}", "scenario", "runs", "pass", "fail", "vacu.", "brok.", "acked", "lost", "faults", "max gap s", "converge s", "wall s");
+    println!(
+        "{:22} {:>5} {:>5} {:>5} {:>5} {:>5} {:>8} {:>5} {:>7} {:>9} {:>10} {:>8}",
+        "scenario",
+        "runs",
+        "pass",
+        "fail",
+        "vacu.",
+        "brok.",
+        "acked",
+        "lost",
+        "faults",
+        "max gap s",
+        "converge s",
+        "wall s"
+    );
     for (name, reports) in rows {
         let count = |verdict: Verdict| reports.iter().filter(|r| r.verdict == verdict).count();
         let sum = |of: fn(&Report) -> usize| reports.iter().map(|r| of(r)).sum::<usize>();
         let most = |of: fn(&Report) -> f64| reports.iter().map(|r| of(r)).fold(0.0, f64::max);
         println!(
             "{name:22} {:5} {:5} {:5} {:5} {:5} {:8} {:5} {:7} {:9.2} {:10.2} {:8.1}",
-            reports.len(), count(Verdict::Pass), count(Verdict::Fail), count(Verdict::Vacuous), count(Verdict::Broken),
-            sum(|r| r.acked), sum(|r| r.lost), sum(|r| r.faults.len()), most(|r| r.write_gap_s),
-            most(|r| r.converge_s.unwrap_or(0.0)), reports.iter().map(|r| r.wall_s).sum::<f64>(),
+            reports.len(),
+            count(Verdict::Pass),
+            count(Verdict::Fail),
+            count(Verdict::Vacuous),
+            count(Verdict::Broken),
+            sum(|r| r.acked),
+            sum(|r| r.lost),
+            sum(|r| r.faults.len()),
+            most(|r| r.write_gap_s),
+            most(|r| r.converge_s.unwrap_or(0.0)),
+            reports.iter().map(|r| r.wall_s).sum::<f64>(),
         );
     }
     let bad = reports.iter().filter(|r| r.verdict != Verdict::Pass);
-    let bad: Vec<String> = bad.map(|r| format!("cargo sim replay {} --seed {}", r.scenario, r.seed)).collect();
+    let bad: Vec<String> =
+        bad.map(|r| format!("cargo sim replay {} --seed {}", r.scenario, r.seed)).collect();
     if bad.is_empty() {
         println!("all {} runs passed", reports.len());
         return ExitCode::SUCCESS;

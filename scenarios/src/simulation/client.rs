@@ -42,7 +42,12 @@ struct Client {
 }
 
 /// Starts the scenario's clients, each on a machine of its own; they end at `until` of true time.
-pub fn start(cluster: &Cluster, workload: &Workload, recorder: &Recorder, until: Duration) -> Arc<Mutex<usize>> {
+pub fn start(
+    cluster: &Cluster,
+    workload: &Workload,
+    recorder: &Recorder,
+    until: Duration,
+) -> Arc<Mutex<usize>> {
     let running = Arc::new(Mutex::new(workload.clients));
     for number in 0..workload.clients {
         let tenant = number % workload.tenants;
@@ -92,7 +97,8 @@ pub fn id_of(tenant: usize, number: u64) -> Id {
 
 /// The text of a memory: whose it is and which write made it, and words to search for.
 fn text(tenant: usize, marker: &str) -> String {
-    const WORDS: [&str; 8] = ["harbour", "violin", "orchard", "lantern", "glacier", "saffron", "compass", "meadow"];
+    const WORDS: [&str; 8] =
+        ["harbour", "violin", "orchard", "lantern", "glacier", "saffron", "compass", "meadow"];
     let words: Vec<&str> = (0..3).map(|_| WORDS[rand::below(8) as usize]).collect();
     format!("t{tenant} {marker} {}", words.join(" "))
 }
@@ -109,7 +115,8 @@ fn index(token: Option<&v1::Token>) -> u64 {
 }
 
 fn at(info: Option<&v1::WriteInfo>) -> At {
-    let position = info.and_then(|i| i.token.as_ref()).and_then(|t| t.positions.first().copied()).unwrap_or_default();
+    let position =
+        info.and_then(|i| i.token.as_ref()).and_then(|t| t.positions.first().copied()).unwrap_or_default();
     At { epoch: position.epoch, index: position.index, item: info.map_or(0, |i| i.item) }
 }
 
@@ -167,7 +174,8 @@ impl Client {
 
     fn record(&self, call: Duration, request: Request, response: Response) {
         let return_ns = sim::world::true_now().as_nanos() as u64;
-        let (client, tenant, node, call_ns) = (self.number, self.tenant, self.asked.clone(), call.as_nanos() as u64);
+        let (client, tenant, node, call_ns) =
+            (self.number, self.tenant, self.asked.clone(), call.as_nanos() as u64);
         let op = Op { client, tenant, node, call_ns, return_ns, request, response };
         self.recorder.lock().unwrap_or_else(|p| p.into_inner()).push(op);
     }
@@ -216,9 +224,15 @@ impl Client {
                     if let Some(refusal) = certain(&status) {
                         return Response::Refused(refusal);
                     }
-                    if matches!(status.code(), Code::InvalidArgument | Code::Unauthenticated | Code::PermissionDenied) {
+                    if matches!(
+                        status.code(),
+                        Code::InvalidArgument | Code::Unauthenticated | Code::PermissionDenied
+                    ) {
                         // Clients of a scenario send nothing wrong: make it visible.
-                        return Response::Changed { first: "a valid request".into(), then: status.to_string() };
+                        return Response::Changed {
+                            first: "a valid request".into(),
+                            then: status.to_string(),
+                        };
                     }
                 }
                 Err(_) => {}
@@ -230,7 +244,10 @@ impl Client {
     }
 
     async fn send(&mut self, request: &Request, key: &str, text: &str) -> Result<Response, Status> {
-        let options = Some(v1::WriteOptions { idempotency_key: format!("{}/{key}", tenant(self.tenant)), durability: 0 });
+        let options = Some(v1::WriteOptions {
+            idempotency_key: format!("{}/{key}", tenant(self.tenant)),
+            durability: 0,
+        });
         let mut service = self.service();
         let (version, info) = match request {
             Request::Add { id, .. } => {
@@ -262,7 +279,9 @@ impl Client {
                 let answer = service.delete(request).await?.into_inner();
                 (answer.version, answer.info)
             }
-            Request::Get { .. } | Request::Search | Request::List => return Err(Status::internal("not a write")),
+            Request::Get { .. } | Request::Search | Request::List => {
+                return Err(Status::internal("not a write"));
+            }
         };
         Ok(Response::Written { version, at: at(info.as_ref()) })
     }
@@ -295,7 +314,9 @@ impl Client {
                 Response::Value { row: row(memory), shown: index(shown) }
             }
             // An absence shows no position; it is what was asked for at least.
-            Ok(Err(status)) if status.code() == Code::NotFound => Response::Absent { shown: token.unwrap_or(0) },
+            Ok(Err(status)) if status.code() == Code::NotFound => {
+                Response::Absent { shown: token.unwrap_or(0) }
+            }
             _ => {
                 self.at = (self.at + 1) % self.gateways.len();
                 return;

@@ -39,16 +39,28 @@ impl Cluster {
     /// Boots all nodes. Small limits, so that runs cross segment, checkpoint and purge boundaries.
     pub fn start(world: &World, scenario: &Scenario) -> Result<Cluster, Error> {
         let latency = Latency { base: Duration::from_micros(200), jitter: Duration::from_micros(80) };
-        world.links().set_default(LinkModel { latency, loss: scenario.topology.loss, ..LinkModel::default() });
+        world.links().set_default(LinkModel {
+            latency,
+            loss: scenario.topology.loss,
+            ..LinkModel::default()
+        });
         let mut file = Keys::default();
-        let keys = (0..scenario.workload.tenants).map(|t| file.add(&tenant(t), false)).collect::<Result<_, _>>()?;
+        let keys =
+            (0..scenario.workload.tenants).map(|t| file.add(&tenant(t), false)).collect::<Result<_, _>>()?;
         let operator = file.add("operators", true)?;
         let replicas = scenario.topology.replicas;
-        let voters: BTreeMap<String, String> = (1..=replicas).map(|i| (i.to_string(), format!("n{i}:{PORT}"))).collect();
+        let voters: BTreeMap<String, String> =
+            (1..=replicas).map(|i| (i.to_string(), format!("n{i}:{PORT}"))).collect();
         let keys_per_tenant = scenario.workload.keys_per_tenant;
         let world_handle = world.clone();
-        let mut cluster =
-            Cluster { world: world_handle, replicas: vec![], gateways: vec![], keys, keys_per_tenant, operator };
+        let mut cluster = Cluster {
+            world: world_handle,
+            replicas: vec![],
+            gateways: vec![],
+            keys,
+            keys_per_tenant,
+            operator,
+        };
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         for (name, id) in names.chain(edges) {
@@ -74,7 +86,11 @@ impl Cluster {
             if let Some(disk) = world.disk(node) {
                 let latency = Duration::from_micros(20);
                 let sync_latency = Duration::from_micros(250 + sim::rand::below(1500));
-                disk.set_faults(sim::disk::simulated::DiskFaults { latency, sync_latency, ..Default::default() });
+                disk.set_faults(sim::disk::simulated::DiskFaults {
+                    latency,
+                    sync_latency,
+                    ..Default::default()
+                });
             }
             if id.is_some() {
                 cluster.replicas.push(node);

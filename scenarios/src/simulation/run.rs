@@ -84,7 +84,8 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
     let Seen { history, fired, writes_lost, entries_lost } = seen;
     let violations = promises::check_all(&history);
     let acked = history.acked();
-    let idle: Vec<String> = fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
+    let idle: Vec<String> =
+        fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
     let (verdict, why) = if !violations.is_empty() {
         (Verdict::Fail, String::new())
     } else if acked < ACKED_MIN {
@@ -96,8 +97,12 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
     } else {
         (Verdict::Pass, String::new())
     };
-    let mut acks: Vec<u64> =
-        history.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).map(|op| op.return_ns).collect();
+    let mut acks: Vec<u64> = history
+        .ops
+        .iter()
+        .filter(|op| matches!(op.response, Response::Written { .. }))
+        .map(|op| op.return_ns)
+        .collect();
     acks.sort_unstable();
     let gap_ns = acks.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
     let count = |wanted: fn(&Response) -> bool| history.ops.iter().filter(|op| wanted(&op.response)).count();
@@ -179,7 +184,8 @@ async fn agree(cluster: &Cluster) -> bool {
         let Some(status) = cluster.status(node, false).await else { return false };
         for shard in status.shards {
             leaders.push(shard.leader.clone());
-            published.push((shard.last_index, shard.views.iter().map(|v| v.published_index).min().unwrap_or(0)));
+            published
+                .push((shard.last_index, shard.views.iter().map(|v| v.published_index).min().unwrap_or(0)));
         }
     }
     let same = |w: &[(u64, u64)]| w[0] == w[1];
@@ -208,7 +214,8 @@ fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Option<Sample> {
 
 /// Reads everything from one replica, tenant by tenant, as its clients would.
 async fn look(cluster: &Cluster, node: NodeIndex) -> Result<Final, Error> {
-    let unanswered = || Error::Internal(format!("{} does not answer after recovery", cluster.world.node_name(node)));
+    let unanswered =
+        || Error::Internal(format!("{} does not answer after recovery", cluster.world.node_name(node)));
     let addr = cluster.addr(node);
     let status = cluster.status(node, true).await;
     let sample = match &status {
@@ -225,8 +232,10 @@ async fn look(cluster: &Cluster, node: NodeIndex) -> Result<Final, Error> {
     for (tenant, key) in cluster.keys.iter().enumerate() {
         let mut client = v1::memory_service_client::MemoryServiceClient::new(channel.clone());
         let failed = |s: tonic::Status| Error::Internal(format!("{}: {}", host_of(&addr), s.message()));
-        let eventual = Some(v1::ReadOptions { consistency: v1::Consistency::Eventual as i32, ..Default::default() });
-        let list = v1::ListRequest { options: eventual.clone(), include_archived: true, ..Default::default() };
+        let eventual =
+            Some(v1::ReadOptions { consistency: v1::Consistency::Eventual as i32, ..Default::default() });
+        let list =
+            v1::ListRequest { options: eventual.clone(), include_archived: true, ..Default::default() };
         let mut pages = client.list(with_key(list, key)).await.map_err(failed)?.into_inner();
         while let Some(page) = pages.message().await.map_err(failed)? {
             for memory in &page.memories {

@@ -1,7 +1,7 @@
 //! The runner: one child process per run, a few side by side, bounded in time and memory.
 
-use crate::report::{Report, Verdict};
 use super::run::empty;
+use crate::report::{Report, Verdict};
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -35,7 +35,8 @@ pub fn sweep(runs: &[(String, u64)], jobs: usize, each: impl Fn(&Report) + Sync)
 
 /// One run in a process of its own.
 fn child(name: &str, seed: u64) -> Report {
-    let broken = |why: String| Report { scenario: name.into(), seed, verdict: Verdict::Broken, why, ..empty() };
+    let broken =
+        |why: String| Report { scenario: name.into(), seed, verdict: Verdict::Broken, why, ..empty() };
     let program = match std::env::current_exe() {
         Ok(program) => program,
         Err(error) => return broken(format!("own program not found: {error}")),

@@ -15,7 +15,8 @@ impl RealDisk {
     /// Opens a disk rooted at `root`, creating the directory if it is missing.
     pub fn open(root: impl Into<PathBuf>) -> io::Result<Arc<dyn Disk>> {
         let root = root.into();
-        fs::create_dir_all(&root).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", root.display())))?;
+        fs::create_dir_all(&root)
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", root.display())))?;
         Ok(Arc::new(RealDisk { root }))
     }
 
@@ -100,7 +101,8 @@ impl Disk for RealDisk {
 
     fn sqlite(&self, path: &str) -> io::Result<SqliteLocation> {
         let file = self.at(path)?.into_os_string().into_string();
-        let file = file.map_err(|p| io::Error::new(io::ErrorKind::InvalidInput, format!("{p:?} is not UTF-8")))?;
+        let file =
+            file.map_err(|p| io::Error::new(io::ErrorKind::InvalidInput, format!("{p:?} is not UTF-8")))?;
         Ok(SqliteLocation { file, vfs: None })
     }
 }

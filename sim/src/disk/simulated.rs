@@ -361,7 +361,11 @@ struct SimFile {
 }
 
 impl SimFile {
-    fn with<T>(&self, changes: bool, work: impl FnOnce(&mut State, &mut Inode) -> io::Result<T>) -> io::Result<T> {
+    fn with<T>(
+        &self,
+        changes: bool,
+        work: impl FnOnce(&mut State, &mut Inode) -> io::Result<T>,
+    ) -> io::Result<T> {
         let mut state = lock(&self.disk.state);
         state.enter(Some(self.epoch), changes)?;
         // A removed file stays usable through its handles until power goes.
@@ -387,7 +391,10 @@ impl File for SimFile {
         self.with(true, |state, inode| {
             let offset = offset as usize;
             if state.faults.full && offset + bytes.len() > inode.seen.len() {
-                return Err(io::Error::new(io::ErrorKind::StorageFull, "no space left on the simulated disk"));
+                return Err(io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    "no space left on the simulated disk",
+                ));
             }
             state.counters.writes += 1;
             state.counters.bytes_written += bytes.len() as u64;
@@ -515,7 +522,8 @@ impl Disk for SimDisk {
             let rest = path.strip_prefix(&prefix)?;
             (!rest.is_empty()).then(|| rest.split('/').next().unwrap_or(rest).to_string())
         };
-        let names: BTreeSet<String> = state.entries.keys().chain(state.dirs.iter()).filter_map(name).collect();
+        let names: BTreeSet<String> =
+            state.entries.keys().chain(state.dirs.iter()).filter_map(name).collect();
         Ok(names.into_iter().collect())
     }
 

@@ -224,9 +224,15 @@ unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
     SQLITE_OK
 }
 
-unsafe extern "C" fn read(file: *mut sqlite3_file, buf: *mut c_void, amount: c_int, offset: sqlite3_int64) -> c_int {
+unsafe extern "C" fn read(
+    file: *mut sqlite3_file,
+    buf: *mut c_void,
+    amount: c_int,
+    offset: sqlite3_int64,
+) -> c_int {
     // SAFETY: see `inner`; the buffer has `amount` bytes.
-    let (inner, buf) = unsafe { (inner(file), std::slice::from_raw_parts_mut(buf.cast::<u8>(), amount as usize)) };
+    let (inner, buf) =
+        unsafe { (inner(file), std::slice::from_raw_parts_mut(buf.cast::<u8>(), amount as usize)) };
     match inner.file.read_at(buf, offset as u64) {
         Ok(read) if read == buf.len() => SQLITE_OK,
         Ok(read) => {
@@ -237,9 +243,15 @@ unsafe extern "C" fn read(file: *mut sqlite3_file, buf: *mut c_void, amount: c_i
     }
 }
 
-unsafe extern "C" fn write(file: *mut sqlite3_file, buf: *const c_void, amount: c_int, offset: sqlite3_int64) -> c_int {
+unsafe extern "C" fn write(
+    file: *mut sqlite3_file,
+    buf: *const c_void,
+    amount: c_int,
+    offset: sqlite3_int64,
+) -> c_int {
     // SAFETY: see `inner`; the buffer has `amount` bytes.
-    let (inner, buf) = unsafe { (inner(file), std::slice::from_raw_parts(buf.cast::<u8>(), amount as usize)) };
+    let (inner, buf) =
+        unsafe { (inner(file), std::slice::from_raw_parts(buf.cast::<u8>(), amount as usize)) };
     match inner.file.write_at(buf, offset as u64) {
         Ok(()) => SQLITE_OK,
         Err(error) if error.kind() == io::ErrorKind::StorageFull => SQLITE_FULL,
@@ -362,7 +374,8 @@ unsafe extern "C" fn shm_map(
     while extend != 0 && shared.shm.regions.len() <= region as usize {
         shared.shm.regions.push(vec![0u64; size as usize / 8].into_boxed_slice());
     }
-    let address = shared.shm.regions.get_mut(region as usize).map_or(std::ptr::null_mut(), |r| r.as_mut_ptr().cast());
+    let address =
+        shared.shm.regions.get_mut(region as usize).map_or(std::ptr::null_mut(), |r| r.as_mut_ptr().cast());
     // SAFETY: `out` is SQLite's. The region lives until the last connection unmaps.
     unsafe { *out = address };
     SQLITE_OK
@@ -373,7 +386,9 @@ unsafe extern "C" fn shm_lock(file: *mut sqlite3_file, first: c_int, count: c_in
     let inner = unsafe { inner(file) };
     let me = inner.connection;
     let mut shared = lock(&inner.shared);
-    let Some(slots) = shared.shm.slots.get_mut(first as usize..(first + count) as usize) else { return SQLITE_MISUSE };
+    let Some(slots) = shared.shm.slots.get_mut(first as usize..(first + count) as usize) else {
+        return SQLITE_MISUSE;
+    };
     if flags & SQLITE_SHM_UNLOCK != 0 {
         for slot in slots {
             slot.readers.retain(|c| *c != me);
@@ -431,7 +446,12 @@ unsafe extern "C" fn delete(_: *mut sqlite3_vfs, name: *const c_char, sync_dir: 
     }
 }
 
-unsafe extern "C" fn access(_: *mut sqlite3_vfs, name: *const c_char, _flags: c_int, out: *mut c_int) -> c_int {
+unsafe extern "C" fn access(
+    _: *mut sqlite3_vfs,
+    name: *const c_char,
+    _flags: c_int,
+    out: *mut c_int,
+) -> c_int {
     // SAFETY: a file name of SQLite's.
     let Some(Ok((disk, _, path))) = unsafe { text(name) }.map(parse) else { return SQLITE_IOERR_ACCESS };
     // An empty file is as good as none, and SQLite must not take it for a journal.
@@ -441,7 +461,12 @@ unsafe extern "C" fn access(_: *mut sqlite3_vfs, name: *const c_char, _flags: c_
     SQLITE_OK
 }
 
-unsafe extern "C" fn full_pathname(_: *mut sqlite3_vfs, name: *const c_char, size: c_int, out: *mut c_char) -> c_int {
+unsafe extern "C" fn full_pathname(
+    _: *mut sqlite3_vfs,
+    name: *const c_char,
+    size: c_int,
+    out: *mut c_char,
+) -> c_int {
     // SAFETY: `name` is a C string, `out` has `size` bytes.
     unsafe {
         let bytes = CStr::from_ptr(name).to_bytes_with_nul();

@@ -35,7 +35,9 @@ pub async fn serve(
         .map_err(|e| io::Error::new(e.kind(), format!("cannot listen at {addr}: {e}")))?;
     ready(listener.local_addr()?.to_string());
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    // HTTP/1 is for the status page, which a browser asks for.
     Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(WINDOW_BYTES)

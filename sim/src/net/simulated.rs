@@ -58,8 +58,7 @@ fn broken(message: String) -> tonic::Status {
 impl Channel {
     async fn exchange(self, request: http::Request<Body>) -> Result<http::Response<Body>, tonic::Status> {
         let from = world::current_node();
-        let to = world::resolve(&self.addr)
-            .ok_or_else(|| broken(format!("{}: no such host", self.addr)))?;
+        let to = world::resolve(&self.addr).ok_or_else(|| broken(format!("{}: no such host", self.addr)))?;
         let known = self.connection.lock().map_or(None, |c| c.listener);
         if known.is_none() {
             let handshake = async {
@@ -112,7 +111,10 @@ impl Channel {
             self.reset();
             return Err(error);
         }
-        Ok(http::Response::from_parts(parts, Body::new(Received { frames, to, from, current: None, silent: None })))
+        Ok(http::Response::from_parts(
+            parts,
+            Body::new(Received { frames, to, from, current: None, silent: None }),
+        ))
     }
 
     /// The peer's end is gone: at once if its machine lives to say so, else only after a long silence.
@@ -133,7 +135,11 @@ impl Channel {
 }
 
 fn lost_text(addr: &str, to: NodeIndex) -> String {
-    if world::powered(to) { format!("{addr}: connection reset by peer") } else { format!("{addr}: peer is silent") }
+    if world::powered(to) {
+        format!("{addr}: connection reset by peer")
+    } else {
+        format!("{addr}: peer is silent")
+    }
 }
 
 async fn wait(arrival: Arrival) -> Result<(), tonic::Status> {

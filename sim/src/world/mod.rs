@@ -148,7 +148,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl World {
     fn current() -> World {
-        WORLD.with(|w| w.borrow().clone()).expect("no simulated world on this thread: start one with sim::world::run")
+        WORLD
+            .with(|w| w.borrow().clone())
+            .expect("no simulated world on this thread: start one with sim::world::run")
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -311,7 +313,11 @@ impl World {
     pub fn set_clock(&self, node: NodeIndex, rate_ppm: i64, calendar_step_ms: i64) {
         let now = self.now();
         self.state().nodes[node].clock.bend(now, rate_ppm, calendar_step_ms);
-        self.note(node, Level::Warn, &format!("clock rate {rate_ppm:+} ppm, calendar stepped {calendar_step_ms:+} ms"));
+        self.note(
+            node,
+            Level::Warn,
+            &format!("clock rate {rate_ppm:+} ppm, calendar stepped {calendar_step_ms:+} ms"),
+        );
     }
 
     /// Writes a line of the trace in the name of a node.
@@ -470,7 +476,10 @@ pub(crate) fn listen(addr: &str) -> io::Result<(Registration, mpsc::UnboundedRec
         return Err(io::Error::new(io::ErrorKind::AddrInUse, format!("{addr} is taken")));
     }
     if resolve_in(&state, addr) != Some(node) {
-        return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, format!("{addr} is no address of this node")));
+        return Err(io::Error::new(
+            io::ErrorKind::AddrNotAvailable,
+            format!("{addr} is no address of this node"),
+        ));
     }
     let (calls, receiver) = mpsc::unbounded_channel();
     state.next_incarnation += 1;

@@ -131,7 +131,8 @@ mod tests {
 
     #[test]
     fn bent_clock_never_runs_backwards() {
-        let mut clock = Clock::new(ClockModel { rate_ppm: 50_000, offset: Duration::from_secs(7), calendar_ms: -5 });
+        let mut clock =
+            Clock::new(ClockModel { rate_ppm: 50_000, offset: Duration::from_secs(7), calendar_ms: -5 });
         let mut last = 0;
         for second in 0..100u64 {
             let now = Duration::from_secs(second);

@@ -52,11 +52,16 @@ impl Default for LogOptions {
     }
 }
 
+/// An entry read back: its index and payload.
+pub type Indexed = (u64, Arc<[u8]>);
+
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     #[error("log {what}: {cause}; check the disk's space and health")]
     Io { what: String, cause: io::Error },
-    #[error("log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers")]
+    #[error(
+        "log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers"
+    )]
     Corrupt { file: String, offset: u64, problem: String },
     #[error("log entry {index} is unreadable: {cause}")]
     Fact { index: String, cause: CodecError },
@@ -64,7 +69,9 @@ pub enum LogError {
     Order { expected: u64, got: u64 },
     #[error("log entries {start}..{end} are not there (it holds {first}..={last})")]
     Missing { start: u64, end: u64, first: u64, last: u64 },
-    #[error("an earlier write or sync of the log failed, so its state on disk is unknown; restart this process")]
+    #[error(
+        "an earlier write or sync of the log failed, so its state on disk is unknown; restart this process"
+    )]
     Poisoned,
 }
 
@@ -194,7 +201,7 @@ impl Log {
     }
 
     /// Entries from `range.start` on, as many as fit into `bytes_max`, but at least one. Empty for an empty range.
-    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> Result<Vec<(u64, Arc<[u8]>)>, LogError> {
+    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> Result<Vec<Indexed>, LogError> {
         let mut found = vec![];
         let mut bytes = 0;
         for index in range.clone() {
@@ -330,7 +337,8 @@ impl Log {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(cause) => return Err(LogError::Io { what: format!("fact {name}"), cause }),
         };
-        let (payload, _) = codec::unframe(&bytes).map_err(|cause| LogError::Fact { index: name.into(), cause })?;
+        let (payload, _) =
+            codec::unframe(&bytes).map_err(|cause| LogError::Fact { index: name.into(), cause })?;
         Ok(Some(payload.to_vec()))
     }
 

@@ -14,10 +14,8 @@ impl Log {
         for leftover in names.iter().filter(|n| n.ends_with(".tmp")) {
             self.remove(leftover).map_err(io_error(leftover.as_str()))?;
         }
-        let mut found: Vec<(u64, String)> = names
-            .into_iter()
-            .filter_map(|n| Some((n.strip_suffix(".log")?.parse().ok()?, n)))
-            .collect();
+        let mut found: Vec<(u64, String)> =
+            names.into_iter().filter_map(|n| Some((n.strip_suffix(".log")?.parse().ok()?, n))).collect();
         found.sort();
         let count = found.len();
         let mut segments: Vec<Segment> = vec![];
@@ -66,9 +64,8 @@ impl Log {
         let mut bytes = vec![0; file.len().map_err(failed)? as usize];
         let read = segment::read_up_to(&*file, &mut bytes, 0).map_err(failed)?;
         bytes.truncate(read);
-        let head_ok = bytes.len() >= HEAD_BYTES as usize
-            && &bytes[..8] == MAGIC
-            && bytes[8..16] == first.to_le_bytes();
+        let head_ok =
+            bytes.len() >= HEAD_BYTES as usize && &bytes[..8] == MAGIC && bytes[8..16] == first.to_le_bytes();
         if !head_ok {
             if is_last && durable_behind(&bytes, 0, first).is_none() {
                 return Ok(None);
@@ -87,10 +84,16 @@ impl Log {
         let bad = first + offsets.len() as u64;
         if at < bytes.len() {
             if !is_last {
-                return Err(corrupt(at as u64, format!("entry {bad} is unreadable, and later segments follow")));
+                return Err(corrupt(
+                    at as u64,
+                    format!("entry {bad} is unreadable, and later segments follow"),
+                ));
             }
             if let Some(durable) = durable_behind(&bytes, at, bad) {
-                return Err(corrupt(at as u64, format!("entry {bad} is unreadable, and {durable} was durable")));
+                return Err(corrupt(
+                    at as u64,
+                    format!("entry {bad} is unreadable, and {durable} was durable"),
+                ));
             }
             file.set_len(at as u64).and_then(|()| file.sync()).map_err(failed)?;
         }
@@ -103,7 +106,8 @@ fn durable_behind(bytes: &[u8], from: usize, bad: u64) -> Option<u64> {
     (from + 1..bytes.len().saturating_sub(ENTRY_HEAD - 1)).find_map(|at| {
         // The index must be plausible before the checksum is worth its cost.
         let head = segment::parse_head(&bytes[at..])?;
-        if head.index < bad || head.durable < bad || head.durable >= head.index || head.index - bad > 1 << 24 {
+        if head.index < bad || head.durable < bad || head.durable >= head.index || head.index - bad > 1 << 24
+        {
             return None;
         }
         segment::parse_entry(&bytes[at..]).map(|(head, _)| head.durable)

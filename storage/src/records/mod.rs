@@ -60,10 +60,14 @@ impl Records {
     pub fn open(disk: &dyn Disk, path: &str) -> Result<Records, StorageError> {
         let writer = open_sqlite(disk, path, OpenFlags::default())?;
         configure(&writer, 32 << 10)?;
-        writer.execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=4000;")?;
+        writer.execute_batch(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=4000;",
+        )?;
         let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if version != 0 && version != SCHEMA_VERSION {
-            let problem = format!("it has format {version}, this build reads {SCHEMA_VERSION}: use the build that wrote it");
+            let problem = format!(
+                "it has format {version}, this build reads {SCHEMA_VERSION}: use the build that wrote it"
+            );
             return Err(StorageError::Corrupt { what: format!("database {path}"), problem });
         }
         writer.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"))?;

@@ -126,14 +126,29 @@ pub fn find_body(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<
 
 /// The last version in the history of a deleted memory.
 pub fn last_version(db: &Connection, tenant: &str, id: &MemoryId) -> Result<u64, StorageError> {
-    let mut statement = db.prepare_cached("SELECT max(version) FROM history WHERE tenant = ?1 AND id = ?2")?;
+    let mut statement =
+        db.prepare_cached("SELECT max(version) FROM history WHERE tenant = ?1 AND id = ?2")?;
     let version: Option<i64> = statement.query_row(params![tenant, &id[..]], |row| row.get(0))?;
     Ok(version.unwrap_or(0) as u64)
 }
 
-pub fn put_memory(db: &Connection, row: &Stored, tenant: &str, id: &MemoryId, version: u64) -> Result<(), StorageError> {
+pub fn put_memory(
+    db: &Connection,
+    row: &Stored,
+    tenant: &str,
+    id: &MemoryId,
+    version: u64,
+) -> Result<(), StorageError> {
     let mut statement = db.prepare_cached("INSERT INTO memories VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
-    statement.execute(params![row.position, tenant, &id[..], version as i64, row.kind, row.body, row.vector])?;
+    statement.execute(params![
+        row.position,
+        tenant,
+        &id[..],
+        version as i64,
+        row.kind,
+        row.body,
+        row.vector
+    ])?;
     Ok(())
 }
 
@@ -154,7 +169,10 @@ pub fn put_history(
     Ok(())
 }
 
-pub fn find_key(db: &Connection, tenant: &str, key: &str) -> Result<Option<([u8; 16], Vec<u8>)>, StorageError> {
+/// A remembered key's request hash and encoded outcome.
+pub type Remembered = ([u8; 16], Vec<u8>);
+
+pub fn find_key(db: &Connection, tenant: &str, key: &str) -> Result<Option<Remembered>, StorageError> {
     let mut statement = db.prepare_cached("SELECT hash, outcome FROM keys WHERE tenant = ?1 AND key = ?2")?;
     Ok(statement.query_row(params![tenant, key], |row| Ok((row.get(0)?, row.get(1)?))).optional()?)
 }
@@ -166,7 +184,13 @@ pub fn put_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {
 }
 
 pub fn key_row(row: &Row<'_>) -> Result<KeyRow, rusqlite::Error> {
-    Ok(KeyRow { tenant: row.get(0)?, key: row.get(1)?, time: row.get(2)?, hash: row.get(3)?, outcome: row.get(4)? })
+    Ok(KeyRow {
+        tenant: row.get(0)?,
+        key: row.get(1)?,
+        time: row.get(2)?,
+        hash: row.get(3)?,
+        outcome: row.get(4)?,
+    })
 }
 
 /// Keys older than `before`, oldest first.
@@ -185,9 +209,13 @@ pub fn remove_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {
 }
 
 pub fn load_state(db: &Connection) -> Result<State, StorageError> {
-    let bytes: Option<Vec<u8>> =
-        db.prepare_cached("SELECT value FROM state WHERE one = 1")?.query_row([], |row| row.get(0)).optional()?;
-    bytes.map_or(Ok(State::default()), |b| codec::decode(&b).map_err(StorageError::corrupt("the views' state")))
+    let bytes: Option<Vec<u8>> = db
+        .prepare_cached("SELECT value FROM state WHERE one = 1")?
+        .query_row([], |row| row.get(0))
+        .optional()?;
+    bytes.map_or(Ok(State::default()), |b| {
+        codec::decode(&b).map_err(StorageError::corrupt("the views' state"))
+    })
 }
 
 pub fn save_state(db: &Connection, state: &State) -> Result<(), StorageError> {

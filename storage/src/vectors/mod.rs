@@ -85,7 +85,8 @@ impl Vectors {
         if vector.is_empty() {
             return;
         }
-        let row = Row { id: memory.id, status: memory.status, expires: memory.expires.unwrap_or(UnixMs::MAX) };
+        let row =
+            Row { id: memory.id, status: memory.status, expires: memory.expires.unwrap_or(UnixMs::MAX) };
         let key = (memory.owner(), memory.space.clone(), vector.len());
         let partition = self.partitions.entry(key).or_insert_with(|| Partition {
             dimension: vector.len(),

@@ -1,0 +1,51 @@
+//! `loci keys`: API keys of a data directory. A running service notices within two seconds.
+
+use super::{Done, Failure};
+use clap::Subcommand;
+use nodes::auth;
+use std::path::PathBuf;
+
+#[derive(Subcommand)]
+pub enum Keys {
+    /// Makes a key and prints it, once.
+    Add {
+        tenant: String,
+        /// May ask the admin service and write GLOBAL memories.
+        #[arg(long)]
+        operator: bool,
+    },
+    /// Lists keys, without their secrets.
+    List,
+    /// Ends a key.
+    Revoke { id: String },
+}
+
+pub fn run(command: Keys, data: PathBuf) -> Done {
+    if !data.is_dir() {
+        return Err(Failure(format!("{} is no data directory; give --data", data.display())));
+    }
+    let disk = sim::disk::open(&data.to_string_lossy())?;
+    let mut keys = auth::Keys::load(&*disk)?;
+    match command {
+        Keys::Add { tenant, operator } => {
+            let key = keys.add(&tenant, operator)?;
+            keys.save(&*disk)?;
+            println!("{key}");
+            eprintln!("this is the only time that the key is shown; use it as --key or LOCI_KEY");
+        }
+        Keys::List => {
+            for key in &keys.key {
+                let operator = if key.operator { "  operator" } else { "" };
+                println!("{}  {}  {}{operator}", key.id, super::time::format_time(key.created), key.tenant);
+            }
+        }
+        Keys::Revoke { id } => {
+            if !keys.revoke(&id) {
+                return Err(Failure(format!("there is no key {id}; see `loci keys list`")));
+            }
+            keys.save(&*disk)?;
+            println!("revoked {id}");
+        }
+    }
+    Ok(())
+}
