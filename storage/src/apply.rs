@@ -11,8 +11,8 @@ use rusqlite::Connection;
 
 /// How long an idempotency key is remembered, in milliseconds of ledger time.
 pub const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
-/// Old keys forgotten per entry: bounded work.
-const KEYS_PURGED_MAX: usize = 64;
+/// Old keys forgotten per entry beyond two per command: bounded work that keeps up with any batch.
+const KEYS_PURGED: usize = 64;
 
 /// What the vector view and the cache must do once the transaction is committed.
 pub enum Effect {
@@ -43,7 +43,7 @@ impl Applier<'_> {
             outcomes.push(self.command(command, Position { epoch, index, item: item as u32 })?);
         }
         if !outcomes.is_empty() {
-            self.forget_old_keys()?;
+            self.forget_old_keys(KEYS_PURGED + 2 * outcomes.len())?;
         }
         self.state.position = Position { epoch, index, item: u32::MAX };
         Ok(outcomes)
@@ -54,11 +54,11 @@ impl Applier<'_> {
         if key.is_empty() {
             return self.operation(command, at);
         }
-        if let Some((hash, outcome)) = rows::find_key(self.db, &command.tenant, key)? {
-            if hash != command.request_hash {
+        if let Some(row) = rows::find_key(self.db, &command.tenant, key)? {
+            if row.hash != command.request_hash {
                 return Ok(Outcome::KeyReused);
             }
-            return codec::decode(&outcome).map_err(StorageError::corrupt("a remembered outcome"));
+            return codec::decode(&row.outcome).map_err(StorageError::corrupt("a remembered outcome"));
         }
         let outcome = self.operation(command, at)?;
         let row = KeyRow {
@@ -76,7 +76,7 @@ impl Applier<'_> {
 
     fn operation(&mut self, command: &Command, at: Position) -> Result<Outcome, StorageError> {
         match &command.operation {
-            Operation::Add(memory) => self.add_memory(memory, at),
+            Operation::Add(memory) => self.add_memory(&command.tenant, memory, at),
             Operation::Update { id, expected_version, patch } => {
                 self.update(&command.tenant, id, *expected_version, patch, command.now, at)
             }
@@ -87,23 +87,21 @@ impl Applier<'_> {
         }
     }
 
-    fn add_memory(&mut self, memory: &Memory, at: Position) -> Result<Outcome, StorageError> {
+    fn add_memory(&mut self, tenant: &str, memory: &Memory, at: Position) -> Result<Outcome, StorageError> {
+        // No writer asks for this; were one to, nobody may see another tenant's memory for it.
+        if memory.tenant != tenant || (memory.scope == Scope::Global && tenant != GLOBAL_TENANT) {
+            return Ok(Outcome::NotFound { id: memory.id });
+        }
         if let Some(held) = rows::find_body(self.db, &memory.tenant, &memory.id)? {
             return Ok(Outcome::AlreadyExists { id: memory.id, version: rows::decode_body(&held)?.version });
         }
         // Versions never go backwards: one that was deleted goes on where it ended.
         let version = rows::last_version(self.db, &memory.tenant, &memory.id)? + 1;
+        let id = memory.id;
         let memory = Memory { version, ..memory.clone() };
-        self.put(memory, ChangeKind::Added as u8, rows::pack(at))?;
+        self.put(memory, ChangeKind::Added as u8, at.epoch, rows::pack(at))?;
         self.state.memories += 1;
-        Ok(Outcome::Done { id: self.last_id(), version, position: at })
-    }
-
-    fn last_id(&self) -> MemoryId {
-        match self.effects.last() {
-            Some(Effect::Put { memory, .. } | Effect::Remove { memory, .. }) => memory.id,
-            None => [0; 16],
-        }
+        Ok(Outcome::Done { id, version, position: at })
     }
 
     /// The current row, or what to answer instead.
@@ -145,8 +143,8 @@ impl Applier<'_> {
             None => rows::vector_from(&held.vector),
         };
         let version = new.version;
-        self.retire(&held, &old)?;
-        self.put(new, ChangeKind::Updated as u8, rows::pack(at))?;
+        self.retire(held, &old)?;
+        self.put(new, ChangeKind::Updated as u8, at.epoch, rows::pack(at))?;
         Ok(Outcome::Done { id: *id, version, position: at })
     }
 
@@ -162,8 +160,16 @@ impl Applier<'_> {
             Err(outcome) => return Ok(outcome),
         };
         let version = old.version + 1;
-        self.retire(&held, &old)?;
-        self.put_history((rows::pack(at), ChangeKind::Deleted as u8, &held.body), &old, version)?;
+        let body = held.body.clone();
+        self.retire(held, &old)?;
+        let deleted = Stored {
+            epoch: at.epoch,
+            position: rows::pack(at),
+            kind: ChangeKind::Deleted as u8,
+            body,
+            vector: vec![],
+        };
+        self.put_history(&deleted, &old, version)?;
         self.state.memories -= 1;
         Ok(Outcome::Done { id: *id, version, position: at })
     }
@@ -178,49 +184,44 @@ impl Applier<'_> {
         for (id, count, last) in touches {
             let Some(held) = rows::find(self.db, tenant, id)? else { continue };
             let mut memory = rows::decode_body(&held.body)?;
-            self.take(rows::memory_hash("memories", held.position, held.kind, &held.body, &held.vector));
-            memory.access_count += count;
+            self.take(rows::memory_hash("memories", &held));
+            memory.access_count = memory.access_count.saturating_add(*count);
             memory.last_access = memory.last_access.max(Some(*last));
             memory.vector = rows::vector_from(&held.vector);
             rows::remove_memory(self.db, held.position)?;
-            self.put(memory, held.kind, held.position)?;
+            self.put(memory, held.kind, held.epoch, held.position)?;
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
 
     /// Moves the current row into the history.
-    fn retire(&mut self, held: &Stored, old: &Memory) -> Result<(), StorageError> {
+    fn retire(&mut self, mut held: Stored, old: &Memory) -> Result<(), StorageError> {
         rows::remove_memory(self.db, held.position)?;
-        self.take(rows::memory_hash("memories", held.position, held.kind, &held.body, &held.vector));
-        self.put_history((held.position, held.kind, &held.body), old, old.version)?;
+        self.take(rows::memory_hash("memories", &held));
         self.effects.push(Effect::Remove { memory: old.clone(), dimension: held.vector.len() / 4 });
+        held.vector.clear();
+        self.put_history(&held, old, old.version)
+    }
+
+    fn put_history(&mut self, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
+        rows::put_history(self.db, row, memory, version)?;
+        self.add(rows::memory_hash("history", row));
         Ok(())
     }
 
-    fn put_history(
-        &mut self,
-        row: (i64, u8, &[u8]),
-        memory: &Memory,
-        version: u64,
-    ) -> Result<(), StorageError> {
-        rows::put_history(self.db, row, &memory.tenant, &memory.id, version)?;
-        self.add(rows::memory_hash("history", row.0, row.1, row.2, &[]));
-        Ok(())
-    }
-
-    fn put(&mut self, mut memory: Memory, kind: u8, position: i64) -> Result<(), StorageError> {
+    fn put(&mut self, mut memory: Memory, kind: u8, epoch: u64, position: i64) -> Result<(), StorageError> {
         let vector = std::mem::take(&mut memory.vector);
         let body = codec::encode(&memory);
-        let row = Stored { position, kind, body, vector: rows::vector_bytes(&vector) };
-        rows::put_memory(self.db, &row, &memory.tenant, &memory.id, memory.version)?;
-        self.add(rows::memory_hash("memories", position, kind, &row.body, &row.vector));
+        let row = Stored { epoch, position, kind, body, vector: rows::vector_bytes(&vector) };
+        rows::put_memory(self.db, &row, &memory)?;
+        self.add(rows::memory_hash("memories", &row));
         self.effects.push(Effect::Put { memory, vector });
         Ok(())
     }
 
-    fn forget_old_keys(&mut self) -> Result<(), StorageError> {
-        let before = self.state.ledger_time - KEY_LIFE_MS;
-        for row in rows::old_keys(self.db, before, KEYS_PURGED_MAX)? {
+    fn forget_old_keys(&mut self, limit: usize) -> Result<(), StorageError> {
+        let before = self.state.ledger_time.saturating_sub(KEY_LIFE_MS);
+        for row in rows::old_keys(self.db, before, limit)? {
             rows::remove_key(self.db, &row)?;
             self.take(rows::key_hash(&row));
             self.state.keys -= 1;

@@ -21,8 +21,9 @@ pub enum StorageError {
 }
 
 impl StorageError {
-    pub(crate) fn corrupt(what: &'static str) -> impl FnOnce(CodecError) -> StorageError {
-        move |e| StorageError::Corrupt { what: what.into(), problem: e.to_string() }
+    pub(crate) fn corrupt(what: impl Into<String>) -> impl FnOnce(CodecError) -> StorageError {
+        let what = what.into();
+        move |e| StorageError::Corrupt { what, problem: e.to_string() }
     }
 }
 

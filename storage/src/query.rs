@@ -22,14 +22,18 @@ pub struct TimeRange {
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct ListQuery {
     pub tenant: String,
-    /// Empty: the whole tenant.
+    /// Empty: the whole tenant. Owners of other tenants are ignored; [`Owner::Global`] is everyone's.
     pub owners: Vec<Owner>,
     pub filter: Option<Filter>,
+    /// Empty: ACTIVE only.
     pub statuses: Vec<Status>,
     pub time: Option<TimeRange>,
+    /// Continue after this id.
     pub after: Option<MemoryId>,
     pub limit: usize,
+    /// What has expired by then is not found.
     pub now: UnixMs,
+    /// Without it the memories found have an empty vector.
     pub with_vector: bool,
 }
 
@@ -43,6 +47,7 @@ pub struct Page {
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct SearchQuery {
     pub tenant: String,
+    /// Whose memories to search. Owners of other tenants are ignored; [`Owner::Global`] is everyone's.
     pub owners: Vec<Owner>,
     /// Unit length.
     pub vector: Vec<f32>,
@@ -51,9 +56,12 @@ pub struct SearchQuery {
     /// Least cosine.
     pub threshold: Option<f32>,
     pub filter: Option<Filter>,
+    /// Empty: ACTIVE only.
     pub statuses: Vec<Status>,
     pub time: Option<TimeRange>,
+    /// What has expired by then is not found.
     pub now: UnixMs,
+    /// Without it the memories found have an empty vector.
     pub with_vector: bool,
 }
 

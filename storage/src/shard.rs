@@ -1,20 +1,21 @@
 //! One replica's views of a shard: records in SQLite, vectors in memory, a cache of records; changed by one writer, read by many.
 //!
 //! Order of an apply: the transaction commits; the vector view and the cache change; the position is published. A
-//! reader that saw a position therefore finds at least its effects everywhere.
+//! reader that saw a position therefore finds at least its effects everywhere. Commit and change of the vector view are one step
+//! under the view's lock, so a search, which holds it too, finds the very records that its vectors came from.
 
 use crate::apply::{Applier, Effect};
 use crate::cache::{Cache, Lookup};
 use crate::error::StorageError;
 use crate::filter;
 use crate::model::*;
-use crate::query::{Hit, ListQuery, Page, SearchQuery};
+use crate::query::{Hit, ListQuery, Page, SearchQuery, TimeRange};
 use crate::records::Records;
-use crate::records::rows::{self, State};
+use crate::records::rows::{self, HISTORY, MEMORY, State, Stored};
 use crate::vectors::{Scan, Vectors};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, ToSql, params};
 use sim::disk::Disk;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[derive(Clone, Debug)]
@@ -47,7 +48,7 @@ pub struct Counts {
 pub struct Shard {
     pub(crate) records: Records,
     vectors: RwLock<Vectors>,
-    cache: Cache,
+    pub(crate) cache: Cache,
     pub(crate) published: Mutex<Arc<State>>,
     /// Held by whoever changes the views.
     pub(crate) applying: Mutex<()>,
@@ -57,14 +58,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Tries of a search whose vector view and records were caught a moment apart.
-const SEARCH_TRIES: usize = 5;
-
 impl Shard {
     /// Opens the views in `dir`, creating them if there are none. Blocks while the vectors are loaded.
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
-        let records = Records::open(&*disk, &format!("{dir}/records.db"))?;
+        let records = Records::open(disk, &format!("{dir}/records.db"))?;
         let state = rows::load_state(&records.reader())?;
         let shard = Shard {
             records,
@@ -73,30 +71,15 @@ impl Shard {
             published: Mutex::new(Arc::new(state)),
             applying: Mutex::new(()),
         };
-        shard.load_vectors()?;
+        *shard.vectors_mut() = load_vectors(&shard.records.reader())?;
         Ok(shard)
-    }
-
-    pub(crate) fn load_vectors(&self) -> Result<(), StorageError> {
-        let mut vectors = Vectors::default();
-        let reader = self.records.reader();
-        let mut statement =
-            reader.prepare("SELECT position, kind, body, vector FROM memories ORDER BY position")?;
-        let mut found = statement.query([])?;
-        while let Some(row) = found.next()? {
-            let row = rows::stored(row)?;
-            vectors.insert(&rows::decode_body(&row.body)?, &rows::vector_from(&row.vector));
-        }
-        *self.vectors_mut() = vectors;
-        self.cache.clear();
-        Ok(())
     }
 
     fn vectors(&self) -> RwLockReadGuard<'_, Vectors> {
         self.vectors.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn vectors_mut(&self) -> RwLockWriteGuard<'_, Vectors> {
+    pub(crate) fn vectors_mut(&self) -> RwLockWriteGuard<'_, Vectors> {
         self.vectors.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
@@ -116,6 +99,7 @@ impl Shard {
         let _applying = lock(&self.applying);
         let before = self.state();
         let mut writer = self.records.writer();
+        Records::bound_wal(&writer)?;
         let transaction = writer.transaction()?;
         let state = State { meta: meta.to_vec(), ..State::clone(&before) };
         let mut applier = Applier { db: &transaction, state, effects: vec![] };
@@ -133,21 +117,18 @@ impl Shard {
             return Ok(outcomes);
         }
         rows::save_state(&transaction, &state)?;
+        let mut vectors = self.vectors_mut();
         transaction.commit()?;
-        drop(writer);
-        {
-            let mut vectors = self.vectors_mut();
-            for effect in effects {
-                match effect {
-                    Effect::Put { memory, vector } => {
-                        vectors.insert(&memory, &vector);
-                        let (tenant, id) = (memory.tenant.clone(), memory.id);
-                        self.cache.store_applied(&tenant, id, Some(Arc::new(memory)));
-                    }
-                    Effect::Remove { memory, dimension } => {
-                        vectors.remove(&memory, dimension);
-                        self.cache.store_applied(&memory.tenant, memory.id, None);
-                    }
+        for effect in effects {
+            match effect {
+                Effect::Put { memory, vector } => {
+                    vectors.insert(&memory, &vector);
+                    let (tenant, id) = (memory.tenant.clone(), memory.id);
+                    self.cache.store_applied(&tenant, id, Some(Arc::new(memory)));
+                }
+                Effect::Remove { memory, dimension } => {
+                    vectors.remove(&memory, dimension);
+                    self.cache.store_applied(&memory.tenant, memory.id, None);
                 }
             }
         }
@@ -170,74 +151,65 @@ impl Shard {
 
     /// A memory of the tenant, or a GLOBAL one, with its vector. Expired ones are not found.
     pub fn get(&self, tenant: &str, id: &MemoryId, now: UnixMs) -> Result<Option<Arc<Memory>>, StorageError> {
-        for tenant in [tenant, GLOBAL_TENANT] {
-            let Some(row) = rows::find(&self.records.reader(), tenant, id)? else { continue };
-            let mut memory = rows::decode_body(&row.body)?;
-            memory.vector = rows::vector_from(&row.vector);
-            return Ok(Some(Arc::new(memory)).filter(|m| alive(m, now)));
-        }
-        Ok(None)
+        let reader = self.records.reader();
+        let whole = |tenant| rows::find(&reader, tenant, id)?.map(|row| whole(&row)).transpose();
+        let found = match whole(tenant)? {
+            None => whole(GLOBAL_TENANT)?.filter(|m| m.scope == Scope::Global),
+            own => own,
+        };
+        Ok(found.filter(|m| alive(m, now)).map(Arc::new))
     }
 
     /// Memories of the tenant (and GLOBAL ones, if their owner is asked for) in the order of their ids.
     pub fn list(&self, query: &ListQuery) -> Result<Page, StorageError> {
-        let global = query.owners.contains(&Owner::Global);
         let reader = self.records.reader();
-        let mut statement = reader.prepare_cached(
-            "SELECT position, kind, body, vector, id FROM memories
-             WHERE tenant = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
-        )?;
         let after = query.after.map_or(vec![], |id| id.to_vec());
         let mut found = vec![];
-        let mut next = None;
-        for tenant in [Some(query.tenant.as_str()), global.then_some(GLOBAL_TENANT)].into_iter().flatten() {
-            let (mut after, mut taken) = (after.clone(), 0);
-            'pages: loop {
-                let mut rows = statement.query(params![tenant, after, 256])?;
-                let mut seen = 0;
-                while let Some(row) = rows.next()? {
-                    seen += 1;
-                    after = row.get(4)?;
-                    let row = rows::stored(row)?;
-                    let mut memory = rows::decode_body(&row.body)?;
-                    if !wanted(query, &memory) {
-                        continue;
-                    }
-                    if taken == query.limit {
-                        next = Some(());
-                        break 'pages;
-                    }
-                    if query.with_vector {
-                        memory.vector = rows::vector_from(&row.vector);
-                    }
+        // Of each owner one more than asked for: it tells whether the listing goes on.
+        let mut take = |column: &str, key: &dyn ToSql| -> Result<(), StorageError> {
+            let mut statement = reader.prepare_cached(&format!(
+                "SELECT {MEMORY} FROM memories WHERE {column} = ?1 AND id > ?2 ORDER BY id"
+            ))?;
+            let mut rows = statement.query(params![key, after])?;
+            let mut taken = 0;
+            while let (true, Some(row)) = (taken <= query.limit, rows.next()?) {
+                let row = rows::stored(row)?;
+                let memory = if query.with_vector { whole(&row)? } else { rows::decode_body(&row.body)? };
+                if wanted(query, &memory) {
                     taken += 1;
                     found.push(Arc::new(memory));
                 }
-                if seen < 256 {
-                    break;
-                }
             }
+            Ok(())
+        };
+        if query.owners.is_empty() {
+            take("tenant", &query.tenant)?;
+        }
+        for owner in readable(&query.tenant, &query.owners) {
+            take("owner", &rows::owner_key(owner))?;
         }
         found.sort_by_key(|m| m.id);
-        if found.len() > query.limit {
-            found.truncate(query.limit);
-            next = Some(());
+        let mut end = query.limit.min(found.len());
+        // A GLOBAL memory may share an id with one of the tenant's: a page never ends between them.
+        while end > 0 && end < found.len() && found[end].id == found[end - 1].id {
+            end += 1;
         }
-        let next = next.and_then(|()| found.last().map(|m| m.id));
+        let next = if end < found.len() { found[..end].last().map(|m| m.id) } else { None };
+        found.truncate(end);
         Ok(Page { memories: found, next })
     }
 
-    /// Every version of a memory, oldest first, deletions included.
+    /// Every version of a memory, oldest first, deletions included; without vectors.
     pub fn history(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
         let mut statement = reader.prepare_cached(
-            "SELECT position, kind, body FROM history WHERE tenant = ?1 AND id = ?2
-             UNION ALL SELECT position, kind, body FROM memories WHERE tenant = ?1 AND id = ?2 ORDER BY 1",
+            "SELECT epoch, position, kind, body, x'' FROM history WHERE tenant = ?1 AND id = ?2
+             UNION ALL SELECT epoch, position, kind, body, x'' FROM memories WHERE tenant = ?1 AND id = ?2 ORDER BY 2",
         )?;
-        self.changes(statement.query(params![tenant, &id[..]])?)
+        changes(statement.query(params![tenant, &id[..]])?)
     }
 
-    /// The tenant's changes after a position, in the order of the ledger.
+    /// The tenant's changes after a position, in the order of the ledger; without vectors.
     pub fn changes_after(
         &self,
         tenant: &str,
@@ -246,93 +218,62 @@ impl Shard {
     ) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
         let mut statement = reader.prepare_cached(
-            "SELECT position, kind, body FROM history WHERE position > ?2 AND tenant = ?1
-             UNION ALL SELECT position, kind, body FROM memories WHERE position > ?2 AND tenant = ?1
-             ORDER BY 1 LIMIT ?3",
+            "SELECT epoch, position, kind, body, x'' FROM history WHERE position > ?2 AND tenant = ?1
+             UNION ALL SELECT epoch, position, kind, body, x'' FROM memories WHERE position > ?2 AND tenant = ?1
+             ORDER BY 2 LIMIT ?3",
         )?;
-        self.changes(statement.query(params![tenant, rows::pack(after), limit as i64])?)
-    }
-
-    fn changes(&self, mut found: rusqlite::Rows<'_>) -> Result<Vec<Change>, StorageError> {
-        let epoch = self.state().position.epoch;
-        let mut changes = vec![];
-        while let Some(row) = found.next()? {
-            let (position, kind, body): (i64, u8, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
-            let position = rows::unpack(epoch, position);
-            changes.push(Change {
-                position,
-                kind: rows::change_kind(kind)?,
-                memory: rows::decode_body(&body)?,
-            });
-        }
-        Ok(changes)
+        changes(statement.query(params![tenant, rows::pack(after), limit as i64])?)
     }
 
     /// How many vectors a search compares at most.
     pub fn vectors_of(&self, query: &SearchQuery) -> usize {
-        self.vectors().count_of(&query.owners, &query.space, query.vector.len())
+        self.vectors().count_of(&readable(&query.tenant, &query.owners), &query.space, query.vector.len())
     }
 
-    /// The k nearest memories by cosine, best first; filters apply before the scan.
+    /// The k nearest memories by cosine, best first, equal ones by id; filters apply before the scan.
     pub fn search(&self, query: &SearchQuery) -> Result<Vec<Hit>, StorageError> {
-        let mut hits = vec![];
-        for _ in 0..SEARCH_TRIES {
-            let allowed = match (&query.filter, &query.time) {
-                (None, None) => None,
-                _ => Some(self.allowed(query)?),
+        let owners = readable(&query.tenant, &query.owners);
+        // No transaction commits while this is held.
+        let vectors = self.vectors();
+        let allowed = match (&query.filter, &query.time) {
+            (None, None) => None,
+            _ => Some(owners.iter().map(|owner| self.allowed(owner, query)).collect::<Result<Vec<_>, _>>()?),
+        };
+        let nearest = vectors.scan(&Scan {
+            owners: &owners,
+            space: &query.space,
+            vector: &query.vector,
+            k: query.k,
+            threshold: query.threshold,
+            statuses: or_active(&query.statuses),
+            now: query.now,
+            allowed: allowed.as_deref(),
+        });
+        let hit = |(id, similarity, whose): (MemoryId, f32, usize)| {
+            let tenant = if *owners[whose] == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
+            let Some(mut memory) = self.record(tenant, &id)? else {
+                let problem = format!("memory {id:02x?} has a vector and no record");
+                return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
             };
-            let scan = Scan {
-                owners: &query.owners,
-                space: &query.space,
-                vector: &query.vector,
-                k: query.k,
-                threshold: query.threshold,
-                statuses: &query.statuses,
-                now: query.now,
-                allowed: allowed.as_ref(),
-            };
-            let nearest = self.vectors().scan(&scan);
-            let wanted = nearest.len();
-            hits.clear();
-            for (id, similarity) in nearest {
-                let own = self.record(&query.tenant, &id)?.filter(|m| query.owners.contains(&m.owner()));
-                let memory = match own {
-                    Some(memory) => Some(memory),
-                    None if query.owners.contains(&Owner::Global) => self.record(GLOBAL_TENANT, &id)?,
-                    None => None,
-                };
-                let Some(mut memory) = memory else { continue };
-                if query.with_vector {
-                    let mut whole = Memory::clone(&memory);
-                    whole.vector =
-                        self.vectors().get(&memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
-                    memory = Arc::new(whole);
-                }
-                hits.push(Hit { memory, similarity });
+            if query.with_vector {
+                let vector = vectors.get(&memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
+                memory = Arc::new(Memory { vector, ..Memory::clone(&memory) });
             }
-            // A transaction is committed a moment before the vector view shows it: then some were not found, and it is asked again.
-            if hits.len() == wanted {
-                break;
-            }
-        }
-        Ok(hits)
+            Ok(Hit { memory, similarity })
+        };
+        nearest.into_iter().map(hit).collect()
     }
 
-    /// Ids that meet a search's conditions.
-    fn allowed(&self, query: &SearchQuery) -> Result<HashSet<MemoryId>, StorageError> {
+    /// Ids of an owner's memories that meet a search's conditions.
+    fn allowed(&self, owner: &Owner, query: &SearchQuery) -> Result<HashSet<MemoryId>, StorageError> {
         let reader = self.records.reader();
         let mut allowed = HashSet::new();
-        let mut statement = reader.prepare_cached("SELECT body FROM memories WHERE tenant = ?1")?;
-        let global = query.owners.contains(&Owner::Global).then_some(GLOBAL_TENANT);
-        for tenant in [Some(query.tenant.as_str()), global].into_iter().flatten() {
-            let mut found = statement.query([tenant])?;
-            while let Some(row) = found.next()? {
-                let memory = rows::decode_body(&row.get::<_, Vec<u8>>(0)?)?;
-                let meets = query.time.as_ref().is_none_or(|t| filter::in_time(&memory, t))
-                    && query.filter.as_ref().is_none_or(|f| filter::matches(f, &memory));
-                if meets && query.owners.contains(&memory.owner()) {
-                    allowed.insert(memory.id);
-                }
+        let mut statement = reader.prepare_cached("SELECT body FROM memories WHERE owner = ?1")?;
+        let mut found = statement.query([rows::owner_key(owner)])?;
+        while let Some(row) = found.next()? {
+            let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
+            if meets(&query.filter, &query.time, &memory) {
+                allowed.insert(memory.id);
             }
         }
         Ok(allowed)
@@ -357,15 +298,9 @@ impl Shard {
         let mut digest = 0u128;
         let vectors = self.vectors();
         let mut with_vector = 0;
-        each(&reader, "SELECT position, kind, body, vector FROM memories", |row| {
+        each(&reader, &format!("SELECT {MEMORY} FROM memories"), |row| {
             let row = rows::stored(row)?;
-            digest = digest.wrapping_add(rows::memory_hash(
-                "memories",
-                row.position,
-                row.kind,
-                &row.body,
-                &row.vector,
-            ));
+            digest = digest.wrapping_add(rows::memory_hash("memories", &row));
             let memory = rows::decode_body(&row.body)?;
             let vector = rows::vector_from(&row.vector);
             if !vector.is_empty() {
@@ -381,9 +316,8 @@ impl Shard {
             let problem = format!("it holds {} vectors, the records {with_vector}", vectors.count());
             return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
         }
-        each(&reader, "SELECT position, kind, body FROM history", |row| {
-            let (position, kind, body): (i64, u8, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
-            digest = digest.wrapping_add(rows::memory_hash("history", position, kind, &body, &[]));
+        each(&reader, &format!("SELECT {HISTORY} FROM history"), |row| {
+            digest = digest.wrapping_add(rows::memory_hash("history", &rows::stored(row)?));
             Ok(())
         })?;
         each(&reader, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
@@ -415,14 +349,62 @@ pub(crate) fn each(
     Ok(())
 }
 
+/// The vector view of a database.
+pub(crate) fn load_vectors(db: &Connection) -> Result<Vectors, StorageError> {
+    let mut vectors = Vectors::default();
+    each(db, &format!("SELECT {MEMORY} FROM memories ORDER BY position"), |row| {
+        let row = rows::stored(row)?;
+        vectors.insert(&rows::decode_body(&row.body)?, &rows::vector_from(&row.vector));
+        Ok(())
+    })?;
+    Ok(vectors)
+}
+
+/// A memory with its vector.
+fn whole(row: &Stored) -> Result<Memory, StorageError> {
+    Ok(Memory { vector: rows::vector_from(&row.vector), ..rows::decode_body(&row.body)? })
+}
+
+fn changes(mut found: rusqlite::Rows<'_>) -> Result<Vec<Change>, StorageError> {
+    let mut changes = vec![];
+    while let Some(row) = found.next()? {
+        let row = rows::stored(row)?;
+        let position = rows::unpack(row.epoch, row.position);
+        changes.push(Change {
+            position,
+            kind: rows::change_kind(row.kind)?,
+            memory: rows::decode_body(&row.body)?,
+        });
+    }
+    Ok(changes)
+}
+
+/// The owners that a tenant may read, each once.
+fn readable<'a>(tenant: &str, owners: &'a [Owner]) -> Vec<&'a Owner> {
+    let own = |owner: &&Owner| match owner {
+        Owner::Agent { tenant: of, .. } | Owner::User { tenant: of, .. } | Owner::Shared { tenant: of } => {
+            of == tenant
+        }
+        Owner::Global => true,
+    };
+    owners.iter().filter(own).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
 fn alive(memory: &Memory, now: UnixMs) -> bool {
     memory.expires.is_none_or(|at| at > now)
 }
 
+fn or_active(statuses: &[Status]) -> &[Status] {
+    if statuses.is_empty() { &[Status::Active] } else { statuses }
+}
+
+fn meets(filter: &Option<Filter>, time: &Option<TimeRange>, memory: &Memory) -> bool {
+    time.as_ref().is_none_or(|t| filter::in_time(memory, t))
+        && filter.as_ref().is_none_or(|f| filter::matches(f, memory))
+}
+
 fn wanted(query: &ListQuery, memory: &Memory) -> bool {
     alive(memory, query.now)
-        && query.statuses.contains(&memory.status)
-        && (query.owners.is_empty() || query.owners.contains(&memory.owner()))
-        && query.time.as_ref().is_none_or(|t| filter::in_time(memory, t))
-        && query.filter.as_ref().is_none_or(|f| filter::matches(f, memory))
+        && or_active(&query.statuses).contains(&memory.status)
+        && meets(&query.filter, &query.time, memory)
 }

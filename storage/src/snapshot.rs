@@ -5,56 +5,52 @@
 
 use crate::codec;
 use crate::error::StorageError;
-use crate::records::rows::{self, KeyRow, MemoryRow, State, Stored};
-use crate::shard::{Shard, each, lock};
+use crate::model::Position;
+use crate::records::rows::{self, HISTORY, KeyRow, MEMORY, State, Stored};
+use crate::shard::{Shard, each, load_vectors, lock};
 use bincode::{Decode, Encode};
 use rusqlite::Connection;
+use std::cell::Cell;
 use std::sync::Arc;
 
 #[derive(Encode, Decode)]
 enum Piece {
-    Memory(MemoryRow),
-    History { version: u64, row: MemoryRow },
+    Memory(Stored),
+    History { version: u64, row: Stored },
     Key(KeyRow),
     End { pieces: u64, state: State },
 }
 
 impl Shard {
-    /// Gives the whole logical state at one position to `sink`, a frame at a time. Applying goes on meanwhile.
+    /// Gives the whole logical state at one position to `sink`, a frame at a time, and returns that position.
+    /// Applying goes on meanwhile.
     pub fn export(
         &self,
         sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>,
-    ) -> Result<(), StorageError> {
+    ) -> Result<Position, StorageError> {
         let mut reader = self.records.reader();
         let snapshot = reader.transaction()?;
-        let mut pieces = 0;
+        let pieces = Cell::new(0);
         let mut frame = vec![];
         let mut send = |piece: &Piece| {
             frame.clear();
             codec::frame(&mut frame, &codec::encode(piece));
-            pieces += 1;
+            pieces.set(pieces.get() + 1);
             sink(&frame)
         };
-        each(&snapshot, "SELECT position, kind, body, vector FROM memories", |row| {
-            let row = rows::stored(row)?;
-            let memory = rows::decode_body(&row.body)?;
-            let vector = rows::vector_from(&row.vector);
-            send(&Piece::Memory(MemoryRow { position: row.position, kind: row.kind, memory, vector }))
+        each(&snapshot, &format!("SELECT {MEMORY} FROM memories"), |row| {
+            send(&Piece::Memory(rows::stored(row)?))
         })?;
-        each(&snapshot, "SELECT position, kind, body, version FROM history", |row| {
-            let (position, kind, body): (i64, u8, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
-            let memory = rows::decode_body(&body)?;
-            let version = row.get::<_, i64>(3)? as u64;
-            send(&Piece::History { version, row: MemoryRow { position, kind, memory, vector: vec![] } })
+        each(&snapshot, &format!("SELECT {HISTORY}, version FROM history"), |row| {
+            send(&Piece::History { version: row.get::<_, i64>(5)? as u64, row: rows::stored(row)? })
         })?;
         each(&snapshot, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
             send(&Piece::Key(rows::key_row(row)?))
         })?;
         let state = rows::load_state(&snapshot)?;
-        let end = codec::encode(&Piece::End { pieces, state });
-        let mut frame = vec![];
-        codec::frame(&mut frame, &end);
-        sink(&frame)
+        let position = state.position;
+        send(&Piece::End { pieces: pieces.get(), state })?;
+        Ok(position)
     }
 
     /// Replaces the whole state by an exported one. On any error nothing has changed.
@@ -66,7 +62,7 @@ impl Shard {
         let mut writer = self.records.writer();
         let transaction = writer.transaction()?;
         transaction.execute_batch("DELETE FROM memories; DELETE FROM history; DELETE FROM keys;")?;
-        let (mut pieces, mut end) = (0, None);
+        let (mut pieces, mut digest, mut end) = (0, 0u128, None);
         while let Some(chunk) = next()? {
             let mut rest = &chunk[..];
             while !rest.is_empty() {
@@ -80,46 +76,46 @@ impl Shard {
                 if let Piece::End { pieces, state } = piece {
                     end = Some((pieces, state));
                 } else {
-                    put(&transaction, piece)?;
+                    digest = digest.wrapping_add(put(&transaction, piece)?);
                     pieces += 1;
                 }
             }
         }
         let state = match end {
-            Some((counted, state)) if counted == pieces => state,
+            Some((counted, state)) if counted == pieces && state.digest == digest => state,
             Some((counted, _)) => {
-                return Err(StorageError::Snapshot(format!("{pieces} pieces arrived of {counted}")));
+                let reason =
+                    format!("{pieces} pieces arrived of {counted}, or not the ones that its digest tells");
+                return Err(StorageError::Snapshot(reason));
             }
             None => return Err(StorageError::Snapshot("it was cut short".into())),
         };
         rows::save_state(&transaction, &state)?;
+        let loaded = load_vectors(&transaction)?;
+        let mut vectors = self.vectors_mut();
         transaction.commit()?;
-        drop(writer);
-        self.load_vectors()?;
+        *vectors = loaded;
+        self.cache.clear();
         *lock(&self.published) = Arc::new(state);
         Ok(())
     }
 }
 
-fn put(db: &Connection, piece: Piece) -> Result<(), StorageError> {
+/// Stores a piece; its part of the digest.
+fn put(db: &Connection, piece: Piece) -> Result<u128, StorageError> {
     match piece {
-        Piece::Memory(mut row) => {
-            let body = rows::encode_body(&mut row.memory);
-            let vector = rows::vector_bytes(&row.vector);
-            let stored = Stored { position: row.position, kind: row.kind, body, vector };
-            rows::put_memory(db, &stored, &row.memory.tenant, &row.memory.id, row.memory.version)
+        Piece::Memory(row) => {
+            rows::put_memory(db, &row, &rows::decode_body(&row.body)?)?;
+            Ok(rows::memory_hash("memories", &row))
         }
-        Piece::History { version, mut row } => {
-            let body = rows::encode_body(&mut row.memory);
-            rows::put_history(
-                db,
-                (row.position, row.kind, &body),
-                &row.memory.tenant,
-                &row.memory.id,
-                version,
-            )
+        Piece::History { version, row } => {
+            rows::put_history(db, &row, &rows::decode_body(&row.body)?, version)?;
+            Ok(rows::memory_hash("history", &row))
         }
-        Piece::Key(row) => rows::put_key(db, &row),
-        Piece::End { .. } => Ok(()),
+        Piece::Key(row) => {
+            rows::put_key(db, &row)?;
+            Ok(rows::key_hash(&row))
+        }
+        Piece::End { .. } => Ok(0),
     }
 }

@@ -202,6 +202,7 @@ fn power_loss_takes_back_a_suffix_and_never_a_checkpoint() -> Result<()> {
                 kept = shard.checkpoint()?.index;
             }
         }
+        let digest = shard.digest();
         disk.power_off();
         drop(shard);
         disk.power_on();
@@ -209,6 +210,53 @@ fn power_loss_takes_back_a_suffix_and_never_a_checkpoint() -> Result<()> {
         let at = shard.applied().0.index;
         assert!(at >= kept, "seed {seed}: at {at} after a checkpoint at {kept}");
         assert_eq!(shard.counts()?.memories, at, "seed {seed}");
+        check(&shard)?;
+        // The ledger gives back what was lost.
+        for index in 1..=30 {
+            apply(&shard, index, vec![command("t", &format!("k{index}"), 1, 5, add(index))])?;
+        }
+        assert_eq!(shard.digest(), digest, "seed {seed}");
+    }
+    Ok(())
+}
+
+fn export(shard: &Shard) -> Result<Vec<Vec<u8>>> {
+    let mut chunks = vec![];
+    shard.export(&mut |frame| {
+        chunks.push(frame.to_vec());
+        Ok(())
+    })?;
+    Ok(chunks)
+}
+
+#[test]
+fn a_checkpoint_beside_a_long_read_is_durable() -> Result<()> {
+    for seed in 0..30 {
+        let disk = SimDisk::new(seed);
+        let shard = open(&disk)?;
+        let mut at = 0;
+        let mut some_more = || -> Result<u64> {
+            for _ in 0..5 {
+                at += 1;
+                apply(&shard, at, vec![command("t", "", 0, 5, add(at))])?;
+            }
+            Ok(at)
+        };
+        some_more()?;
+        shard.checkpoint()?;
+        let mut kept = 0;
+        // The read keeps the log from being moved as a whole.
+        let cut = shard.export(&mut |_| {
+            some_more()?;
+            kept = shard.checkpoint()?.index;
+            disk.power_off();
+            Err(StorageError::Snapshot("the power is off".into()))
+        });
+        assert!(cut.is_err() && kept == 10);
+        drop(shard);
+        disk.power_on();
+        let shard = open(&disk)?;
+        assert!(shard.applied().0.index >= kept, "seed {seed}: {:?} after {kept}", shard.applied().0);
         check(&shard)?;
     }
     Ok(())
@@ -221,13 +269,11 @@ fn export_and_import_give_an_equal_shard() -> Result<()> {
         let operation = if index % 4 == 0 { delete(index - 1) } else { add(index) };
         apply(&shard, index, vec![command("t", &format!("k{index}"), 1, 5, operation)])?;
     }
-    let mut chunks = vec![];
-    shard.export(&mut |frame| {
-        chunks.push(frame.to_vec());
-        Ok(())
-    })?;
+    let chunks = export(&shard)?;
     let copy = open(&SimDisk::new(2))?;
-    apply(&copy, 1, vec![command("t", "", 0, 5, add(77))])?;
+    let operations = [add(77), add(1), update(1, "of another state", None)];
+    apply(&copy, 1, operations.map(|o| command("t", "", 0, 5, o)).into())?;
+    assert_eq!(copy.search(&search(20))?.len(), 2);
     // Cut short or damaged, it changes nothing.
     let old = copy.digest();
     let mut short = chunks[..chunks.len() - 1].iter().cloned();
@@ -236,6 +282,13 @@ fn export_and_import_give_an_equal_shard() -> Result<()> {
     damaged[3][12] ^= 1;
     let mut damaged = damaged.into_iter();
     assert!(copy.import(&mut || Ok(damaged.next())).is_err());
+    // So does one whose frames are sound but of another state.
+    let other = open(&SimDisk::new(3))?;
+    apply(&other, 40, vec![command("t", "", 0, 5, add(500))])?;
+    let mut swapped = chunks.clone();
+    swapped[0] = export(&other)?.swap_remove(0);
+    let mut swapped = swapped.into_iter();
+    assert!(copy.import(&mut || Ok(swapped.next())).is_err());
     assert_eq!(copy.digest(), old);
     check(&copy)?;
     let mut chunks = chunks.into_iter();
@@ -257,6 +310,155 @@ fn full_disk_is_an_error_and_nothing_is_half_applied() -> Result<()> {
     assert_eq!(shard.digest(), before);
     check(&shard)?;
     apply(&shard, 2, vec![command("t", "", 0, 5, add(2))])?;
+    check(&shard)
+}
+
+#[test]
+fn a_checkpoint_whose_sync_fails_is_an_error() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let shard = open(&disk)?;
+    apply(&shard, 1, vec![command("t", "", 0, 5, add(1))])?;
+    disk.set_faults(sim::disk::simulated::DiskFaults { sync_fail_one_in: 1, ..Default::default() });
+    assert!(shard.checkpoint().is_err());
+    Ok(())
+}
+
+#[test]
+fn a_sync_that_fails_while_the_log_is_bounded_is_an_error() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let shard = open(&disk)?;
+    disk.set_faults(sim::disk::simulated::DiskFaults { sync_fail_one_in: 1, ..Default::default() });
+    let large = |id: u64| Operation::Add(Memory { text: "x".repeat(60_000), ..memory("t", id, "") });
+    let failed = (1..1000).find_map(|n| apply(&shard, n, vec![command("t", "", 0, 5, large(n))]).err());
+    assert!(matches!(failed, Some(StorageError::Sqlite(_))), "{failed:?}");
+    Ok(())
+}
+
+#[test]
+fn global_memories_are_found_by_all_and_no_others_of_their_tenant() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let global = |id| Memory { scope: Scope::Global, ..with_vector(GLOBAL_TENANT, id, "for everyone") };
+    let add = |tenant, m| command(tenant, "", 0, 5, Operation::Add(m));
+    let private = with_vector(GLOBAL_TENANT, 3, "the operator's own");
+    let of_t = vec![add("t", with_vector("t", 1, "own"))];
+    apply(
+        &shard,
+        1,
+        [of_t, vec![add(GLOBAL_TENANT, global(1)), add(GLOBAL_TENANT, private.clone())]].concat(),
+    )?;
+    // A tenant can neither make a memory global nor write into another tenant.
+    let refused = [add("t", Memory { tenant: "t".into(), ..global(4) }), add("t", with_vector("u", 5, "x"))];
+    let outcomes = apply(&shard, 2, refused.into())?;
+    assert!(outcomes.iter().all(|o| matches!(o, Outcome::NotFound { .. })), "{outcomes:?}");
+    assert!(
+        shard.get("u", &global(1).id, 0)?.is_some_and(|m| m.scope == Scope::Global && !m.vector.is_empty())
+    );
+    assert_eq!(shard.get("t", &global(1).id, 0)?.map(|m| m.text.clone()).as_deref(), Some("own"));
+    assert_eq!(shard.get("t", &private.id, 0)?, None);
+    let own = memory("t", 0, "").owner();
+    let owners = vec![own.clone(), Owner::Global, own, private.owner()];
+    let hits = shard.search(&SearchQuery { owners: owners.clone(), ..search(10) })?;
+    let found: Vec<&str> = hits.iter().map(|h| h.memory.text.as_str()).collect();
+    assert_eq!(found, ["own", "for everyone"]);
+    let page = shard.list(&ListQuery { owners: owners.clone(), ..list(10) })?;
+    assert_eq!((page.memories.len(), page.next), (2, None));
+    // They have one id, and no page ends between them.
+    let page = shard.list(&ListQuery { owners: vec![owners[0].clone(), Owner::Global], ..list(1) })?;
+    assert_eq!((page.memories.len(), page.next), (2, None));
+    check(&shard)
+}
+
+fn list(limit: usize) -> ListQuery {
+    ListQuery {
+        tenant: "t".into(),
+        owners: vec![],
+        filter: None,
+        statuses: vec![],
+        time: None,
+        after: None,
+        limit,
+        now: 0,
+        with_vector: false,
+    }
+}
+
+#[test]
+fn pages_of_a_listing_hold_each_memory_once() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let mine = |id: u64| Memory { user: format!("u{}", id % 3), ..with_vector("t", id, "x") };
+    let batch =
+        |ids: std::ops::Range<u64>| ids.map(|id| command("t", "", 0, 5, Operation::Add(mine(id)))).collect();
+    apply(&shard, 1, batch(0..700))?;
+    let expired = Memory { expires: Some(10), ..mine(700) };
+    let archived = Memory { status: Status::Archived, ..mine(701) };
+    apply(&shard, 2, [expired, archived].map(|m| command("t", "", 0, 5, Operation::Add(m))).into())?;
+    let two = vec![mine(0).owner(), mine(1).owner()];
+    for (owners, expected) in [(vec![], 700), (two, 467)] {
+        let (mut after, mut seen) = (None, vec![]);
+        loop {
+            let page = shard.list(&ListQuery { owners: owners.clone(), after, now: 10, ..list(64) })?;
+            assert!(page.memories.len() <= 64);
+            seen.extend(page.memories.iter().map(|m| m.id));
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(seen.len(), expected);
+        assert!(seen.is_sorted_by(|a, b| a < b));
+    }
+    Ok(())
+}
+
+#[test]
+fn forgetting_old_keys_keeps_up_with_batches() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let day = crate::apply::KEY_LIFE_MS;
+    for index in 1..=20 {
+        let now = index as i64 * day / 4;
+        let keyed = |n: u64| command("t", &format!("{index}-{n}"), 1, now, add(index * 1000 + n));
+        apply(&shard, index, (0..300).map(keyed).collect())?;
+    }
+    assert!(shard.counts()?.idempotency_keys <= 5 * 300, "{:?}", shard.counts()?);
+    check(&shard)
+}
+
+/// While one thread adds, updates and deletes, others search: every hit is whole and none is missing.
+#[test]
+fn searches_beside_apply_find_k_while_k_exist() -> Result<()> {
+    // Without a cache, which would hide that records and vectors differ.
+    let shard = Shard::open(SimDisk::new(1), "views", ShardOptions { cache_bytes_max: 0 })?;
+    apply(&shard, 1, (0..50).map(|id| command("t", "", 0, 5, add(id))).collect())?;
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let reader = || -> Result<()> {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                // Ten more come and go at once.
+                let found = shard.search(&search(100))?.len();
+                assert!(found == 50 || found == 60, "{found}");
+                let filter = Some(Filter::Exists { field: Field::Text });
+                let found = shard.search(&SearchQuery { filter, ..search(100) })?.len();
+                assert!(found == 50 || found == 60, "{found}");
+            }
+            Ok(())
+        };
+        let readers = [threads.spawn(reader), threads.spawn(reader)];
+        let write = || -> Result<()> {
+            for index in 2..200 {
+                let come_or_go = |id| if index % 2 == 0 { add(100 + id) } else { delete(100 + id) };
+                let turn = |id| [update(id, &format!("at {index}"), None), come_or_go(id)];
+                let commands = (0..10).flat_map(turn).map(|o| command("t", "", 0, 5, o)).collect();
+                apply(&shard, index, commands)?;
+            }
+            Ok(())
+        };
+        let written = write();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        for reader in readers {
+            reader.join().map_err(|_| StorageError::Snapshot("a reader panicked".into()))??;
+        }
+        written
+    })?;
     check(&shard)
 }
 

@@ -189,10 +189,11 @@ impl memory_service_server::MemoryService for MemoryService {
                             return;
                         }
                     };
-                // A full page may have left changes behind, so only its own last position is seen.
-                seen = match changes.last() {
-                    Some(last) => last.position,
-                    None => seen.max(Position { item: u32::MAX, ..shown }),
+                // A full page may have left changes behind; else all was seen up to where the views were.
+                let last = changes.last().map_or(seen, |c| c.position);
+                seen = match changes.len() < WATCH_CHANGES_MAX as usize {
+                    true => last.max(Position { item: u32::MAX, ..shown }),
+                    false => last,
                 };
                 idle = if changes.is_empty() { idle + 1 } else { 0 };
                 if !changes.is_empty() || idle % WATCH_HEARTBEAT_LOOKS == 1 {

@@ -2,12 +2,13 @@
 //!
 //! | table | row | key |
 //! |---|---|---|
-//! | `memories` | each memory as it is | its last change's position (as row id), and (tenant, id) |
+//! | `memories` | each memory as it is | its last change's position (as row id), (tenant, id) and (owner, id) |
 //! | `history` | each superseded version and each deletion | position, and (tenant, id) |
 //! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key), and time |
 //! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
 //!
-//! A position is stored as one integer, `index << 20 | item`, so both tables lie in the order of the ledger and new rows go to the end.
+//! A position is stored as one integer, `index << 20 | item`, so both tables lie in the order of the ledger (whose index
+//! goes on from epoch to epoch) and new rows go to the end.
 //! The database runs in WAL mode without an fsync per transaction: a power loss takes back a suffix of transactions as a whole, and
 //! `state` says where the ledger must resume.
 
@@ -16,18 +17,20 @@ pub mod rows;
 use crate::error::StorageError;
 use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
-use std::sync::{Mutex, MutexGuard};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 const SCHEMA_VERSION: i64 = 1;
 
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS memories (
-  position INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id BLOB NOT NULL, version INTEGER NOT NULL,
+  position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, tenant TEXT NOT NULL, id BLOB NOT NULL, owner BLOB NOT NULL,
   kind INTEGER NOT NULL, body BLOB NOT NULL, vector BLOB NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS memories_id ON memories (tenant, id);
+CREATE INDEX IF NOT EXISTS memories_owner ON memories (owner, id);
 CREATE TABLE IF NOT EXISTS history (
-  position INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id BLOB NOT NULL, version INTEGER NOT NULL,
-  kind INTEGER NOT NULL, body BLOB NOT NULL);
+  position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, tenant TEXT NOT NULL, id BLOB NOT NULL,
+  version INTEGER NOT NULL, kind INTEGER NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS history_id ON history (tenant, id, version);
 CREATE TABLE IF NOT EXISTS keys (
   tenant TEXT NOT NULL, key TEXT NOT NULL, time INTEGER NOT NULL, hash BLOB NOT NULL, outcome BLOB NOT NULL,
@@ -36,10 +39,15 @@ CREATE INDEX IF NOT EXISTS keys_time ON keys (time);
 CREATE TABLE IF NOT EXISTS state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
 ";
 
+/// Pages that the write-ahead log may hold before it is moved into the database.
+const WAL_PAGES_MAX: i64 = 4000;
+
 /// Connections that read side by side.
 const READERS: usize = 4;
 
 pub struct Records {
+    disk: Arc<dyn Disk>,
+    path: String,
     writer: Mutex<Connection>,
     readers: Vec<Mutex<Connection>>,
 }
@@ -57,11 +65,11 @@ fn configure(connection: &Connection, cache_kib: u32) -> Result<(), rusqlite::Er
 
 impl Records {
     /// Opens the database at `path`, whose directory exists, creating it if there is none.
-    pub fn open(disk: &dyn Disk, path: &str) -> Result<Records, StorageError> {
-        let writer = open_sqlite(disk, path, OpenFlags::default())?;
+    pub fn open(disk: Arc<dyn Disk>, path: &str) -> Result<Records, StorageError> {
+        let writer = open_sqlite(&*disk, path, OpenFlags::default())?;
         configure(&writer, 32 << 10)?;
         writer.execute_batch(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=4000;",
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;",
         )?;
         let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if version != 0 && version != SCHEMA_VERSION {
@@ -71,16 +79,15 @@ impl Records {
             return Err(StorageError::Corrupt { what: format!("database {path}"), problem });
         }
         writer.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"))?;
-        let dir = path.rsplit_once('/').map_or("", |(dir, _)| dir);
-        disk.sync_dir(dir)?;
+        disk.sync_dir(dir_of(path))?;
         let reader = || -> Result<Mutex<Connection>, StorageError> {
             let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-            let connection = open_sqlite(disk, path, flags)?;
+            let connection = open_sqlite(&*disk, path, flags)?;
             configure(&connection, 8 << 10)?;
             Ok(Mutex::new(connection))
         };
         let readers = (0..READERS).map(|_| reader()).collect::<Result<_, _>>()?;
-        Ok(Records { writer: Mutex::new(writer), readers })
+        Ok(Records { disk, path: path.to_string(), writer: Mutex::new(writer), readers })
     }
 
     /// The one connection that writes.
@@ -94,16 +101,31 @@ impl Records {
         free.unwrap_or_else(|| lock(&self.readers[0]))
     }
 
-    /// Moves the write-ahead log into the database and syncs both.
+    /// Moves the write-ahead log into the database once it is long. SQLite's own way to do this hides a sync that failed, and pages
+    /// that a failed sync gave up would later count as durable.
+    pub fn bound_wal(writer: &Connection) -> Result<(), StorageError> {
+        let pages = |row: &rusqlite::Row<'_>| Ok(row.get::<_, i64>(1)? - row.get::<_, i64>(2)?);
+        let mut asked = writer.prepare_cached("PRAGMA wal_checkpoint(NOOP)")?;
+        if asked.query_row([], pages)? > WAL_PAGES_MAX {
+            writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes every transaction so far durable: moved into the database, or at least in a synced write-ahead log.
     pub fn checkpoint(&self) -> Result<(), StorageError> {
         let writer = self.writer();
-        // PASSIVE never waits for readers; what it could not move stays in the log, which FULL would sync likewise.
-        writer.execute_batch("PRAGMA synchronous=FULL;")?;
-        let moved = writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
-        // With FULL, a commit syncs the log: everything before it is then durable, moved or not.
-        let synced = writer.execute_batch("UPDATE state SET value = value WHERE one = 1;");
-        writer.execute_batch("PRAGMA synchronous=NORMAL;")?;
-        moved?;
-        Ok(synced?)
+        // PASSIVE never waits for readers. What a long read keeps from being moved, SQLite need not have synced.
+        writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+        match self.disk.open(&format!("{}-wal", self.path)) {
+            Ok(wal) => wal.sync()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(self.disk.sync_dir(dir_of(&self.path))?)
     }
+}
+
+fn dir_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(dir, _)| dir)
 }

@@ -32,16 +32,6 @@ pub struct State {
     pub keys: u64,
 }
 
-/// A row of `memories` or `history`.
-#[derive(Clone, Debug, PartialEq, Encode, Decode)]
-pub struct MemoryRow {
-    pub position: i64,
-    pub kind: u8,
-    /// Its vector stands apart.
-    pub memory: Memory,
-    pub vector: Vec<f32>,
-}
-
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct KeyRow {
     pub tenant: String,
@@ -58,10 +48,14 @@ fn hash16(hasher: &blake3::Hasher) -> u128 {
 }
 
 /// A row's part of the digest.
-pub fn memory_hash(table: &str, position: i64, kind: u8, body: &[u8], vector: &[u8]) -> u128 {
+pub fn memory_hash(table: &str, row: &Stored) -> u128 {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(table.as_bytes()).update(&position.to_le_bytes()).update(&[kind]);
-    hasher.update(&(body.len() as u64).to_le_bytes()).update(body).update(vector);
+    hasher.update(table.as_bytes()).update(&row.epoch.to_le_bytes()).update(&row.position.to_le_bytes());
+    hasher
+        .update(&[row.kind])
+        .update(&(row.body.len() as u64).to_le_bytes())
+        .update(&row.body)
+        .update(&row.vector);
     hash16(&hasher)
 }
 
@@ -72,19 +66,13 @@ pub fn key_hash(row: &KeyRow) -> u128 {
 }
 
 pub fn vector_bytes(vector: &[f32]) -> Vec<u8> {
-    vector.iter().flat_map(|x| x.to_le_bytes()).collect()
+    let mut bytes = vec![0; vector.len() * 4];
+    bytes.chunks_exact_mut(4).zip(vector).for_each(|(b, x)| b.copy_from_slice(&x.to_le_bytes()));
+    bytes
 }
 
 pub fn vector_from(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-/// A memory's body: all but its vector.
-pub fn encode_body(memory: &mut Memory) -> Vec<u8> {
-    let vector = std::mem::take(&mut memory.vector);
-    let body = codec::encode(memory);
-    memory.vector = vector;
-    body
 }
 
 pub fn decode_body(bytes: &[u8]) -> Result<Memory, StorageError> {
@@ -100,21 +88,30 @@ pub fn change_kind(kind: u8) -> Result<ChangeKind, StorageError> {
     }
 }
 
-/// A current row as bytes.
+/// A row of `memories` or `history` as bytes. Rows of the history have no vector.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Stored {
+    pub epoch: u64,
     pub position: i64,
     pub kind: u8,
+    /// The encoded memory, without its vector.
     pub body: Vec<u8>,
     pub vector: Vec<u8>,
 }
 
+/// The columns that [`stored`] reads from `memories`.
+pub const MEMORY: &str = "epoch, position, kind, body, vector";
+/// The columns that [`stored`] reads from `history`.
+pub const HISTORY: &str = "epoch, position, kind, body, x''";
+
 pub fn stored(row: &Row<'_>) -> Result<Stored, rusqlite::Error> {
-    Ok(Stored { position: row.get(0)?, kind: row.get(1)?, body: row.get(2)?, vector: row.get(3)? })
+    let epoch = row.get::<_, i64>(0)? as u64;
+    Ok(Stored { epoch, position: row.get(1)?, kind: row.get(2)?, body: row.get(3)?, vector: row.get(4)? })
 }
 
 pub fn find(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Stored>, StorageError> {
     let mut statement =
-        db.prepare_cached("SELECT position, kind, body, vector FROM memories WHERE tenant = ?1 AND id = ?2")?;
+        db.prepare_cached(&format!("SELECT {MEMORY} FROM memories WHERE tenant = ?1 AND id = ?2"))?;
     Ok(statement.query_row(params![tenant, &id[..]], stored).optional()?)
 }
 
@@ -126,25 +123,31 @@ pub fn find_body(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<
 
 /// The last version in the history of a deleted memory.
 pub fn last_version(db: &Connection, tenant: &str, id: &MemoryId) -> Result<u64, StorageError> {
-    let mut statement =
-        db.prepare_cached("SELECT max(version) FROM history WHERE tenant = ?1 AND id = ?2")?;
-    let version: Option<i64> = statement.query_row(params![tenant, &id[..]], |row| row.get(0))?;
-    Ok(version.unwrap_or(0) as u64)
+    // SQLite prepares max(version) and ORDER BY version anew for every id, which costs more than all the rest of an Add.
+    let mut statement = db.prepare_cached("SELECT version FROM history WHERE tenant = ?1 AND id = ?2")?;
+    let mut found = statement.query(params![tenant, &id[..]])?;
+    let mut last = 0;
+    while let Some(row) = found.next()? {
+        last = last.max(row.get::<_, i64>(0)?);
+    }
+    Ok(last as u64)
 }
 
-pub fn put_memory(
-    db: &Connection,
-    row: &Stored,
-    tenant: &str,
-    id: &MemoryId,
-    version: u64,
-) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO memories VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+/// The key of an owner's memories.
+pub fn owner_key(owner: &Owner) -> Vec<u8> {
+    codec::encode(owner)
+}
+
+/// `memory` is what the row's body encodes.
+pub fn put_memory(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached("INSERT INTO memories VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
+    let (epoch, owner) = (row.epoch as i64, owner_key(&memory.owner()));
     statement.execute(params![
         row.position,
-        tenant,
-        &id[..],
-        version as i64,
+        epoch,
+        memory.tenant,
+        &memory.id[..],
+        owner,
         row.kind,
         row.body,
         row.vector
@@ -157,24 +160,26 @@ pub fn remove_memory(db: &Connection, position: i64) -> Result<(), StorageError>
     Ok(())
 }
 
-pub fn put_history(
-    db: &Connection,
-    (position, kind, body): (i64, u8, &[u8]),
-    tenant: &str,
-    id: &MemoryId,
-    version: u64,
-) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO history VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
-    statement.execute(params![position, tenant, &id[..], version as i64, kind, body])?;
+/// `version` is that of the change: of a deletion, one more than its memory's.
+pub fn put_history(db: &Connection, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached("INSERT INTO history VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+    let (epoch, version) = (row.epoch as i64, version as i64);
+    statement.execute(params![
+        row.position,
+        epoch,
+        memory.tenant,
+        &memory.id[..],
+        version,
+        row.kind,
+        row.body
+    ])?;
     Ok(())
 }
 
-/// A remembered key's request hash and encoded outcome.
-pub type Remembered = ([u8; 16], Vec<u8>);
-
-pub fn find_key(db: &Connection, tenant: &str, key: &str) -> Result<Option<Remembered>, StorageError> {
-    let mut statement = db.prepare_cached("SELECT hash, outcome FROM keys WHERE tenant = ?1 AND key = ?2")?;
-    Ok(statement.query_row(params![tenant, key], |row| Ok((row.get(0)?, row.get(1)?))).optional()?)
+pub fn find_key(db: &Connection, tenant: &str, key: &str) -> Result<Option<KeyRow>, StorageError> {
+    let mut statement = db
+        .prepare_cached("SELECT tenant, key, time, hash, outcome FROM keys WHERE tenant = ?1 AND key = ?2")?;
+    Ok(statement.query_row(params![tenant, key], key_row).optional()?)
 }
 
 pub fn put_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {

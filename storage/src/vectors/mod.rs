@@ -36,12 +36,12 @@ pub struct Vectors {
     count: u64,
 }
 
-/// A scored id; the greatest is the worst, so that a heap gives it up first.
-struct Scored(f32, MemoryId);
+/// A score, an id and whose it is (as a place in the scan's owners); the greatest is the worst, so that a heap gives it up first.
+struct Scored(f32, MemoryId, usize);
 
 impl Ord for Scored {
     fn cmp(&self, other: &Scored) -> Ordering {
-        other.0.total_cmp(&self.0).then_with(|| self.1.cmp(&other.1))
+        other.0.total_cmp(&self.0).then_with(|| (self.1, self.2).cmp(&(other.1, other.2)))
     }
 }
 impl PartialOrd for Scored {
@@ -58,15 +58,16 @@ impl Eq for Scored {}
 
 /// One scan.
 pub struct Scan<'a> {
-    pub owners: &'a [Owner],
+    /// Each once.
+    pub owners: &'a [&'a Owner],
     pub space: &'a str,
     pub vector: &'a [f32],
     pub k: usize,
     pub threshold: Option<f32>,
     pub statuses: &'a [Status],
     pub now: UnixMs,
-    /// Only these, if given.
-    pub allowed: Option<&'a HashSet<MemoryId>>,
+    /// If given: of each owner only these.
+    pub allowed: Option<&'a [HashSet<MemoryId>]>,
 }
 
 impl Vectors {
@@ -75,8 +76,8 @@ impl Vectors {
     }
 
     /// How many vectors a scan over these owners compares.
-    pub fn count_of(&self, owners: &[Owner], space: &str, dimension: usize) -> usize {
-        let of = |owner: &Owner| self.partitions.get(&(owner.clone(), space.to_string(), dimension));
+    pub fn count_of(&self, owners: &[&Owner], space: &str, dimension: usize) -> usize {
+        let of = |owner: &&Owner| self.partitions.get(&((*owner).clone(), space.to_string(), dimension));
         owners.iter().filter_map(of).map(|p| p.rows.len()).sum()
     }
 
@@ -133,21 +134,22 @@ impl Vectors {
         partition.data.get(at * dimension..(at + 1) * dimension)
     }
 
-    /// The k nearest, best first.
-    pub fn scan(&self, scan: &Scan<'_>) -> Vec<(MemoryId, f32)> {
-        let mut best = BinaryHeap::with_capacity(scan.k + 1);
-        for owner in scan.owners {
-            let key = (owner.clone(), scan.space.to_string(), scan.vector.len());
+    /// The k nearest, best first: id, cosine, and the place of its owner in `scan.owners`.
+    pub fn scan(&self, scan: &Scan<'_>) -> Vec<(MemoryId, f32, usize)> {
+        let mut best = BinaryHeap::with_capacity(scan.k.min(self.count as usize) + 1);
+        for (whose, owner) in scan.owners.iter().enumerate() {
+            let allowed = scan.allowed.map(|a| &a[whose]);
+            let key = ((*owner).clone(), scan.space.to_string(), scan.vector.len());
             let Some(partition) = self.partitions.get(&key) else { continue };
             let vectors = partition.data.chunks_exact(partition.dimension);
             for (row, vector) in partition.rows.iter().zip(vectors) {
                 if row.expires <= scan.now
                     || !scan.statuses.contains(&row.status)
-                    || scan.allowed.is_some_and(|a| !a.contains(&row.id))
+                    || allowed.is_some_and(|a| !a.contains(&row.id))
                 {
                     continue;
                 }
-                let scored = Scored(dot(scan.vector, vector), row.id);
+                let scored = Scored(dot(scan.vector, vector), row.id, whose);
                 if scan.threshold.is_some_and(|t| scored.0 < t) {
                     continue;
                 }
@@ -159,7 +161,7 @@ impl Vectors {
                 }
             }
         }
-        best.into_sorted_vec().into_iter().map(|Scored(score, id)| (id, score)).collect()
+        best.into_sorted_vec().into_iter().map(|Scored(score, id, whose)| (id, score, whose)).collect()
     }
 }
 
@@ -191,12 +193,12 @@ mod tests {
                 kept.remove(&m.id);
             }
             let query = unit(1000);
-            let owners = [memory("t", 0, "x").owner()];
+            let owner = memory("t", 0, "x").owner();
             let scan = Scan {
-                owners: &owners, space: "s", vector: &query, k, threshold: None,
+                owners: &[&owner], space: "s", vector: &query, k, threshold: None,
                 statuses: &[Status::Active], now: 0, allowed: None,
             };
-            let mut expected: Vec<(MemoryId, f32)> = kept.iter().map(|(id, v)| (*id, dot(&query, v))).collect();
+            let mut expected: Vec<_> = kept.iter().map(|(id, v)| (*id, dot(&query, v), 0)).collect();
             expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
             expected.truncate(k);
             prop_assert_eq!(vectors.scan(&scan), expected);
