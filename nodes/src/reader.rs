@@ -13,7 +13,7 @@ use crate::views::{Answered, Ask, Found, Freshness, Query, Views};
 use sim::cpu::cost;
 use sim::time::{self, Duration, Instant};
 use std::sync::Arc;
-use storage::embed::{LEXICAL_SPACE, embed, lexical_scores};
+use storage::embed::{LEXICAL_SPACE, embed, lexical_score};
 use storage::model::*;
 use storage::{ListQuery, SearchQuery, TimeField, TimeRange};
 
@@ -192,16 +192,12 @@ impl Reader {
         let answered = self.ask(Ask::Search(query), freshness, deadline).await?;
         let info = info(&answered, given);
         let Found::Hits(found) = answered.found else { return Err(unexpected()) };
-        let lexical = if rerank {
-            let texts: Vec<&str> = found.iter().map(|hit| hit.memory.text.as_str()).collect();
-            lexical_scores(&text, &texts)
-        } else {
-            vec![0.0; found.len()]
-        };
         let mut hits: Vec<(f32, f32, Arc<Memory>)> = found
             .into_iter()
-            .zip(lexical)
-            .map(|(hit, lexical)| (hit.similarity, lexical, hit.memory))
+            .map(|hit| {
+                let lexical = if rerank { lexical_score(&text, &hit.memory.text) } else { 0.0 };
+                (hit.similarity, lexical, hit.memory)
+            })
             .collect();
         let score = |similarity: f32, lexical: f32| match rerank {
             true => VECTOR_SHARE * similarity + (1.0 - VECTOR_SHARE) * lexical,

@@ -1,7 +1,7 @@
 //! How values become bytes. The only module that names bincode: its format is fixed here, and everything that
 //! reaches a disk is framed and checksummed by [`frame`] before it is ever decoded.
 //!
-//! A frame is `length: u32, crc32c: u32, payload`, little-endian; the checksum covers length and payload.
+//! A frame is `version: u8, length: u32, crc32c: u32, payload`, little-endian; the checksum covers all but itself.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -9,7 +9,9 @@ use serde::de::DeserializeOwned;
 /// Larger values are refused when read: a length that is wrong must not exhaust memory.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;
 /// Bytes of a frame before its payload.
-pub const FRAME_HEAD: usize = 8;
+pub const FRAME_HEAD: usize = 9;
+/// Changes with the frame or with bincode's configuration. Not zero, so that a run of zeroes is no frame.
+const FRAME_VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {
@@ -17,6 +19,8 @@ pub enum CodecError {
     Value(#[from] bincode::error::DecodeError),
     #[error("{0} bytes follow the encoded value; it was written by another version")]
     Trailing(usize),
+    #[error("frame has version {0}, not {FRAME_VERSION}: it is damaged or was written by another version")]
+    Version(u8),
     #[error("frame is cut short")]
     Short,
     #[error("frame checksum differs: the bytes are damaged")]
@@ -51,8 +55,10 @@ pub fn decode_serde<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> 
 
 /// Appends `payload` as a frame.
 pub fn frame(out: &mut Vec<u8>, payload: &[u8]) {
-    let length = (payload.len() as u32).to_le_bytes();
-    let checksum = crc32c::crc32c_append(crc32c::crc32c(&length), payload);
+    let length = u32::try_from(payload.len()).expect("payloads are far below 4 GiB").to_le_bytes();
+    let [a, b, c, d] = length;
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&[FRAME_VERSION, a, b, c, d]), payload);
+    out.push(FRAME_VERSION);
     out.extend_from_slice(&length);
     out.extend_from_slice(&checksum.to_le_bytes());
     out.extend_from_slice(payload);
@@ -61,10 +67,13 @@ pub fn frame(out: &mut Vec<u8>, payload: &[u8]) {
 /// Takes the first frame off `bytes`: its payload and the rest.
 pub fn unframe(bytes: &[u8]) -> Result<(&[u8], &[u8]), CodecError> {
     let (head, rest) = bytes.split_first_chunk::<FRAME_HEAD>().ok_or(CodecError::Short)?;
-    let (length, checksum) = head.split_at(4);
-    let word = |b: &[u8]| b.iter().rev().fold(0u32, |w, &x| w << 8 | x as u32);
-    let (payload, rest) = rest.split_at_checked(word(length) as usize).ok_or(CodecError::Short)?;
-    if crc32c::crc32c_append(crc32c::crc32c(length), payload) != word(checksum) {
+    let &[version, a, b, c, d, ref checksum @ ..] = head;
+    if version != FRAME_VERSION {
+        return Err(CodecError::Version(version));
+    }
+    let length = u32::from_le_bytes([a, b, c, d]) as usize;
+    let (payload, rest) = rest.split_at_checked(length).ok_or(CodecError::Short)?;
+    if crc32c::crc32c_append(crc32c::crc32c(&head[..5]), payload) != u32::from_le_bytes(*checksum) {
         return Err(CodecError::Checksum);
     }
     Ok((payload, rest))

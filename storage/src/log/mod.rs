@@ -15,6 +15,9 @@
 //!   entry whose `durable` covers the bad one proves that it was on the platter, and so does a later segment, which is only begun
 //!   when all before it is durable. Then opening fails and says where. Damage to the very last synced entries, with
 //!   nothing written after them, cannot be told from a torn tail; their replicas hold them.
+//!   `durable` never covers an entry that was purged before it was synced: that one may rightly be missing.
+//! - **What was truncated coming back.** The cut is synced before [`Log::truncate_from`] returns, so that no old entry lies
+//!   behind what is appended there next.
 //! - **A half-done truncation or purge.** Segments go one by one, each removal made durable before the next,
 //!   from the end (truncation) or from the start (purge), so what is left has no hole.
 //! - **A failed sync.** What it covered is in an unknown state: the log refuses everything from then on.
@@ -35,6 +38,8 @@ use crate::codec::{self, CodecError};
 
 /// Largest payload of one entry, in bytes.
 pub const PAYLOAD_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
+/// Largest fact, in bytes.
+pub const FACT_BYTES_MAX: usize = 1 << 20;
 /// The fact that says up to which index entries were purged.
 const BASE: &str = "base";
 
@@ -52,9 +57,6 @@ impl Default for LogOptions {
     }
 }
 
-/// An entry read back: its index and payload.
-pub type Indexed = (u64, Arc<[u8]>);
-
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     #[error("log {what}: {cause}; check the disk's space and health")]
@@ -63,12 +65,16 @@ pub enum LogError {
         "log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers"
     )]
     Corrupt { file: String, offset: u64, problem: String },
-    #[error("log entry {index} is unreadable: {cause}")]
-    Fact { index: String, cause: CodecError },
+    #[error(
+        "log fact {name} is unreadable ({cause}), though it was durable; restore this replica from its peers"
+    )]
+    Fact { name: String, cause: CodecError },
+    #[error("log {what} of {bytes} bytes is too large; at most {bytes_max}")]
+    TooLarge { what: String, bytes: usize, bytes_max: usize },
     #[error("log append starts at {got}, but the next index is {expected}")]
     Order { expected: u64, got: u64 },
-    #[error("log entries {start}..{end} are not there (it holds {first}..={last})")]
-    Missing { start: u64, end: u64, first: u64, last: u64 },
+    #[error("log entry {index} is not there (it holds {first}..={last})")]
+    Missing { index: u64, first: u64, last: u64 },
     #[error(
         "an earlier write or sync of the log failed, so its state on disk is unknown; restart this process"
     )]
@@ -79,14 +85,19 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> LogError {
     move |cause| LogError::Io { what: what.into(), cause }
 }
 
+/// Entries by index.
+pub type Entries = Vec<(u64, Arc<[u8]>)>;
+
 /// An append-only log of entries with consecutive indexes. All methods block.
 pub struct Log {
     disk: Arc<dyn Disk>,
     dir: String,
     options: LogOptions,
     state: Mutex<State>,
-    /// Held during a sync or truncation, which exclude each other but not appends.
+    /// Held during a sync, truncation or purge, which exclude each other but not appends.
     settling: Mutex<()>,
+    /// Held while a fact is written: each has one temporary file.
+    writing_fact: Mutex<()>,
 }
 
 struct State {
@@ -118,7 +129,8 @@ impl Log {
             cache_bytes: 0,
             poisoned: false,
         };
-        let log = Log { disk, dir: dir.into(), options, state: Mutex::new(state), settling: Mutex::new(()) };
+        let (state, dir) = (Mutex::new(state), dir.into());
+        let log = Log { disk, dir, options, state, settling: Mutex::new(()), writing_fact: Mutex::new(()) };
         log.recover()?;
         Ok(log)
     }
@@ -138,21 +150,29 @@ impl Log {
         if entries.is_empty() {
             return Ok(());
         }
-        let needs_segment = {
-            let state = self.live()?;
-            state.segments.last().is_none_or(|s| s.len >= self.options.segment_bytes_max)
-        };
-        if needs_segment {
-            // A later segment proves that everything before it is durable.
-            self.sync()?;
-            self.begin_segment()?;
-        }
         let mut state = self.live()?;
+        while state
+            .segments
+            .last()
+            .is_none_or(|s| s.end() > s.first && s.len >= self.options.segment_bytes_max)
+        {
+            // A later segment proves that everything before it is durable.
+            if state.last > state.durable {
+                drop(state);
+                self.sync()?;
+                state = self.live()?;
+            } else {
+                self.begin_segment(&mut state)?;
+            }
+        }
         let (mut bytes, mut offsets) = (Vec::new(), Vec::with_capacity(entries.len()));
-        for (offset_in_call, (index, payload)) in entries.iter().enumerate() {
-            let expected = state.last + 1 + offset_in_call as u64;
-            if *index != expected || payload.len() > PAYLOAD_BYTES_MAX {
+        for (expected, (index, payload)) in (state.last + 1..).zip(entries) {
+            if *index != expected {
                 return Err(LogError::Order { expected, got: *index });
+            }
+            if payload.len() > PAYLOAD_BYTES_MAX {
+                let (what, bytes) = (format!("entry {index}"), payload.len());
+                return Err(LogError::TooLarge { what, bytes, bytes_max: PAYLOAD_BYTES_MAX });
             }
             offsets.push(bytes.len() as u64);
             segment::put_entry(&mut bytes, *index, state.durable, payload);
@@ -201,34 +221,18 @@ impl Log {
     }
 
     /// Entries from `range.start` on, as many as fit into `bytes_max`, but at least one. Empty for an empty range.
-    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> Result<Vec<Indexed>, LogError> {
+    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> Result<Entries, LogError> {
         let mut found = vec![];
         let mut bytes = 0;
-        for index in range.clone() {
-            let (payload, place) = {
-                let state = lock(&self.state);
-                if index <= state.base || index > state.last {
-                    let (start, end, first, last) = (range.start, range.end, state.base + 1, state.last);
-                    return Err(LogError::Missing { start, end, first, last });
+        for index in range {
+            let payload = self.read_one(index).or_else(|error| match error {
+                // A truncation may have cut the file under the reader: look again while there is none.
+                LogError::Corrupt { .. } => {
+                    let _settling = lock(&self.settling);
+                    self.read_one(index)
                 }
-                let cached = (state.last - index) as usize;
-                match state.cache.len().checked_sub(cached + 1) {
-                    Some(at) => (Some(state.cache[at].clone()), None),
-                    None => {
-                        let holder = state.segments.partition_point(|s| s.first <= index);
-                        let segment = holder.checked_sub(1).and_then(|at| state.segments.get(at));
-                        (None, segment.map(|s| (s.file.clone(), s.name.clone(), s.offset(index))))
-                    }
-                }
-            };
-            let payload = match (payload, place) {
-                (Some(payload), _) => payload,
-                (None, Some((file, name, offset))) => segment::read_entry(&*file, &name, offset, index)?,
-                (None, None) => {
-                    let (start, end) = (range.start, range.end);
-                    return Err(LogError::Missing { start, end, first: index + 1, last: self.last_index() });
-                }
-            };
+                other => Err(other),
+            })?;
             bytes += payload.len();
             if !found.is_empty() && bytes > bytes_max {
                 break;
@@ -236,6 +240,23 @@ impl Log {
             found.push((index, payload));
         }
         Ok(found)
+    }
+
+    fn read_one(&self, index: u64) -> Result<Arc<[u8]>, LogError> {
+        let (file, name, offset) = {
+            let state = lock(&self.state);
+            let missing = LogError::Missing { index, first: state.base + 1, last: state.last };
+            if index <= state.base || index > state.last {
+                return Err(missing);
+            }
+            if let Some(at) = state.cache.len().checked_sub((state.last - index) as usize + 1) {
+                return Ok(state.cache[at].clone());
+            }
+            let holder = state.segments.partition_point(|s| s.first <= index);
+            let segment = holder.checked_sub(1).and_then(|at| state.segments.get(at)).ok_or(missing)?;
+            (segment.file.clone(), segment.name.clone(), segment.offset(index))
+        };
+        segment::read_entry(&*file, &name, offset, index)
     }
 
     /// Removes `index` and all entries after it, durably.
@@ -271,12 +292,12 @@ impl Log {
 
     /// Forgets all entries up to `index`, durably; the log then continues behind it even if it never got that far.
     pub fn purge_to(&self, index: u64) -> Result<(), LogError> {
-        if index <= lock(&self.state).base {
+        let _settling = lock(&self.settling);
+        if index <= self.live()?.base {
             return Ok(());
         }
         // First the fact, then the deed: entries that are still there below the base are ignored.
         self.put_meta(BASE, &index.to_le_bytes())?;
-        let _settling = lock(&self.settling);
         let mut state = self.live()?;
         state.base = index;
         let beyond = index >= state.last;
@@ -306,6 +327,12 @@ impl Log {
 
     /// Stores a small fact under `name`, durably; a crash leaves the old one or the new one.
     pub fn put_meta(&self, name: &str, bytes: &[u8]) -> Result<(), LogError> {
+        if bytes.len() > FACT_BYTES_MAX {
+            let (what, bytes) = (format!("fact {name}"), bytes.len());
+            return Err(LogError::TooLarge { what, bytes, bytes_max: FACT_BYTES_MAX });
+        }
+        let _writing = lock(&self.writing_fact);
+        drop(self.live()?);
         let mut framed = vec![];
         codec::frame(&mut framed, bytes);
         let (path, temporary) = (self.path(&format!("{name}.meta")), self.path(&format!("{name}.tmp")));
@@ -327,8 +354,8 @@ impl Log {
     pub fn get_meta(&self, name: &str) -> Result<Option<Vec<u8>>, LogError> {
         let read = || -> io::Result<Vec<u8>> {
             let file = self.disk.open(&self.path(&format!("{name}.meta")))?;
-            let mut bytes = vec![0; file.len()?.min(1 << 20) as usize];
-            let read = file.read_at(&mut bytes, 0)?;
+            let mut bytes = vec![0; file.len()?.min((FACT_BYTES_MAX + codec::FRAME_HEAD) as u64) as usize];
+            let read = segment::read_up_to(&*file, &mut bytes, 0)?;
             bytes.truncate(read);
             Ok(bytes)
         };
@@ -338,7 +365,7 @@ impl Log {
             Err(cause) => return Err(LogError::Io { what: format!("fact {name}"), cause }),
         };
         let (payload, _) =
-            codec::unframe(&bytes).map_err(|cause| LogError::Fact { index: name.into(), cause })?;
+            codec::unframe(&bytes).map_err(|cause| LogError::Fact { name: name.into(), cause })?;
         Ok(Some(payload.to_vec()))
     }
 
@@ -356,20 +383,14 @@ impl Log {
         self.disk.sync_dir(&self.dir)
     }
 
-    fn begin_segment(&self) -> Result<(), LogError> {
-        let mut state = self.live()?;
+    fn begin_segment(&self, state: &mut State) -> Result<(), LogError> {
         let first = state.last + 1;
         let name = segment::name(first);
         let created = self.disk.create(&self.path(&name)).and_then(|file| Segment::begin(file, name, first));
-        match created {
-            Ok(segment) => {
-                state.segments.push(segment);
-                Ok(())
-            }
-            Err(cause) => {
-                state.poisoned = true;
-                Err(LogError::Io { what: "new segment".into(), cause })
-            }
-        }
+        state.segments.push(created.map_err(|cause| {
+            state.poisoned = true;
+            LogError::Io { what: "new segment".into(), cause }
+        })?);
+        Ok(())
     }
 }
