@@ -213,6 +213,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn purge(&mut self, upto: LogId) -> io::Result<()> {
+        sim::debug!("purging the log up to {}", position_index(upto.index));
         let (log, bytes) = (self.log.clone(), codec::encode_serde(&upto));
         let purged = sim::task::blocking(move || {
             // First the fact, then the deed: a crash in between leaves entries that are known to be purged.

@@ -64,6 +64,7 @@ impl StateMachine {
         let views = shard.clone();
         sim::task::blocking(move || views.checkpoint()).await.map_err(io_error)?;
         let known = applied_meta(&shard)?;
+        sim::debug!("views opened at {}", known.last_log_id.map_or(0, |l| position_index(l.index)));
         let snapshot = Arc::new(Mutex::new(known.clone()));
         Ok(StateMachine { shard, epoch, known, snapshot })
     }
@@ -178,13 +179,14 @@ impl RaftStateMachine<Types> for StateMachine {
                 shard
                     .import(&mut || chunks.next_chunk().map_err(StorageError::from))
                     .map_err(|e| e.to_string())?;
-                shard.checkpoint().map_err(|e| e.to_string())?;
             }
+            // In either case: openraft purges the log up to here next, which must then not be needed to refill the views.
+            shard.checkpoint().map_err(|e| e.to_string())?;
             disk.remove(&path).map_err(|e| e.to_string())?;
             Ok(shard.applied().0)
         });
         match installed.await {
-            Ok(position) => sim::info!("snapshot installed, views at {}", position.index),
+            Ok(position) => sim::info!("snapshot to {index} installed, views at {}", position.index),
             Err(error) => return Err(io::Error::other(format!("snapshot not installed: {error}"))),
         }
         self.known = meta.clone();
@@ -222,6 +224,7 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
         if let Err(error) = sim::task::blocking(move || shard.checkpoint()).await {
             sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await;
         }
+        sim::debug!("checkpoint at {}", meta.last_log_id.map_or(0, |l| position_index(l.index)));
         let mut held = lock(&self.snapshot);
         if meta.last_log_id > held.last_log_id {
             *held = meta.clone();

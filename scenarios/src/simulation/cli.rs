@@ -6,10 +6,13 @@ use crate::report::{Report, Verdict};
 use crate::spec::{self, SHIPPED};
 use clap::{Parser, Subcommand};
 use sim::trace::Level;
+use sim::world::{self, TraceLine};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::Mutex;
+
+const LINES_BEFORE_PANIC: usize = 40;
 
 #[derive(Parser)]
 #[command(name = "cargo sim", about = "Loci in the simulated world", version = nodes::BUILD)]
@@ -81,6 +84,12 @@ pub fn wall_seconds() -> f64 {
 
 /// The program's main.
 pub fn main() -> ExitCode {
+    // A run that panics has no report; what led there is printed instead.
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        world::last_lines(LINES_BEFORE_PANIC).iter().for_each(|line| eprintln!("{}", readable(line)));
+        usual(panic);
+    }));
     match Cli::parse().command {
         Cmd::List => {
             for (name, _) in SHIPPED {
@@ -163,19 +172,22 @@ fn print_report(report: &Report) {
     println!("  trace {}  build {}", report.trace_hash, report.build);
 }
 
+fn readable(line: &TraceLine) -> String {
+    let mark = match line.level {
+        Level::Error => "!!",
+        Level::Warn => " !",
+        Level::Info | Level::Debug => "  ",
+    };
+    format!("{:10.4} s {mark} {:9} {}", line.at.as_secs_f64(), line.node, line.text)
+}
+
 fn timeline(run: &Run, all: bool) {
     println!("{} seed {}, build {}", run.report.scenario, run.report.seed, run.report.build);
-    for line in &run.lines {
-        if line.level > Level::Info && !all {
-            continue;
-        }
-        let mark = match line.level {
-            Level::Error => "!!",
-            Level::Warn => " !",
-            Level::Info | Level::Debug => "  ",
-        };
-        println!("{:10.4} s {mark} {:9} {}", line.at.as_secs_f64(), line.node, line.text);
+    for fault in &run.plan {
+        let ends = (fault.at_ms + fault.lasts_ms) as f64 / 1e3;
+        println!("plan: {:?} on {:?} from {:.3} s to {ends:.3} s", fault.kind, fault.target, fault.at_ms as f64 / 1e3);
     }
+    run.lines.iter().filter(|line| all || line.level <= Level::Info).for_each(|line| println!("{}", readable(line)));
     println!();
     print_report(&run.report);
 }

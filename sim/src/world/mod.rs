@@ -121,6 +121,14 @@ where
     Outcome { value, trace_hash: record.hash.value(), virtual_time, lines: record.take_lines() }
 }
 
+/// The last lines of the trace, for a run that ends in a panic; empty if the trace cannot be had at that moment.
+pub fn last_lines(count: usize) -> Vec<TraceLine> {
+    let world = WORLD.with(|w| w.try_borrow().ok().and_then(|w| w.clone()));
+    let Some(world) = world else { return vec![] };
+    let lines = world.inner.record.try_lock().map(|r| r.last_lines(count));
+    lines.unwrap_or_default()
+}
+
 /// Starts nodes again that ended themselves.
 async fn supervise(world: World) {
     loop {

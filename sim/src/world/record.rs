@@ -38,6 +38,10 @@ impl Record {
         self.lines.push_back(TraceLine { at, node, level, text: text.to_string() });
     }
 
+    pub fn last_lines(&self, count: usize) -> Vec<TraceLine> {
+        self.lines.iter().skip(self.lines.len().saturating_sub(count)).cloned().collect()
+    }
+
     pub fn take_lines(&mut self) -> Vec<TraceLine> {
         std::mem::take(&mut self.lines).into()
     }
