@@ -12,7 +12,9 @@
 use nodes::auth::Keys;
 use nodes::proto::internal::replica_client::ReplicaClient;
 use nodes::proto::internal::{Body, replica_server};
-use nodes::proto::v1::{self, admin_service_client::AdminServiceClient, memory_service_client::MemoryServiceClient};
+use nodes::proto::v1::{
+    self, admin_service_client::AdminServiceClient, memory_service_client::MemoryServiceClient,
+};
 use sim::net::{Channel, Routes};
 use sim::time::{Duration, Instant, sleep};
 use std::error::Error;
@@ -103,7 +105,11 @@ async fn echo_server() -> Result<()> {
 // ---- the load ----
 
 /// Runs `call` from so many clients for `length`; calls per second and the median and 99th percentile of their latency.
-async fn load<F>(clients: usize, length: Duration, call: impl Fn(u64) -> F + Send + Sync + 'static) -> Result<Rate>
+async fn load<F>(
+    clients: usize,
+    length: Duration,
+    call: impl Fn(u64) -> F + Send + Sync + 'static,
+) -> Result<Rate>
 where
     F: Future<Output = Result<()>> + Send + 'static,
 {
@@ -213,7 +219,9 @@ async fn settled(targets: &[Target]) -> Result<()> {
 }
 
 fn program() -> Result<PathBuf> {
-    let status = Command::new(env!("CARGO")).args(["build", "--quiet", "--release", "-p", "nodes", "--bin", "loci"]).status()?;
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "-p", "nodes", "--bin", "loci"])
+        .status()?;
     if !status.success() {
         return Err("loci does not build".into());
     }
@@ -232,12 +240,19 @@ async fn bench(length: Duration) -> Result<()> {
 
 async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
     let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
-    println!("loci {}; {} cores, {} s each", nodes::BUILD, std::thread::available_parallelism()?, length.as_secs());
+    println!(
+        "loci {}; {} cores, {} s each",
+        nodes::BUILD,
+        std::thread::available_parallelism()?,
+        length.as_secs()
+    );
     let syncs = fdatasyncs(&path("disk"), length.min(Duration::from_secs(5)))?;
     println!("\n{:34} {syncs:9.0} /s", "fdatasync of 256 B appends");
 
     let addr = address()?;
-    let echo = Process(Command::new(std::env::current_exe()?).args(["echo-server", &addr]).stdin(Stdio::null()).spawn()?);
+    let echo = Process(
+        Command::new(std::env::current_exe()?).args(["echo-server", &addr]).stdin(Stdio::null()).spawn()?,
+    );
     let channel = sim::net::connect(&addr)?;
     let body = bytes::Bytes::from(vec![7u8; 1500]);
     while ReplicaClient::new(channel.clone()).query(Body { body: body.clone() }).await.is_err() {

@@ -99,7 +99,7 @@ impl Shard {
         let _applying = lock(&self.applying);
         let before = self.state();
         let mut writer = self.records.writer();
-        Records::bound_wal(&writer)?;
+        self.records.bound_wal(&writer)?;
         let transaction = writer.transaction()?;
         let state = State { meta: meta.to_vec(), ..State::clone(&before) };
         let mut applier = Applier { db: &transaction, state, effects: vec![] };

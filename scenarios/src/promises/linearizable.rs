@@ -31,7 +31,9 @@ fn step(state: &State, op: &Op) -> Option<State> {
     let expected_ok = |expected: &Option<u64>| expected.is_none_or(|e| e == state.version);
     let next = |marker: Option<&String>| State { version: state.version + 1, marker: marker.cloned() };
     match (&op.request, &op.response) {
-        (_, Response::Refused(Refusal::NotFound)) => (!exists).then(|| state.clone()),
+        (Request::Update { .. } | Request::Delete { .. }, Response::Refused(Refusal::NotFound)) => {
+            (!exists).then(|| state.clone())
+        }
         (Request::Add { .. }, Response::Refused(Refusal::AlreadyExists { version })) => {
             (exists && *version == state.version).then(|| state.clone())
         }

@@ -8,6 +8,8 @@ mod p05;
 mod p07;
 mod p10;
 mod p12;
+#[cfg(test)]
+mod tests;
 
 use crate::history::History;
 use serde::{Deserialize, Serialize};

@@ -185,9 +185,17 @@ fn timeline(run: &Run, all: bool) {
     println!("{} seed {}, build {}", run.report.scenario, run.report.seed, run.report.build);
     for fault in &run.plan {
         let ends = (fault.at_ms + fault.lasts_ms) as f64 / 1e3;
-        println!("plan: {:?} on {:?} from {:.3} s to {ends:.3} s", fault.kind, fault.target, fault.at_ms as f64 / 1e3);
+        println!(
+            "plan: {:?} on {:?} from {:.3} s to {ends:.3} s",
+            fault.kind,
+            fault.target,
+            fault.at_ms as f64 / 1e3
+        );
     }
-    run.lines.iter().filter(|line| all || line.level <= Level::Info).for_each(|line| println!("{}", readable(line)));
+    run.lines
+        .iter()
+        .filter(|line| all || line.level <= Level::Info)
+        .for_each(|line| println!("{}", readable(line)));
     println!();
     print_report(&run.report);
 }

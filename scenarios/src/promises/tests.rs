@@ -1,0 +1,301 @@
+//! The judges judged: a sound history passes all of them, each planted defect is found by the promise that it breaks, and the
+//! linearizability check agrees with trying every order.
+
+use super::linearizable::{self, Verdict};
+use super::*;
+use crate::history::*;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const KEY: &str = "k";
+
+fn op(client: usize, call_s: u64, return_s: u64, request: Request, response: Response) -> Op {
+    let (call_ns, return_ns) = (call_s * 1_000_000_000, return_s * 1_000_000_000);
+    Op { client, tenant: 0, node: "n1".into(), call_ns, return_ns, request, response }
+}
+
+fn add(marker: &str) -> Request {
+    Request::Add { id: KEY.into(), marker: marker.into() }
+}
+
+fn update(expected: Option<u64>, marker: &str) -> Request {
+    Request::Update { id: KEY.into(), expected, marker: marker.into() }
+}
+
+fn delete() -> Request {
+    Request::Delete { id: KEY.into(), expected: None }
+}
+
+fn get(token: Option<u64>) -> Request {
+    Request::Get { id: KEY.into(), token }
+}
+
+fn written(version: u64, index: u64) -> Response {
+    Response::Written { version, at: At { epoch: 1, index, item: 0 } }
+}
+
+fn row(version: u64, marker: &str) -> Row {
+    Row { id: KEY.into(), version, tenant: 0, marker: marker.into() }
+}
+
+fn value(version: u64, marker: &str, shown: u64) -> Response {
+    Response::Value { row: row(version, marker), shown }
+}
+
+fn last(node: &str, rows: &[Row], versions: &[(u64, &str)]) -> Final {
+    let keyed = |row: &Row| ((0, row.id.clone()), row.clone());
+    let versions = versions.iter().map(|(version, marker)| (*version, marker.to_string())).collect();
+    Final {
+        sample: Sample { at_ns: 30_000_000_000, node: node.into(), index: 9, digest: vec![9] },
+        scanned: Ok(vec![9]),
+        rows: rows.iter().map(keyed).collect(),
+        versions: BTreeMap::from([((0, KEY.to_string()), versions)]),
+    }
+}
+
+/// Two clients write, read and delete one memory; three replicas end alike.
+fn sound() -> History {
+    let versions = [(1, "a"), (2, "b"), (3, "deletion of version 2"), (4, "c")];
+    let finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(4, "c")], &versions));
+    History {
+        ops: vec![
+            op(0, 1, 2, add("a"), written(1, 1)),
+            op(1, 3, 6, update(None, "b"), written(2, 2)),
+            op(0, 4, 5, get(None), value(1, "a", 1)),
+            op(0, 7, 8, get(Some(2)), value(2, "b", 2)),
+            op(1, 9, 10, update(Some(1), "x"), Response::Refused(Refusal::VersionMismatch { actual: 2 })),
+            op(1, 11, 12, delete(), written(3, 3)),
+            op(0, 13, 14, get(None), Response::Absent { shown: 3 }),
+            op(0, 15, 16, add("c"), written(4, 4)),
+            op(1, 17, 18, add("d"), Response::Refused(Refusal::AlreadyExists { version: 4 })),
+            op(1, 19, 20, Request::Search, Response::Rows(vec![row(4, "c")])),
+        ],
+        samples: vec![],
+        finals: finals.into(),
+        healed_ns: 20_000_000_000,
+        converged_ns: Some(21_000_000_000),
+        converge_limit_ns: 10_000_000_000,
+    }
+}
+
+/// The promises that a sound history breaks once `plant` has changed it.
+fn broken(plant: impl FnOnce(&mut History)) -> Vec<String> {
+    let mut history = sound();
+    plant(&mut history);
+    let mut promises: Vec<String> = check_all(&history).into_iter().map(|v| v.promise).collect();
+    promises.dedup();
+    promises
+}
+
+#[test]
+fn a_sound_history_breaks_nothing() {
+    assert_eq!(check_all(&sound()), []);
+    assert_eq!(lost(&sound()), 0);
+}
+
+#[test]
+fn a_lost_write_breaks_p1() {
+    // The last write is nowhere, though two replicas agree on that.
+    let lose = |h: &mut History| {
+        for replica in &mut h.finals {
+            replica.rows.clear();
+            replica.versions.values_mut().for_each(|v| v.truncate(3));
+        }
+    };
+    assert_eq!(broken(lose), ["P1", "P4"]);
+    let mut history = sound();
+    lose(&mut history);
+    assert_eq!(lost(&history), 1);
+    // One version is gone from the history of one replica, though a later one is there.
+    assert_eq!(broken(|h| h.finals[2].versions.values_mut().for_each(|v| drop(v.remove(1)))), ["P1"]);
+}
+
+#[test]
+fn a_deleted_memory_that_comes_back_breaks_p1() {
+    let resurrect = |h: &mut History| {
+        h.ops.truncate(7);
+        for replica in &mut h.finals {
+            *replica = last(&replica.sample.node, &[row(2, "b")], &[(1, "a"), (2, "b"), (3, "deletion")]);
+        }
+    };
+    assert_eq!(broken(resurrect), ["P1", "P4"]);
+}
+
+#[test]
+fn two_acknowledgements_of_one_place_break_p3() {
+    assert_eq!(broken(|h| h.ops[7].response = written(4, 3)), ["P3"]);
+}
+
+#[test]
+fn a_stale_strong_read_breaks_p4() {
+    assert_eq!(broken(|h| h.ops[6].response = value(2, "b", 2)), ["P4"]);
+    // As does one of a write that no one ever made.
+    assert_eq!(broken(|h| h.ops[2].response = value(1, "z", 1)), ["P4"]);
+}
+
+#[test]
+fn a_session_that_goes_back_breaks_p4() {
+    assert_eq!(broken(|h| h.ops[3].response = value(2, "b", 1)), ["P4"], "shown less than its token");
+    let twice = |h: &mut History| h.ops.push(op(0, 21, 22, get(Some(1)), value(2, "b", 4)));
+    assert_eq!(broken(twice), ["P4"], "an older version than it had seen");
+}
+
+#[test]
+fn replicas_that_differ_break_p5() {
+    assert_eq!(broken(|h| h.finals[1].sample.digest = vec![8]), ["P5"]);
+    assert_eq!(broken(|h| h.finals[1].scanned = Ok(vec![8])), ["P5"]);
+    assert_eq!(broken(|h| h.finals[1].scanned = Err("unreadable".into())), ["P5"]);
+    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), index: 4, digest: vec![digest] };
+    assert_eq!(broken(|h| h.samples = vec![early(1), early(2)]), ["P5"], "long before the end");
+}
+
+#[test]
+fn another_tenants_row_breaks_p7() {
+    let foreign = Row { tenant: 1, ..row(4, "c") };
+    assert_eq!(broken(|h| h.ops[9].response = Response::Rows(vec![row(4, "c"), foreign])), ["P7"]);
+    assert_eq!(
+        broken(|h| h.ops[2].response = Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1 }),
+        ["P7"]
+    );
+}
+
+#[test]
+fn a_write_applied_twice_breaks_p10() {
+    let twice = |h: &mut History| {
+        for replica in &mut h.finals {
+            replica.versions.values_mut().for_each(|v| v.push((5, "c".into())));
+        }
+    };
+    assert_eq!(broken(twice), ["P10"]);
+    let changed = Response::Changed { first: "version 4".into(), then: "version 5".into() };
+    assert!(broken(|h| h.ops[7].response = changed).contains(&"P10".to_string()));
+}
+
+#[test]
+fn late_or_no_agreement_breaks_p12() {
+    assert_eq!(broken(|h| h.converged_ns = Some(31_000_000_000)), ["P12"]);
+    assert_eq!(broken(|h| h.converged_ns = None), ["P12"]);
+}
+
+#[test]
+fn a_write_of_unknown_outcome_may_have_happened_late_or_never() {
+    let unknown = op(0, 1, 2, add("a"), Response::Unknown);
+    let seen = op(1, 8, 9, get(None), value(1, "a", 1));
+    let unseen = op(1, 5, 6, get(None), Response::Absent { shown: 0 });
+    assert_eq!(linearizable::check(&[&unknown, &unseen, &seen]), Verdict::Linearizable);
+    assert_eq!(linearizable::check(&[&unknown, &unseen]), Verdict::Linearizable);
+    let gone = op(1, 11, 12, get(None), Response::Absent { shown: 0 });
+    assert!(matches!(linearizable::check(&[&unknown, &seen, &gone]), Verdict::Impossible(_)));
+}
+
+/// The model once more, told differently: by the versions it has been through.
+#[derive(Clone, Default)]
+struct Model {
+    version: u64,
+    marker: Option<String>,
+}
+
+impl Model {
+    fn answer(&mut self, request: &Request) -> Response {
+        let here = self.marker.is_some();
+        let wrong = |expected: &Option<u64>| expected.is_some_and(|e| e != self.version);
+        let refused = match request {
+            Request::Add { .. } if here => Some(Refusal::AlreadyExists { version: self.version }),
+            Request::Update { .. } | Request::Delete { .. } if !here => Some(Refusal::NotFound),
+            Request::Update { expected, .. } | Request::Delete { expected, .. } if wrong(expected) => {
+                Some(Refusal::VersionMismatch { actual: self.version })
+            }
+            _ => None,
+        };
+        if let Some(refusal) = refused {
+            return Response::Refused(refusal);
+        }
+        self.marker = match request {
+            Request::Get { .. } => {
+                let row = self.marker.as_ref().map(|marker| row(self.version, marker));
+                return row.map_or(Response::Absent { shown: 0 }, |row| Response::Value { row, shown: 0 });
+            }
+            Request::Add { marker, .. } | Request::Update { marker, .. } => Some(marker.clone()),
+            _ => None,
+        };
+        self.version += 1;
+        written(self.version, self.version)
+    }
+}
+
+/// Whether some order of the operations, with any of the unknown ones left out, fits their answers and times.
+fn some_order_fits(model: &Model, ops: &[&Op]) -> bool {
+    let open = |op: &&Op| op.response != Response::Unknown;
+    if !ops.iter().any(open) {
+        return true;
+    }
+    (0..ops.len()).any(|i| {
+        let rest: Vec<&Op> = ops.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, op)| *op).collect();
+        let may_be_next = rest.iter().filter(|op| open(op)).all(|op| op.return_ns >= ops[i].call_ns);
+        let mut next = model.clone();
+        let answer = next.answer(&ops[i].request);
+        let placed = |a: &Response| match a {
+            Response::Written { version, .. } => written(*version, 0),
+            other => other.clone(),
+        };
+        let fits = ops[i].response == Response::Unknown || placed(&answer) == placed(&ops[i].response);
+        may_be_next && fits && some_order_fits(&next, &rest)
+    })
+}
+
+fn requests() -> impl Strategy<Value = Request> {
+    let expected = prop::option::weighted(0.3, 1..4u64);
+    (0..5, expected, "[a-c]").prop_map(|(kind, expected, marker)| match kind {
+        0 => add(&marker),
+        1 => update(expected, &marker),
+        2 => Request::Delete { id: KEY.into(), expected },
+        _ => get(None),
+    })
+}
+
+/// Operations with a moment at which each took place, between its call and its answer; some answers are then lost or exchanged.
+fn histories(most: usize) -> impl Strategy<Value = (Vec<Op>, bool)> {
+    let one = (requests(), 0..40u64, 0..6u64, 0..6u64, prop::bool::weighted(0.15));
+    (prop::collection::vec(one, 1..most), prop::option::of((0..100usize, 0..100usize))).prop_map(
+        |(mut parts, exchange)| {
+            parts.sort_by_key(|(_, moment, ..)| *moment);
+            let mut model = Model::default();
+            let mut ops: Vec<Op> = parts
+                .into_iter()
+                .map(|(request, moment, before, after, lost)| {
+                    let answer = model.answer(&request);
+                    let lost = lost && request.is_write();
+                    let response = if lost { Response::Unknown } else { answer };
+                    op(0, 10 + moment - before, 10 + moment + after, request, response)
+                })
+                .collect();
+            let count = ops.len();
+            if let Some((a, b)) = exchange.map(|(a, b)| (a % count, b % count)) {
+                let response = ops[a].response.clone();
+                ops[a].response = std::mem::replace(&mut ops[b].response, response);
+            }
+            (ops, exchange.is_none())
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_check_agrees_with_trying_every_order((ops, _) in histories(7)) {
+        let ops: Vec<&Op> = ops.iter().collect();
+        let fits = some_order_fits(&Model::default(), &ops);
+        prop_assert_eq!(linearizable::check(&ops) == Verdict::Linearizable, fits, "{:#?}", ops);
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_did_happen_one_at_a_time_is_linearizable((ops, whole) in histories(60)) {
+        let ops: Vec<&Op> = ops.iter().collect();
+        if whole {
+            prop_assert_eq!(linearizable::check(&ops), Verdict::Linearizable);
+        }
+    }
+}
