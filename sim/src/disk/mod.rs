@@ -12,7 +12,7 @@
 //!   a later `sync` that succeeds proves nothing. A caller treats the file as unusable: it stops, and rebuilds from peers
 //!   or from what a fresh start reads back.
 //! - **Latency.** An operation is slow. The operations are synchronous (SQLite demands it), so the simulated latency is a debt,
-//!   slept off by [`run`], the only way that asynchronous code may call a disk.
+//!   slept off by [`crate::task::blocking`], the only way that asynchronous code may call a disk. Only then is a sync done.
 //! - **A full disk**: writes fail with `StorageFull`; nothing already written is harmed.
 //! - **Process death without power loss**: the kernel lives on, and all writes survive.
 //!

@@ -3,10 +3,16 @@
 //! Each file has what readers see and what the platter holds, and the writes in between since its last sync; each directory
 //! likewise has entries, durable entries, and changes in between. A power loss draws a mode (how harsh this one is), then
 //! decides every pending write and entry on its own. Handles carry the epoch of power they were opened in: old ones fail
-//! for ever. Plain data and a generator of its own: it runs in either world, so its tests do too.
+//! for ever.
+//!
+//! A sync takes time, but the call returns at once and its latency is slept off afterwards ([`super`]). With
+//! [`SimDisk::defer_syncs`] it reaches the platter only when that has been slept: who acknowledges before waiting is caught.
+//! Power lost in between stops the disk at a random one of the syncs under way, and what was done after that one never happened.
+//!
+//! Plain data and a generator of its own: it runs in either world, so its tests do too.
 
 use super::{Disk, File, SqliteLocation};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
@@ -66,7 +72,12 @@ struct State {
     next_inode: u64,
     entries: BTreeMap<String, u64>,
     durable_entries: BTreeMap<String, u64>,
-    pending_entries: Vec<EntryChange>,
+    pending_entries: Vec<(u64, EntryChange)>,
+    /// Numbers every change and sync in the order of their calls.
+    calls: u64,
+    defer_syncs: bool,
+    /// Syncs whose time has not passed yet.
+    under_way: VecDeque<(u64, Synced)>,
     dirs: BTreeSet<String>,
     faults: DiskFaults,
     counters: DiskCounters,
@@ -77,7 +88,13 @@ struct State {
 struct Inode {
     seen: Vec<u8>,
     platter: Vec<u8>,
-    pending: Vec<Pending>,
+    pending: Vec<(u64, Pending)>,
+}
+
+/// What a sync makes durable.
+enum Synced {
+    File { inode: u64, writes: Vec<(u64, Pending)> },
+    Dir(Vec<(u64, EntryChange)>),
 }
 
 enum Pending {
@@ -187,7 +204,61 @@ impl State {
                 None => self.entries.remove(path),
             };
         }
-        self.pending_entries.push(EntryChange { dir: dir.to_string(), sets });
+        let call = self.call();
+        self.pending_entries.push((call, EntryChange { dir: dir.to_string(), sets }));
+    }
+
+    fn call(&mut self) -> u64 {
+        self.calls += 1;
+        self.calls
+    }
+
+    /// A sync was called: it is done now, or when its time has passed.
+    fn sync(&mut self, what: Synced) {
+        let call = self.call();
+        self.under_way.push_back((call, what));
+        if !self.defer_syncs {
+            self.finish_syncs(call);
+        }
+    }
+
+    /// The syncs up to this call are done.
+    fn finish_syncs(&mut self, up_to: u64) {
+        while self.under_way.front().is_some_and(|(call, _)| *call <= up_to) {
+            match self.under_way.pop_front() {
+                Some((_, Synced::File { inode, writes })) => {
+                    if let Some(inode) = self.inodes.get_mut(&inode) {
+                        writes.iter().for_each(|(_, write)| write.apply(&mut inode.platter));
+                    }
+                }
+                Some((_, Synced::Dir(changes))) => {
+                    changes.into_iter().for_each(|(_, change)| self.settle_entry(change, true));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Power went during one of the syncs under way: those before it are done, what was called after it never was.
+    fn stop_in_time(&mut self) {
+        let stopped = self.below(self.under_way.len() as u64 + 1) as usize;
+        let Some(stop) = self.under_way.get(stopped).map(|(call, _)| *call) else {
+            return self.finish_syncs(u64::MAX);
+        };
+        self.finish_syncs(stop - 1);
+        for (_, synced) in std::mem::take(&mut self.under_way).into_iter().rev() {
+            match synced {
+                Synced::File { inode, writes } => {
+                    if let Some(inode) = self.inodes.get_mut(&inode) {
+                        inode.pending.splice(0..0, writes);
+                    }
+                }
+                Synced::Dir(changes) => drop(self.pending_entries.splice(0..0, changes)),
+            }
+        }
+        self.pending_entries.sort_by_key(|(call, _)| *call);
+        self.pending_entries.retain(|(call, _)| *call < stop);
+        self.inodes.values_mut().for_each(|inode| inode.pending.retain(|(call, _)| *call < stop));
     }
 
     /// Makes one change of entries durable, or loses it.
@@ -206,6 +277,7 @@ impl State {
 
     /// Decides what survived a power loss.
     fn settle(&mut self) {
+        self.stop_in_time();
         let mode = match self.below(6) {
             0 => LossMode::All,
             1 => LossMode::None,
@@ -223,14 +295,14 @@ impl State {
                 !tail_gone
             }
         };
-        for change in std::mem::take(&mut self.pending_entries) {
+        for (_, change) in std::mem::take(&mut self.pending_entries) {
             let kept = keep(self);
             self.settle_entry(change, kept);
         }
         let ids: Vec<u64> = self.inodes.keys().copied().collect();
         for id in ids {
             let Some(mut inode) = self.inodes.remove(&id) else { continue };
-            for write in std::mem::take(&mut inode.pending) {
+            for (_, write) in std::mem::take(&mut inode.pending) {
                 if keep(self) {
                     write.apply(&mut inode.platter);
                     continue;
@@ -271,6 +343,9 @@ impl SimDisk {
             entries: BTreeMap::new(),
             durable_entries: BTreeMap::new(),
             pending_entries: vec![],
+            calls: 0,
+            defer_syncs: false,
+            under_way: VecDeque::new(),
             dirs: BTreeSet::from([String::new()]),
             faults: DiskFaults::default(),
             counters: DiskCounters::default(),
@@ -304,7 +379,9 @@ impl SimDisk {
 
     /// The process that held the handles is gone; its writes are in the kernel's hands and survive.
     pub fn crash_process(&self) {
-        lock(&self.state).epoch += 1;
+        let mut state = lock(&self.state);
+        state.epoch += 1;
+        state.finish_syncs(u64::MAX);
     }
 
     /// Power goes off at the `n`-th changing operation from now (1: the next), which fails.
@@ -329,9 +406,20 @@ impl SimDisk {
         lock(&self.state).counters
     }
 
-    /// Latency run up since the last call.
-    pub fn take_debt(&self) -> Duration {
-        std::mem::take(&mut lock(&self.state).debt)
+    /// Syncs become durable when whoever sleeps off their latency calls [`SimDisk::slept_off`].
+    pub fn defer_syncs(&self) {
+        lock(&self.state).defer_syncs = true;
+    }
+
+    /// Latency run up since the last call, and what to tell [`SimDisk::slept_off`] after it.
+    pub fn take_debt(&self) -> (Duration, u64) {
+        let mut state = lock(&self.state);
+        (std::mem::take(&mut state.debt), state.calls)
+    }
+
+    /// The syncs up to this call have had their time.
+    pub fn slept_off(&self, up_to: u64) {
+        lock(&self.state).finish_syncs(up_to);
     }
 
     pub fn set_observer(&self, observer: Observer) {
@@ -399,7 +487,7 @@ impl File for SimFile {
             state.counters.writes += 1;
             state.counters.bytes_written += bytes.len() as u64;
             write_into(&mut inode.seen, offset, bytes);
-            inode.pending.push(Pending::Write { offset, bytes: bytes.to_vec() });
+            inode.pending.push((state.call(), Pending::Write { offset, bytes: bytes.to_vec() }));
             Ok(())
         })?;
         self.disk.observe("write", "", offset ^ self.inode << 48, bytes.len(), bytes);
@@ -407,9 +495,9 @@ impl File for SimFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with(true, |_, inode| {
+        self.with(true, |state, inode| {
             inode.seen.resize(len as usize, 0);
-            inode.pending.push(Pending::SetLen(len as usize));
+            inode.pending.push((state.call(), Pending::SetLen(len as usize)));
             Ok(())
         })?;
         self.disk.observe("set_len", "", len, 0, &[]);
@@ -422,25 +510,22 @@ impl File for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.disk.observe("sync", "", self.inode, 0, &[]);
-        self.with(true, |state, inode| {
+        let (failed, writes) = self.with(true, |state, inode| {
             state.debt += state.faults.sync_latency;
             let one_in = state.faults.sync_fail_one_in as u64;
-            if one_in > 0 && state.below(one_in) == 0 {
+            let failed = one_in > 0 && state.below(one_in) == 0;
+            let mut writes = std::mem::take(&mut inode.pending);
+            if failed {
                 state.counters.sync_failures += 1;
                 // The kernel marks the pages clean although some never arrived: seen until power goes, then lost.
-                for write in std::mem::take(&mut inode.pending) {
-                    if state.below(2) == 0 {
-                        write.apply(&mut inode.platter);
-                    }
-                }
-                return Err(io::Error::other("input/output error while syncing"));
+                writes.retain(|_| state.below(2) == 0);
+            } else {
+                state.counters.syncs += 1;
             }
-            state.counters.syncs += 1;
-            for write in inode.pending.drain(..) {
-                write.apply(&mut inode.platter);
-            }
-            Ok(())
-        })
+            Ok((failed, writes))
+        })?;
+        lock(&self.disk.state).sync(Synced::File { inode: self.inode, writes });
+        if failed { Err(io::Error::other("input/output error while syncing")) } else { Ok(()) }
     }
 }
 
@@ -508,9 +593,8 @@ impl Disk for SimDisk {
         state.enter(None, true)?;
         let latency = state.faults.sync_latency;
         state.debt += latency;
-        for change in state.pending_entries.extract_if(.., |c| c.dir == dir).collect::<Vec<_>>() {
-            state.settle_entry(change, true);
-        }
+        let changes = state.pending_entries.extract_if(.., |(_, change)| change.dir == dir).collect();
+        state.sync(Synced::Dir(changes));
         Ok(())
     }
 
@@ -604,6 +688,39 @@ mod tests {
             lost += (content(&disk, "a").as_deref() != Some(b"data")) as u32;
         }
         assert!(lost > 20, "only {lost} of 100 lost it");
+        Ok(())
+    }
+
+    #[test]
+    fn a_sync_is_durable_when_its_latency_has_been_slept_off() -> io::Result<()> {
+        let (mut early, mut late) = (0, 0);
+        for seed in 0..100 {
+            let disk = SimDisk::new(seed);
+            disk.defer_syncs();
+            let log = disk.create("log")?;
+            disk.sync_dir("")?;
+            let (_, then) = disk.take_debt();
+            disk.slept_off(then);
+            log.write_at(b"first", 0)?;
+            log.sync()?;
+            log.write_at(b"again", 5)?;
+            log.sync()?;
+            let (_, then) = disk.take_debt();
+            if seed % 2 == 0 {
+                disk.slept_off(then);
+            }
+            disk.power_off();
+            disk.power_on();
+            let left = content(&disk, "log").unwrap_or_default();
+            assert!(left.len() <= 5 || &left[..5] == b"first", "what followed a sync is there without it");
+            if seed % 2 == 0 {
+                assert_eq!(left, b"firstagain");
+            } else {
+                early += (left.len() < 10) as u32;
+                late += (left.len() == 10) as u32;
+            }
+        }
+        assert!(early > 10 && late > 10, "{early} {late}");
         Ok(())
     }
 

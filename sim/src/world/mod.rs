@@ -190,6 +190,7 @@ impl World {
     {
         let index = self.state().nodes.len();
         let disk = SimDisk::new(self.seed().wrapping_mul(0x9e37_79b9).wrapping_add(index as u64));
+        disk.defer_syncs();
         let observer = self.clone();
         disk.set_observer(Box::new(move |event| {
             let mut record = lock(&observer.inner.record);
@@ -412,10 +413,11 @@ pub(crate) async fn sleep_off_disk_debt() {
     let node = current_node();
     let disk = World::current().state().nodes[node].disk.clone();
     if let Some(disk) = disk {
-        let debt = disk.take_debt();
+        let (debt, then) = disk.take_debt();
         if !debt.is_zero() {
             crate::time::sleep(debt).await;
         }
+        disk.slept_off(then);
     }
 }
 
