@@ -61,3 +61,10 @@ pub fn buggify(name: &'static str, p: f64) -> bool {
         false
     }
 }
+
+/// A [`buggify`] site that, when it fires, waits up to `most`.
+pub async fn buggify_wait(name: &'static str, p: f64, most: time::Duration) {
+    if buggify(name, p) {
+        time::sleep(most.mul_f64(unit())).await;
+    }
+}

@@ -52,6 +52,9 @@ pub async fn run(to: &To, import: Import) -> Done {
     for path in &import.paths {
         gather(path, true, &mut files)?;
     }
+    if files.is_empty() {
+        return Err(Failure("there is no file to import; hidden ones in folders are passed over".into()));
+    }
     let mut memories = vec![];
     let (mut passed_over, mut wrong) = (0, 0);
     for file in &files {

@@ -9,6 +9,7 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{EntryPayload, OptionalSend};
 use sim::sync::mpsc;
+use sim::time::Duration;
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
@@ -78,6 +79,7 @@ async fn flusher(log: Arc<Log>, mut waiting: mpsc::UnboundedReceiver<IOFlushed<T
         while let Ok(next) = waiting.try_recv() {
             callbacks.push(next);
         }
+        sim::rand::buggify_wait("before the log's fsync", 0.02, Duration::from_millis(200)).await;
         let log = log.clone();
         if let Err(error) = sim::task::blocking(move || log.sync()).await {
             sim::task::abort(&format!("the ledger's log cannot be made durable ({error}); check the disk"))

@@ -272,7 +272,11 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
             }
         };
         match proposed {
-            Proposed::Done(outcomes) => return Ok(outcomes),
+            Proposed::Done(outcomes) => {
+                // So long that the caller gives up on a write that took place, and asks again.
+                sim::rand::buggify_wait("answer to a write", 0.01, Duration::from_secs(4)).await;
+                return Ok(outcomes);
+            }
             Proposed::Unknown(cause) => return Err(Error::OutcomeUnknown(cause)),
             Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
             Proposed::NotLeader(Some(leader)) => hint = Some(leader),

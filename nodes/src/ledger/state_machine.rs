@@ -15,6 +15,7 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use sim::cpu::cost;
 use sim::disk::Disk;
+use sim::time::Duration;
 use std::io;
 use std::sync::{Arc, Mutex};
 use storage::model::{Batch, Position};
@@ -71,6 +72,7 @@ impl StateMachine {
 
     async fn apply_some(&self, entries: Vec<(Entry, Option<Batch>)>) -> Vec<Vec<storage::model::Outcome>> {
         let memories: usize = entries.iter().map(|(_, b)| b.as_ref().map_or(0, |b| b.commands.len())).sum();
+        sim::rand::buggify_wait("before an apply", 0.02, Duration::from_millis(200)).await;
         let (shard, epoch) = (self.shard.clone(), self.epoch);
         let applied = sim::task::blocking(move || {
             let meta = applied_meta(&shard).map_err(|e| e.to_string())?;
@@ -220,6 +222,7 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let meta = self.meta.clone();
+        sim::rand::buggify_wait("before a checkpoint", 0.2, Duration::from_secs(2)).await;
         let shard = self.shard.clone();
         if let Err(error) = sim::task::blocking(move || shard.checkpoint()).await {
             sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await;

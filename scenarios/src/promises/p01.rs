@@ -1,9 +1,10 @@
 //! P1: an acknowledged write survives the loss of any one node, and a power loss of all nodes at once.
 //!
 //! Read so: after everything, every replica shows each memory at a version no lower than the highest that was
-//! acknowledged, or does not show it because somebody asked to delete it.
+//! acknowledged, or does not show it because somebody asked to delete it; and its history has each acknowledged version as
+//! the write made it.
 
-use super::{Violation, violation};
+use super::{Violation, linearizable::describe, violation};
 use crate::history::{History, Request, Response};
 
 /// Acknowledged writes whose effect some replica lacks: (acknowledged at, what).
@@ -18,8 +19,14 @@ fn missing(history: &History) -> Vec<(u64, String)> {
             let Response::Written { version, .. } = op.response else { continue };
             for replica in &history.finals {
                 let key = (tenant, id.to_string());
-                let kept =
-                    replica.versions.get(&key).is_some_and(|v| v.iter().any(|(held, _)| *held == version));
+                let made_by = |marker: &String| match &op.request {
+                    Request::Add { marker: made, .. } | Request::Update { marker: made, .. } => {
+                        marker == made
+                    }
+                    _ => true,
+                };
+                let holds = |(held, marker): &(u64, String)| *held == version && made_by(marker);
+                let kept = replica.versions.get(&key).is_some_and(|v| v.iter().any(holds));
                 let shown = replica.rows.get(&key).map(|row| row.version);
                 let survived = match (&op.request, shown) {
                     (Request::Delete { .. }, Some(shown)) => shown > version,
@@ -29,9 +36,7 @@ fn missing(history: &History) -> Vec<(u64, String)> {
                 };
                 if !survived || !kept {
                     let node = &replica.sample.node;
-                    let text = format!(
-                        "version {version} of {id} (tenant {tenant}), acknowledged, but {node} shows {shown:?}"
-                    );
+                    let text = format!("tenant {tenant}: {node} shows {shown:?} after {}", describe(op));
                     missing.push((op.return_ns, text));
                     break;
                 }

@@ -61,6 +61,8 @@ impl Cluster {
             keys_per_tenant,
             operator,
         };
+        // Some clusters have an SSD's fsync, some a rotating disk's: what is under way when the power goes differs much.
+        let slow_disks = sim::rand::chance(0.3);
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         for (name, id) in names.chain(edges) {
@@ -85,7 +87,9 @@ impl Cluster {
             let node = world.add_node(options, move || process(config.clone(), file.clone()));
             if let Some(disk) = world.disk(node) {
                 let latency = Duration::from_micros(20);
-                let sync_latency = Duration::from_micros(250 + sim::rand::below(1500));
+                let sync_latency =
+                    if slow_disks { 5000 + sim::rand::below(20_000) } else { 250 + sim::rand::below(1500) };
+                let sync_latency = Duration::from_micros(sync_latency);
                 disk.set_faults(sim::disk::simulated::DiskFaults {
                     latency,
                     sync_latency,

@@ -51,7 +51,12 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let others = |node: NodeIndex| cluster.replicas.iter().copied().filter(move |n| *n != node);
     let took_place = match fault.kind {
         FaultKind::PowerOff | FaultKind::Crash => {
+            // Alike machines fail alike: every other loss takes from each disk all that it may take.
+            let harsh = fault.kind == FaultKind::PowerOff && fault.pick % 2 == 0;
             for &node in &nodes {
+                if let (true, Some(disk)) = (harsh, world.disk(node)) {
+                    disk.lose_all_unsynced();
+                }
                 if fault.kind == FaultKind::Crash { world.crash(node) } else { world.power_off(node) }
             }
             time::sleep(lasts).await;

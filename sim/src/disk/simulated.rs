@@ -12,8 +12,9 @@
 //! Plain data and a generator of its own: it runs in either world, so its tests do too.
 
 use super::{Disk, File, SqliteLocation};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
@@ -68,6 +69,8 @@ struct State {
     /// Handles of an earlier epoch are dead.
     epoch: u64,
     crash_at_op: Option<u64>,
+    /// The next power loss takes all that was not synced.
+    harsh: bool,
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
     entries: BTreeMap<String, u64>,
@@ -75,9 +78,11 @@ struct State {
     pending_entries: Vec<(u64, EntryChange)>,
     /// Numbers every change and sync in the order of their calls.
     calls: u64,
+    /// The calls whose latency somebody has taken to sleep it off.
+    taken: u64,
     defer_syncs: bool,
-    /// Syncs whose time has not passed yet.
-    under_way: VecDeque<(u64, Synced)>,
+    /// Syncs whose time has not passed yet, in the order of their calls.
+    under_way: Vec<(u64, Synced)>,
     dirs: BTreeSet<String>,
     faults: DiskFaults,
     counters: DiskCounters,
@@ -94,7 +99,17 @@ struct Inode {
 /// What a sync makes durable.
 enum Synced {
     File { inode: u64, writes: Vec<(u64, Pending)> },
-    Dir(Vec<(u64, EntryChange)>),
+    Dir { path: String, changes: Vec<(u64, EntryChange)> },
+}
+
+impl Synced {
+    fn same_target(&self, other: &Synced) -> bool {
+        match (self, other) {
+            (Synced::File { inode: a, .. }, Synced::File { inode: b, .. }) => a == b,
+            (Synced::Dir { path: a, .. }, Synced::Dir { path: b, .. }) => a == b,
+            _ => false,
+        }
+    }
 }
 
 enum Pending {
@@ -216,36 +231,46 @@ impl State {
     /// A sync was called: it is done now, or when its time has passed.
     fn sync(&mut self, what: Synced) {
         let call = self.call();
-        self.under_way.push_back((call, what));
+        self.under_way.push((call, what));
         if !self.defer_syncs {
-            self.finish_syncs(call);
+            self.finish_syncs(call..=call);
         }
     }
 
-    /// The syncs up to this call are done.
-    fn finish_syncs(&mut self, up_to: u64) {
-        while self.under_way.front().is_some_and(|(call, _)| *call <= up_to) {
-            match self.under_way.pop_front() {
-                Some((_, Synced::File { inode, writes })) => {
+    /// These syncs are done, and with each the earlier ones of the same file or directory.
+    fn finish_syncs(&mut self, calls: RangeInclusive<u64>) {
+        let mut done: Vec<&Synced> = vec![];
+        let mut finished = vec![];
+        for (call, synced) in self.under_way.iter().rev() {
+            let finishes = calls.contains(call) || done.iter().any(|later| later.same_target(synced));
+            if finishes {
+                done.push(synced);
+            }
+            finished.push(finishes);
+        }
+        let mut finished = finished.into_iter().rev();
+        for (call, synced) in std::mem::take(&mut self.under_way) {
+            match synced {
+                synced if finished.next() != Some(true) => self.under_way.push((call, synced)),
+                Synced::File { inode, writes } => {
                     if let Some(inode) = self.inodes.get_mut(&inode) {
                         writes.iter().for_each(|(_, write)| write.apply(&mut inode.platter));
                     }
                 }
-                Some((_, Synced::Dir(changes))) => {
+                Synced::Dir { changes, .. } => {
                     changes.into_iter().for_each(|(_, change)| self.settle_entry(change, true));
                 }
-                None => {}
             }
         }
     }
 
     /// Power went during one of the syncs under way: those before it are done, what was called after it never was.
     fn stop_in_time(&mut self) {
-        let stopped = self.below(self.under_way.len() as u64 + 1) as usize;
+        let stopped = if self.harsh { 0 } else { self.below(self.under_way.len() as u64 + 1) as usize };
         let Some(stop) = self.under_way.get(stopped).map(|(call, _)| *call) else {
-            return self.finish_syncs(u64::MAX);
+            return self.finish_syncs(0..=u64::MAX);
         };
-        self.finish_syncs(stop - 1);
+        self.finish_syncs(0..=stop - 1);
         for (_, synced) in std::mem::take(&mut self.under_way).into_iter().rev() {
             match synced {
                 Synced::File { inode, writes } => {
@@ -253,7 +278,7 @@ impl State {
                         inode.pending.splice(0..0, writes);
                     }
                 }
-                Synced::Dir(changes) => drop(self.pending_entries.splice(0..0, changes)),
+                Synced::Dir { changes, .. } => drop(self.pending_entries.splice(0..0, changes)),
             }
         }
         self.pending_entries.sort_by_key(|(call, _)| *call);
@@ -285,6 +310,7 @@ impl State {
             3 | 4 => LossMode::Some,
             _ => LossMode::Torn,
         };
+        let mode = if std::mem::take(&mut self.harsh) { LossMode::All } else { mode };
         let mut tail_gone = false;
         let mut keep = move |state: &mut State| match mode {
             LossMode::All => false,
@@ -338,6 +364,7 @@ impl SimDisk {
             powered: true,
             epoch: 0,
             crash_at_op: None,
+            harsh: false,
             inodes: BTreeMap::new(),
             next_inode: 1,
             entries: BTreeMap::new(),
@@ -345,7 +372,8 @@ impl SimDisk {
             pending_entries: vec![],
             calls: 0,
             defer_syncs: false,
-            under_way: VecDeque::new(),
+            taken: 0,
+            under_way: vec![],
             dirs: BTreeSet::from([String::new()]),
             faults: DiskFaults::default(),
             counters: DiskCounters::default(),
@@ -368,6 +396,11 @@ impl SimDisk {
         lock(&self.state).cut_power();
     }
 
+    /// From the next power loss nothing survives that was not synced.
+    pub fn lose_all_unsynced(&self) {
+        lock(&self.state).harsh = true;
+    }
+
     /// Gives it back, and decides what had survived.
     pub fn power_on(&self) {
         let mut state = lock(&self.state);
@@ -381,7 +414,7 @@ impl SimDisk {
     pub fn crash_process(&self) {
         let mut state = lock(&self.state);
         state.epoch += 1;
-        state.finish_syncs(u64::MAX);
+        state.finish_syncs(0..=u64::MAX);
     }
 
     /// Power goes off at the `n`-th changing operation from now (1: the next), which fails.
@@ -411,15 +444,17 @@ impl SimDisk {
         lock(&self.state).defer_syncs = true;
     }
 
-    /// Latency run up since the last call, and what to tell [`SimDisk::slept_off`] after it.
-    pub fn take_debt(&self) -> (Duration, u64) {
+    /// Latency run up since the last call, and by which calls: to be told to [`SimDisk::slept_off`] after it.
+    pub fn take_debt(&self) -> (Duration, RangeInclusive<u64>) {
         let mut state = lock(&self.state);
-        (std::mem::take(&mut state.debt), state.calls)
+        let calls = state.taken + 1..=state.calls;
+        state.taken = state.calls;
+        (std::mem::take(&mut state.debt), calls)
     }
 
-    /// The syncs up to this call have had their time.
-    pub fn slept_off(&self, up_to: u64) {
-        lock(&self.state).finish_syncs(up_to);
+    /// The syncs among these calls have had their time.
+    pub fn slept_off(&self, calls: RangeInclusive<u64>) {
+        lock(&self.state).finish_syncs(calls);
     }
 
     pub fn set_observer(&self, observer: Observer) {
@@ -594,7 +629,7 @@ impl Disk for SimDisk {
         let latency = state.faults.sync_latency;
         state.debt += latency;
         let changes = state.pending_entries.extract_if(.., |(_, change)| change.dir == dir).collect();
-        state.sync(Synced::Dir(changes));
+        state.sync(Synced::Dir { path: dir.to_string(), changes });
         Ok(())
     }
 
@@ -699,15 +734,17 @@ mod tests {
             disk.defer_syncs();
             let log = disk.create("log")?;
             disk.sync_dir("")?;
-            let (_, then) = disk.take_debt();
-            disk.slept_off(then);
+            disk.slept_off(disk.take_debt().1);
             log.write_at(b"first", 0)?;
             log.sync()?;
             log.write_at(b"again", 5)?;
             log.sync()?;
-            let (_, then) = disk.take_debt();
+            let (_, calls) = disk.take_debt();
+            // Another one's sleep says nothing about these.
+            disk.create("other")?.sync()?;
+            disk.slept_off(disk.take_debt().1);
             if seed % 2 == 0 {
-                disk.slept_off(then);
+                disk.slept_off(calls);
             }
             disk.power_off();
             disk.power_on();

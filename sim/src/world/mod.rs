@@ -413,11 +413,11 @@ pub(crate) async fn sleep_off_disk_debt() {
     let node = current_node();
     let disk = World::current().state().nodes[node].disk.clone();
     if let Some(disk) = disk {
-        let (debt, then) = disk.take_debt();
+        let (debt, calls) = disk.take_debt();
         if !debt.is_zero() {
             crate::time::sleep(debt).await;
         }
-        disk.slept_off(then);
+        disk.slept_off(calls);
     }
 }
 
