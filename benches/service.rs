@@ -7,7 +7,7 @@
 //! - acknowledged single writes, and memories through `BatchAdd` of 100. A write test's clock stops when every view of every
 //!   replica has reached the last position.
 //!
-//! `LOCI_BENCH_SECONDS` is the length of each part (default 10).
+//! `LOCI_BENCH_SECONDS` is the length of each part (default 10); `cargo bench -- WORD…` runs only the parts named so, without ratios.
 
 use nodes::auth::Keys;
 use nodes::proto::internal::replica_client::ReplicaClient;
@@ -238,6 +238,17 @@ async fn bench(length: Duration) -> Result<()> {
     done
 }
 
+/// Whether a part was asked for: all are if none is named.
+fn wanted(part: &str) -> bool {
+    let mut named = std::env::args().skip(1).filter(|a| !a.starts_with('-')).peekable();
+    named.peek().is_none() || named.any(|word| part.contains(&word))
+}
+
+const ECHO: &str = "echo, empty tonic server";
+const SEARCHES: &str = "searches, 1,000 x 384, k = 10";
+const WRITES: &str = "single writes, fsync on 2 of 3";
+const BATCHES: &str = "memories by BatchAdd of 100";
+
 async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
     let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
     println!(
@@ -259,7 +270,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
         sleep(Duration::from_millis(20)).await;
     }
     let mut echoes = vec![];
-    for clients in CLIENTS {
+    for clients in CLIENTS.into_iter().filter(|_| wanted(ECHO)) {
         let (channel, body) = (channel.clone(), body.clone());
         let mut rate = load(clients, length, move |_| {
             let (mut client, body) = (ReplicaClient::new(channel.clone()), body.clone());
@@ -269,7 +280,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
             }
         })
         .await?;
-        show("echo, empty tonic server", clients, &mut rate, 1.0, None);
+        show(ECHO, clients, &mut rate, 1.0, None);
         echoes.push(rate.per_second());
     }
     drop(echo);
@@ -319,7 +330,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
     }
     settled(&targets).await?;
 
-    for (i, clients) in CLIENTS.into_iter().enumerate() {
+    for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(SEARCHES)) {
         let target = leader.clone();
         let queries: Vec<Vec<f32>> = (0..64).map(|q| vector(1_000_000 + q)).collect();
         let mut rate = load(clients, length, move |n| {
@@ -337,9 +348,9 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
             }
         })
         .await?;
-        show("searches, 1,000 x 384, k = 10", clients, &mut rate, 1.0, Some(echoes[i]));
+        show(SEARCHES, clients, &mut rate, 1.0, echoes.get(i).copied());
     }
-    for (i, clients) in CLIENTS.into_iter().enumerate() {
+    for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(WRITES)) {
         let target = leader.clone();
         let started = Instant::now();
         let mut rate = load(clients, length, move |n| {
@@ -353,9 +364,9 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
         .await?;
         settled(&targets).await?;
         rate.elapsed = started.elapsed();
-        show("single writes, fsync on 2 of 3", clients, &mut rate, 1.0, Some(echoes[i]));
+        show(WRITES, clients, &mut rate, 1.0, echoes.get(i).copied());
     }
-    for (i, clients) in CLIENTS.into_iter().enumerate() {
+    for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(BATCHES)) {
         let target = leader.clone();
         let started = Instant::now();
         let mut rate = load(clients, length, move |n| {
@@ -372,7 +383,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
         .await?;
         settled(&targets).await?;
         rate.elapsed = started.elapsed();
-        show("memories by BatchAdd of 100", clients, &mut rate, 100.0, Some(echoes[i]));
+        show(BATCHES, clients, &mut rate, 100.0, echoes.get(i).copied());
     }
     Ok(())
 }
