@@ -201,6 +201,66 @@ impl Target {
     }
 }
 
+/// Three replicas in processes of their own, and their leader.
+struct Cluster {
+    processes: Vec<Process>,
+    targets: Vec<Target>,
+    leader: Target,
+    dir: PathBuf,
+}
+
+impl Cluster {
+    async fn start(dir: PathBuf) -> Result<Cluster> {
+        let program = program()?;
+        let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
+        let addrs = (0..3).map(|_| address()).collect::<Result<Vec<_>>>()?;
+        let numbered = addrs.iter().enumerate();
+        let replicas: String = numbered.map(|(i, a)| format!("{} = '{a}'\n", i + 1)).collect();
+        let mut keys = Keys::default();
+        let key = keys.add("bench", true)?;
+        let mut processes = vec![];
+        for (i, addr) in addrs.iter().enumerate() {
+            let data = path(&format!("n{i}"));
+            keys.save(&*sim::disk::open(&data)?)?;
+            let config = path(&format!("n{i}.toml"));
+            let text = format!(
+                "name = 'n{0}'\nid = {0}\nlisten = '{addr}'\ndata = '{data}'\ncluster_secret = 'only for this bench'\n[replicas]\n{replicas}",
+                i + 1
+            );
+            std::fs::write(&config, text)?;
+            let log = std::fs::File::create(path(&format!("n{i}.log")))?;
+            let mut command = Command::new(&program);
+            command
+                .args(["node", "--config", &config])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log);
+            processes.push(Process(command.spawn()?));
+        }
+        let bearer: tonic::metadata::MetadataValue<_> = format!("Bearer {key}").parse()?;
+        let targets = addrs
+            .iter()
+            .map(|a| Ok(Target { channel: sim::net::connect(a)?, bearer: bearer.clone() }))
+            .collect::<Result<Vec<_>>>()?;
+        loop {
+            for target in &targets {
+                if target.shard().await.is_some_and(|s| s.is_leader) {
+                    let leader = target.clone();
+                    return Ok(Cluster { processes, targets, leader, dir });
+                }
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.processes.clear();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
 /// Waits until every view of every replica has reached the ledger's end.
 async fn settled(targets: &[Target]) -> Result<()> {
     for _ in 0..6000 {
@@ -285,53 +345,19 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
     }
     drop(echo);
 
-    // Three replicas.
-    let program = program()?;
-    let addrs = (0..3).map(|_| address()).collect::<Result<Vec<_>>>()?;
-    let replicas: String = addrs.iter().enumerate().map(|(i, a)| format!("{} = '{a}'\n", i + 1)).collect();
-    let mut keys = Keys::default();
-    let key = keys.add("bench", true)?;
-    let mut processes = vec![];
-    for (i, addr) in addrs.iter().enumerate() {
-        let data = path(&format!("n{i}"));
-        keys.save(&*sim::disk::open(&data)?)?;
-        let config = path(&format!("n{i}.toml"));
-        let text = format!(
-            "name = 'n{0}'\nid = {0}\nlisten = '{addr}'\ndata = '{data}'\ncluster_secret = 'only for this bench'\n[replicas]\n{replicas}",
-            i + 1
-        );
-        std::fs::write(&config, text)?;
-        let log = std::fs::File::create(path(&format!("n{i}.log")))?;
-        let mut command = Command::new(&program);
-        command.args(["node", "--config", &config]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        processes.push(Process(command.spawn()?));
-    }
-    let bearer: tonic::metadata::MetadataValue<_> = format!("Bearer {key}").parse()?;
-    let targets = addrs
-        .iter()
-        .map(|a| Ok(Target { channel: sim::net::connect(a)?, bearer: bearer.clone() }))
-        .collect::<Result<Vec<_>>>()?;
-    let leader = loop {
-        let mut leads = vec![];
-        for target in &targets {
-            leads.push(target.shard().await.is_some_and(|s| s.is_leader));
-        }
-        match leads.iter().position(|l| *l) {
-            Some(at) => break targets[at].clone(),
-            None => sleep(Duration::from_millis(50)).await,
-        }
-    };
     let items = |user: &'static str, from: u64| -> Vec<v1::AddRequest> {
         (from..from + 100).map(|n| v1::AddRequest { memory: Some(memory(user, n)), options: None }).collect()
     };
+    // One cluster for searches and writes, then one for each BatchAdd, so that memory and disk stay bounded.
+    let cluster = Cluster::start(dir.join("single")).await?;
     for batch in 0..MEMORIES as u64 / 100 {
         let request = v1::BatchAddRequest { items: items("reader", batch * 100) };
-        leader.memories().batch_add(leader.request(request)).await?;
+        cluster.leader.memories().batch_add(cluster.leader.request(request)).await?;
     }
-    settled(&targets).await?;
+    settled(&cluster.targets).await?;
 
     for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(SEARCHES)) {
-        let target = leader.clone();
+        let target = cluster.leader.clone();
         let queries: Vec<Vec<f32>> = (0..64).map(|q| vector(1_000_000 + q)).collect();
         let mut rate = load(clients, length, move |n| {
             let target = target.clone();
@@ -351,7 +377,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
         show(SEARCHES, clients, &mut rate, 1.0, echoes.get(i).copied());
     }
     for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(WRITES)) {
-        let target = leader.clone();
+        let target = cluster.leader.clone();
         let started = Instant::now();
         let mut rate = load(clients, length, move |n| {
             let target = target.clone();
@@ -362,12 +388,14 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
             }
         })
         .await?;
-        settled(&targets).await?;
+        settled(&cluster.targets).await?;
         rate.elapsed = started.elapsed();
         show(WRITES, clients, &mut rate, 1.0, echoes.get(i).copied());
     }
+    drop(cluster);
     for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(BATCHES)) {
-        let target = leader.clone();
+        let cluster = Cluster::start(dir.join(format!("batches-{clients}"))).await?;
+        let target = cluster.leader.clone();
         let started = Instant::now();
         let mut rate = load(clients, length, move |n| {
             let target = target.clone();
@@ -381,7 +409,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
             }
         })
         .await?;
-        settled(&targets).await?;
+        settled(&cluster.targets).await?;
         rate.elapsed = started.elapsed();
         show(BATCHES, clients, &mut rate, 100.0, echoes.get(i).copied());
     }

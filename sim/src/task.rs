@@ -89,3 +89,11 @@ pub fn run_process<F: Future>(threads: usize, main: F) -> std::io::Result<F::Out
     }
     Ok(builder.enable_all().build()?.block_on(main))
 }
+
+/// Runs a test's future to its end in whichever world this is.
+pub fn run_test<F: Future>(test: F) -> std::io::Result<F::Output> {
+    #[cfg(not(madsim))]
+    return run_process(1, test);
+    #[cfg(madsim)]
+    return Ok(crate::world::run(1, false, |_| test).value);
+}

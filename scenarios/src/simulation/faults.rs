@@ -52,7 +52,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let took_place = match fault.kind {
         FaultKind::PowerOff | FaultKind::Crash => {
             // Alike machines fail alike: every other loss takes from each disk all that it may take.
-            let harsh = fault.kind == FaultKind::PowerOff && fault.pick % 2 == 0;
+            let harsh = fault.kind == FaultKind::PowerOff && fault.pick.is_multiple_of(2);
             for &node in &nodes {
                 if let (true, Some(disk)) = (harsh, world.disk(node)) {
                     disk.lose_all_unsynced();
