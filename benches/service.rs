@@ -18,7 +18,7 @@ use nodes::proto::v1::{
 use sim::net::{Channel, Routes};
 use sim::time::{Duration, Instant, sleep};
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -210,8 +210,7 @@ struct Cluster {
 }
 
 impl Cluster {
-    async fn start(dir: PathBuf) -> Result<Cluster> {
-        let program = program()?;
+    async fn start(program: &Path, dir: PathBuf) -> Result<Cluster> {
         let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
         let addrs = (0..3).map(|_| address()).collect::<Result<Vec<_>>>()?;
         let numbered = addrs.iter().enumerate();
@@ -229,7 +228,7 @@ impl Cluster {
             );
             std::fs::write(&config, text)?;
             let log = std::fs::File::create(path(&format!("n{i}.log")))?;
-            let mut command = Command::new(&program);
+            let mut command = Command::new(program);
             command
                 .args(["node", "--config", &config])
                 .stdin(Stdio::null())
@@ -309,8 +308,9 @@ const SEARCHES: &str = "searches, 1,000 x 384, k = 10";
 const WRITES: &str = "single writes, fsync on 2 of 3";
 const BATCHES: &str = "memories by BatchAdd of 100";
 
-async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
+async fn run(length: Duration, dir: &Path) -> Result<()> {
     let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
+    let program = program()?;
     println!(
         "loci {}; {} cores, {} s each",
         nodes::BUILD,
@@ -349,7 +349,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
         (from..from + 100).map(|n| v1::AddRequest { memory: Some(memory(user, n)), options: None }).collect()
     };
     // One cluster for searches and writes, then one for each BatchAdd, so that memory and disk stay bounded.
-    let cluster = Cluster::start(dir.join("single")).await?;
+    let cluster = Cluster::start(&program, dir.join("single")).await?;
     for batch in 0..MEMORIES as u64 / 100 {
         let request = v1::BatchAddRequest { items: items("reader", batch * 100) };
         cluster.leader.memories().batch_add(cluster.leader.request(request)).await?;
@@ -394,7 +394,7 @@ async fn run(length: Duration, dir: &std::path::Path) -> Result<()> {
     }
     drop(cluster);
     for (i, clients) in CLIENTS.into_iter().enumerate().filter(|_| wanted(BATCHES)) {
-        let cluster = Cluster::start(dir.join(format!("batches-{clients}"))).await?;
+        let cluster = Cluster::start(&program, dir.join(format!("batches-{clients}"))).await?;
         let target = cluster.leader.clone();
         let started = Instant::now();
         let mut rate = load(clients, length, move |n| {

@@ -93,7 +93,14 @@ impl Applier<'_> {
             return Ok(Outcome::NotFound { id: memory.id });
         }
         if let Some(held) = rows::find_body(self.db, &memory.tenant, &memory.id)? {
-            return Ok(Outcome::AlreadyExists { id: memory.id, version: rows::decode_body(&held)?.version });
+            let old = rows::decode_body(&held)?;
+            if !self.expired(&old) {
+                return Ok(Outcome::AlreadyExists { id: memory.id, version: old.version });
+            }
+            if let Some(held) = rows::find(self.db, tenant, &memory.id)? {
+                self.retire(held, &old)?;
+                self.state.memories -= 1;
+            }
         }
         // Versions never go backwards: one that was deleted goes on where it ended.
         let version = rows::last_version(self.db, &memory.tenant, &memory.id)? + 1;
@@ -102,6 +109,11 @@ impl Applier<'_> {
         self.put(memory, ChangeKind::Added as u8, at.epoch, rows::pack(at))?;
         self.state.memories += 1;
         Ok(Outcome::Done { id, version, position: at })
+    }
+
+    /// Whether it is gone by the ledger's time, whatever a replica's own clock says.
+    fn expired(&self, memory: &Memory) -> bool {
+        memory.expires.is_some_and(|at| at <= self.state.ledger_time)
     }
 
     /// The current row, or what to answer instead.
@@ -115,6 +127,9 @@ impl Applier<'_> {
             return Ok(Err(Outcome::NotFound { id: *id }));
         };
         let memory = rows::decode_body(&held.body)?;
+        if self.expired(&memory) {
+            return Ok(Err(Outcome::NotFound { id: *id }));
+        }
         if expected.is_some_and(|e| e != memory.version) {
             return Ok(Err(Outcome::VersionMismatch { id: *id, actual: memory.version }));
         }

@@ -221,6 +221,32 @@ fn power_loss_takes_back_a_suffix_and_never_a_checkpoint() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn an_expired_memory_is_gone_for_writers_too_and_its_id_is_free() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let short = |id: u64| Operation::Add(Memory { expires: Some(100), ..with_vector("t", id, "soon gone") });
+    apply(&shard, 1, vec![command("t", "", 0, 5, short(1)), command("t", "", 0, 5, short(2))])?;
+    let early = apply(&shard, 2, vec![command("t", "", 0, 99, short(1))])?;
+    assert!(matches!(early[..], [Outcome::AlreadyExists { version: 1, .. }]), "{early:?}");
+    let late = vec![
+        command("t", "", 0, 100, update(1, "late", None)),
+        command("t", "", 0, 100, delete(1)),
+        command("t", "", 0, 100, add(1)),
+    ];
+    let late = apply(&shard, 3, late)?;
+    assert!(
+        matches!(
+            late[..],
+            [Outcome::NotFound { .. }, Outcome::NotFound { .. }, Outcome::Done { version: 2, .. }]
+        ),
+        "{late:?}"
+    );
+    assert_eq!(shard.get("t", &memory("t", 1, "").id, 100)?.map(|m| m.version), Some(2));
+    assert_eq!(shard.history("t", &memory("t", 1, "").id)?.len(), 2);
+    assert_eq!(shard.counts()?.memories, 2, "the other one still has its row");
+    check(&shard)
+}
+
 /// A tear between two generations of the write-ahead log, whose first frames differ in two top bits: see `records`. The paddings
 /// put these bits where they cancel out in SQLite's sum, and the rest behind the sector's end.
 #[test]

@@ -46,7 +46,7 @@ pub const FIRST_EPOCH: u64 = 1;
 /// Commands in one entry at most.
 const BATCH_COMMANDS_MAX: usize = 512;
 /// Entries under way at once.
-const BATCHES_IN_FLIGHT: usize = 4;
+const BATCHES_IN_FLIGHT: usize = 2;
 /// Callers waiting for a place in a batch; beyond it they are turned away.
 const QUEUE_MAX: usize = 4096;
 
