@@ -90,6 +90,12 @@ pub fn run_process<F: Future>(threads: usize, main: F) -> std::io::Result<F::Out
     Ok(builder.enable_all().build()?.block_on(main))
 }
 
+/// In simulation a process is a node of a world, and this is an error.
+#[cfg(madsim)]
+pub fn run_process<F: Future>(_threads: usize, _main: F) -> std::io::Result<F::Output> {
+    Err(std::io::Error::other("this is the simulated build: processes run in a world, see `cargo sim list`"))
+}
+
 /// Runs a test's future to its end in whichever world this is.
 pub fn run_test<F: Future>(test: F) -> std::io::Result<F::Output> {
     #[cfg(not(madsim))]
