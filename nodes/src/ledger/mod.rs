@@ -27,6 +27,7 @@ use crate::error::Error;
 use crate::peers::Peers;
 use crate::proto::internal::Body;
 use network::Network;
+use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::{BasicNode, Config, ReadPolicy, SnapshotPolicy};
 use sim::disk::Disk;
@@ -147,13 +148,13 @@ impl Ledger {
         }
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
         sim::task::spawn(batcher(raft.clone(), waiting));
+        sim::task::spawn(announce_leaders(raft.clone()));
         Ok(Ledger { raft, shard, peers, queue })
     }
 
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.
     pub fn leader(&self) -> Option<(u64, String)> {
-        let metrics =
-            openraft::async_runtime::WatchReceiver::borrow_watched(&self.raft.server_metrics()).clone();
+        let metrics = self.raft.server_metrics().borrow_watched().clone();
         let leader = metrics.current_leader?;
         let node = metrics.membership_config.membership().get_node(&leader)?.addr.clone();
         Some((leader, node))
@@ -307,6 +308,26 @@ async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration
 }
 
 /// Gathers waiting commands into entries, a few of which are under way at once.
+/// Logs each change of the leader that this replica follows.
+async fn announce_leaders(raft: Raft) {
+    let mut metrics = raft.server_metrics();
+    let mut followed = None;
+    loop {
+        let now = metrics.borrow_watched().current_leader;
+        if now != followed {
+            match now {
+                Some(id) if id == *raft.node_id() => sim::info!("this replica leads now"),
+                Some(id) => sim::info!("follows replica {id} now"),
+                None => sim::info!("knows no leader"),
+            }
+            followed = now;
+        }
+        if metrics.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 async fn batcher(raft: Raft, mut waiting: mpsc::Receiver<Waiting>) {
     let places = Arc::new(Semaphore::new(BATCHES_IN_FLIGHT));
     while let Some(first) = waiting.recv().await {
