@@ -94,7 +94,7 @@ impl Applier<'_> {
         }
         if let Some(held) = rows::find_body(self.db, &memory.tenant, &memory.id)? {
             let old = rows::decode_body(&held)?;
-            if !self.expired(&old) {
+            if !old.expired(self.state.ledger_time) {
                 return Ok(Outcome::AlreadyExists { id: memory.id, version: old.version });
             }
             if let Some(held) = rows::find(self.db, tenant, &memory.id)? {
@@ -111,11 +111,6 @@ impl Applier<'_> {
         Ok(Outcome::Done { id, version, position: at })
     }
 
-    /// Whether it is gone by the ledger's time, whatever a replica's own clock says.
-    fn expired(&self, memory: &Memory) -> bool {
-        memory.expires.is_some_and(|at| at <= self.state.ledger_time)
-    }
-
     /// The current row, or what to answer instead.
     fn current(
         &self,
@@ -127,7 +122,8 @@ impl Applier<'_> {
             return Ok(Err(Outcome::NotFound { id: *id }));
         };
         let memory = rows::decode_body(&held.body)?;
-        if self.expired(&memory) {
+        // By the ledger's time, whatever a replica's own clock says.
+        if memory.expired(self.state.ledger_time) {
             return Ok(Err(Outcome::NotFound { id: *id }));
         }
         if expected.is_some_and(|e| e != memory.version) {

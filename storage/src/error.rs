@@ -16,6 +16,8 @@ pub enum StorageError {
         "{what} is damaged ({problem}); remove this replica's views and let it restore them from its peers"
     )]
     Corrupt { what: String, problem: String },
+    #[error("{0} is open in another process too; end that one, then restart this node")]
+    InUse(String),
     #[error("snapshot refused: {0}; nothing was changed, send it again")]
     Snapshot(String),
 }

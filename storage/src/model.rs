@@ -102,6 +102,10 @@ impl Memory {
             Scope::Global => Owner::Global,
         }
     }
+
+    pub fn expired(&self, now: UnixMs) -> bool {
+        self.expires.is_some_and(|at| at <= now)
+    }
 }
 
 /// What an update changes; `None` leaves a field as it is. The vector is re-made by the writer when the text changes.

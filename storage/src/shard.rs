@@ -157,7 +157,7 @@ impl Shard {
             None => whole(GLOBAL_TENANT)?.filter(|m| m.scope == Scope::Global),
             own => own,
         };
-        Ok(found.filter(|m| alive(m, now)).map(Arc::new))
+        Ok(found.filter(|m| !m.expired(now)).map(Arc::new))
     }
 
     /// Memories of the tenant (and GLOBAL ones, if their owner is asked for) in the order of their ids.
@@ -390,10 +390,6 @@ fn readable<'a>(tenant: &str, owners: &'a [Owner]) -> Vec<&'a Owner> {
     owners.iter().filter(own).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-fn alive(memory: &Memory, now: UnixMs) -> bool {
-    memory.expires.is_none_or(|at| at > now)
-}
-
 fn or_active(statuses: &[Status]) -> &[Status] {
     if statuses.is_empty() { &[Status::Active] } else { statuses }
 }
@@ -404,7 +400,7 @@ fn meets(filter: &Option<Filter>, time: &Option<TimeRange>, memory: &Memory) -> 
 }
 
 fn wanted(query: &ListQuery, memory: &Memory) -> bool {
-    alive(memory, query.now)
+    !memory.expired(query.now)
         && or_active(&query.statuses).contains(&memory.status)
         && meets(&query.filter, &query.time, memory)
 }

@@ -153,8 +153,7 @@ impl Records {
 fn truncate_wal(writer: &Connection) -> Result<(), StorageError> {
     let busy: bool = writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
     if busy {
-        let problem = "another process has it open: end that process".into();
-        return Err(StorageError::Corrupt { what: "the records database".into(), problem });
+        return Err(StorageError::InUse("the records' database".into()));
     }
     Ok(())
 }
