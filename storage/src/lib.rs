@@ -13,6 +13,7 @@ mod cache;
 pub mod codec;
 pub mod embed;
 mod error;
+pub mod facts;
 mod filter;
 pub mod log;
 pub mod model;

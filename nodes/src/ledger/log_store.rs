@@ -220,7 +220,8 @@ impl RaftLogStorage<Types> for LogStore {
         let purged = sim::task::blocking(move || {
             // First the fact, then the deed: a crash in between leaves entries that are known to be purged.
             log.put_meta(PURGED, &bytes)?;
-            log.purge_to(position_index(upto.index))
+            log.purge_to(position_index(upto.index))?;
+            log.release_to(position_index(upto.index))
         });
         if let Err(error) = purged.await {
             sim::task::abort(&format!("the ledger's log cannot be purged ({error}); check the disk")).await;

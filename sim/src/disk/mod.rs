@@ -68,9 +68,11 @@ pub trait Disk: Send + Sync {
 /// Where and through which VFS SQLite opens a database file.
 pub struct SqliteLocation {
     pub file: String,
-    pub vfs: Option<&'static str>,
+    /// `None`: SQLite's own.
+    pub vfs: Option<&'static std::ffi::CStr>,
 }
 
+pub mod checked;
 pub mod real;
 pub mod simulated;
 pub mod sqlite;
@@ -87,7 +89,8 @@ pub fn open(root: &str) -> io::Result<Arc<dyn Disk>> {
     real::RealDisk::open(root)
 }
 
-/// Opens an SQLite database on `disk`.
+/// Opens an SQLite database on `disk`, its pages sealed and checked ([`checked`]). One connection at a time may write: the one that
+/// may create it.
 pub fn open_sqlite(
     disk: &dyn Disk,
     path: &str,
@@ -98,11 +101,21 @@ pub fn open_sqlite(
         rusqlite::Error::SqliteFailure(code, Some(format!("{path}: {e}")))
     };
     let location = disk.sqlite(path).map_err(failed)?;
-    match location.vfs {
+    let below = match location.vfs {
         Some(vfs) => {
             sqlite::register().map_err(failed)?;
-            rusqlite::Connection::open_with_flags_and_vfs(location.file, flags, vfs)
+            Some(vfs)
         }
-        None => rusqlite::Connection::open_with_flags(location.file, flags),
+        None => None,
+    };
+    let vfs = checked::above(below).map_err(failed)?;
+    let writes = flags.contains(rusqlite::OpenFlags::SQLITE_OPEN_CREATE);
+    if writes {
+        checked::forget_log(&location.file);
     }
+    let connection = rusqlite::Connection::open_with_flags_and_vfs(location.file, flags, vfs)?;
+    if writes {
+        checked::reserve(&connection)?;
+    }
+    Ok(connection)
 }

@@ -17,8 +17,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
-pub const VFS_NAME: &str = "loci-sim";
-const VFS_NAME_C: &CStr = c"loci-sim";
+pub const VFS_NAME: &CStr = c"loci-sim";
 
 static RANDOM: AtomicU64 = AtomicU64::new(1);
 static TIME: Mutex<fn() -> i64> = Mutex::new(|| 1_760_000_000_000);
@@ -53,7 +52,7 @@ pub fn register() -> io::Result<()> {
             szOsFile: size_of::<OpenFile>() as c_int,
             mxPathname: 512,
             pNext: std::ptr::null_mut(),
-            zName: VFS_NAME_C.as_ptr(),
+            zName: VFS_NAME.as_ptr(),
             pAppData: std::ptr::null_mut(),
             xOpen: Some(open),
             xDelete: Some(delete),

@@ -2,26 +2,33 @@
 //!
 //! # On disk
 //!
-//! A directory of segments `NNNNNNNNNNNNNNNNNNNN.log`, named by the index of their first entry, and of small facts
-//! (`vote.meta`, `base.meta`). A segment is a head (`LOCILOG1`, then its first index) and entries, each
-//! `length: u32, crc32c: u32, index: u64, durable: u64, payload`, little-endian; the checksum covers all but itself.
-//! `durable` is the last index known to be on the platter when the entry was written.
+//! A directory of segments `NNNNNNNNNNNNNNNNNNNN.log`, named by the index of their first entry; of facts ([`crate::facts`]): the base up
+//! to which entries are purged, the repair under way, and the ledger's own; and `synced.mark` ([`mark`]). `FORMAT.md` has every byte. An
+//! entry is `length: u32, crc32c: u32, index: u64, durable: u64, payload`; `durable` is the last index known to be on the platter when
+//! the entry was written.
 //!
 //! # What can go wrong, and why it is survivable
 //!
 //! - **Power loss.** What was appended after the last [`Log::sync`] may be lost or torn, in any order. Opening reads entries until one
 //!   is bad and cuts the rest: nothing behind it was acknowledged.
-//! - **Corruption** looks the same, a bad entry, but must not be cut. It is told apart by what follows: a good
-//!   entry whose `durable` covers the bad one proves that it was on the platter, and so does a later segment, which is only begun
-//!   when all before it is durable. Then opening fails and says where. Damage to the very last synced entries, with
-//!   nothing written after them, cannot be told from a torn tail; their replicas hold them.
+//! - **Corruption** looks the same, a bad entry, but must not be cut in silence. It is told apart by the mark, by a good entry behind it
+//!   whose `durable` covers it, and by a later segment, which is only begun when all before it is durable. [`Log::open`] then fails and says
+//!   where. [`Log::open_or_cut`] gives up the log from there on and remembers that ([`Log::repair`]): such a replica has forgotten
+//!   what it acknowledged, and must not vote until a confirmed leader has given everything back. Left is damage to entries that were synced
+//!   in the last moment before a power loss that also took the mark: that looks like a torn tail; their replicas hold them.
 //!   `durable` never covers an entry that was purged before it was synced: that one may rightly be missing.
 //! - **What was truncated coming back.** The cut is synced before [`Log::truncate_from`] returns, so that no old entry lies
 //!   behind what is appended there next.
 //! - **A half-done truncation or purge.** Segments go one by one, each removal made durable before the next,
 //!   from the end (truncation) or from the start (purge), so what is left has no hole.
 //! - **A failed sync.** What it covered is in an unknown state: the log refuses everything from then on.
+//!
+//! # Purged is not gone
+//!
+//! Purging moves the base; the segments below it stay until [`Log::release_to`], for a view that was restored from a snapshot and replays
+//! the log from there ([`Log::replay`]).
 
+mod mark;
 mod recover;
 mod segment;
 #[cfg(test)]
@@ -34,14 +41,26 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::codec::{self, CodecError};
+use crate::codec;
+use crate::facts::{self, FACT_BYTES_MAX, FactError};
+use bincode::{Decode, Encode};
+use mark::Mark;
+pub use mark::parse as parse_mark;
+pub use segment::{ENTRY_HEAD, HEAD_BYTES, MAGIC, parse_entry, parse_segment_head, read_up_to};
 
 /// Largest payload of one entry, in bytes.
 pub const PAYLOAD_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
-/// Largest fact, in bytes.
-pub const FACT_BYTES_MAX: usize = 1 << 20;
 /// The fact that says up to which index entries were purged.
 const BASE: &str = "base";
+/// The fact that says that the log was cut where it was damaged.
+const REPAIR: &str = "repair";
+
+/// Entries `from..=to` (at least) were durable here and are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Repair {
+    pub from: u64,
+    pub to: u64,
+}
 
 #[derive(Clone, Debug)]
 pub struct LogOptions {
@@ -65,10 +84,8 @@ pub enum LogError {
         "log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers"
     )]
     Corrupt { file: String, offset: u64, problem: String },
-    #[error(
-        "log fact {name} is unreadable ({cause}), though it was durable; restore this replica from its peers"
-    )]
-    Fact { name: String, cause: CodecError },
+    #[error("log fact {name}: {cause}; restore this replica from its peers")]
+    Fact { name: String, cause: FactError },
     #[error("log {what} of {bytes} bytes is too large; at most {bytes_max}")]
     TooLarge { what: String, bytes: usize, bytes_max: usize },
     #[error("log append starts at {got}, but the next index is {expected}")]
@@ -98,10 +115,22 @@ pub struct Log {
     settling: Mutex<()>,
     /// Held while a fact is written: each has one temporary file.
     writing_fact: Mutex<()>,
+    /// There once the log is open.
+    mark: Mutex<Option<Mark>>,
+}
+
+/// A segment below the base.
+struct Kept {
+    first: u64,
+    /// Index behind its last entry.
+    end: u64,
+    name: String,
+    bytes: u64,
 }
 
 struct State {
     segments: Vec<Segment>,
+    kept: Vec<Kept>,
     /// Entries up to this index are gone.
     base: u64,
     last: u64,
@@ -117,11 +146,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Log {
-    /// Opens the log in `dir`, creating it if there is none, and cuts what a power loss tore.
+    /// Opens the log in `dir`, creating it if there is none, and cuts what a power loss tore. Fails if it is damaged.
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: LogOptions) -> Result<Log, LogError> {
+        Log::open_with(disk, dir, options, false)
+    }
+
+    /// As [`Log::open`], but gives up what lies behind the first damaged entry; [`Log::repair`] then says so.
+    pub fn open_or_cut(disk: Arc<dyn Disk>, dir: &str, options: LogOptions) -> Result<Log, LogError> {
+        Log::open_with(disk, dir, options, true)
+    }
+
+    fn open_with(disk: Arc<dyn Disk>, dir: &str, options: LogOptions, cut: bool) -> Result<Log, LogError> {
         disk.create_dir_all(dir).map_err(io_error(format!("directory {dir}")))?;
         let state = State {
             segments: vec![],
+            kept: vec![],
             base: 0,
             last: 0,
             durable: 0,
@@ -130,9 +169,65 @@ impl Log {
             poisoned: false,
         };
         let (state, dir) = (Mutex::new(state), dir.into());
-        let log = Log { disk, dir, options, state, settling: Mutex::new(()), writing_fact: Mutex::new(()) };
-        log.recover()?;
+        let (settling, writing_fact, mark) = Default::default();
+        let log = Log { disk, dir, options, state, settling, writing_fact, mark };
+        log.recover(cut)?;
         Ok(log)
+    }
+
+    /// What was lost to damage and is not yet known to be back.
+    pub fn repair(&self) -> Result<Option<Repair>, LogError> {
+        let fact = self.get_meta(REPAIR)?;
+        let damaged = |cause| LogError::Fact { name: REPAIR.into(), cause: FactError::Damaged(cause) };
+        fact.map(|bytes| codec::decode(&bytes).map_err(damaged)).transpose()
+    }
+
+    /// Says that everything a peer could have relied on is here again.
+    pub fn end_repair(&self) -> Result<(), LogError> {
+        self.remove_meta(REPAIR)
+    }
+
+    /// Forgets all entries, as if this replica had never had any, and remembers that it had: it must not vote.
+    pub fn start_over(&self) -> Result<(), LogError> {
+        let last = self.last_index();
+        let repair = self.repair()?.map_or(last, |r| r.to.max(last));
+        self.put_meta(REPAIR, &codec::encode(&Repair { from: 1, to: repair }))?;
+        let _settling = lock(&self.settling);
+        let mut state = self.live()?;
+        let result = (|| {
+            self.marked(|mark| mark.reset(0))?;
+            while let Some(segment) = state.segments.pop() {
+                self.remove(&segment.name)?;
+            }
+            while let Some(kept) = state.kept.pop() {
+                self.remove(&kept.name)?;
+            }
+            facts::remove(&*self.disk, &self.dir, BASE)
+        })();
+        if let Err(cause) = result {
+            state.poisoned = true;
+            return Err(LogError::Io { what: "start over".into(), cause });
+        }
+        (state.base, state.last, state.durable, state.cache_bytes) = (0, 0, 0, 0);
+        state.cache.clear();
+        Ok(())
+    }
+
+    fn marked<T>(&self, work: impl FnOnce(&mut Mark) -> io::Result<T>) -> io::Result<T> {
+        match &mut *lock(&self.mark) {
+            Some(mark) => work(mark),
+            None => Err(io::Error::other("the log is not open")),
+        }
+    }
+
+    /// Makes the mark durable: called when the log has nothing else to do.
+    pub fn settle(&self) -> Result<(), LogError> {
+        let _settling = lock(&self.settling);
+        drop(self.live()?);
+        self.marked(Mark::sync).map_err(|cause| {
+            lock(&self.state).poisoned = true;
+            LogError::Io { what: "mark".into(), cause }
+        })
     }
 
     /// Index of the first entry that is, or would be, here.
@@ -207,7 +302,10 @@ impl Log {
         };
         let Some(file) = file.filter(|_| last > durable || new_name) else { return Ok(durable) };
         // Not under the state's lock: appends go on and wait for the next sync together.
-        let synced = file.sync().and_then(|()| if new_name { self.disk.sync_dir(&self.dir) } else { Ok(()) });
+        let synced = file
+            .sync()
+            .and_then(|()| if new_name { self.disk.sync_dir(&self.dir) } else { Ok(()) })
+            .and_then(|()| self.marked(|mark| mark.set(last.max(durable))));
         let mut state = lock(&self.state);
         if let Err(cause) = synced {
             state.poisoned = true;
@@ -268,6 +366,9 @@ impl Log {
         }
         let index = index.max(state.base + 1);
         let result = (|| {
+            if state.durable >= index {
+                self.marked(|mark| mark.reset(index - 1))?;
+            }
             while let Some(segment) = state.segments.pop_if(|s| s.first >= index) {
                 self.remove(&segment.name)?;
             }
@@ -290,7 +391,8 @@ impl Log {
         Ok(())
     }
 
-    /// Forgets all entries up to `index`, durably; the log then continues behind it even if it never got that far.
+    /// Forgets all entries up to `index`, durably; the log then continues behind it even if it never got that far. Their segments stay
+    /// until [`Log::release_to`], unless nothing is left of the log.
     pub fn purge_to(&self, index: u64) -> Result<(), LogError> {
         let _settling = lock(&self.settling);
         if index <= self.live()?.base {
@@ -301,14 +403,18 @@ impl Log {
         let mut state = self.live()?;
         state.base = index;
         let beyond = index >= state.last;
+        while state.segments.get(1).is_some_and(|next| next.first <= index + 1) {
+            let Segment { first, name, len: bytes, .. } = state.segments.remove(0);
+            let end = state.segments[0].first;
+            state.kept.push(Kept { first, end, name, bytes });
+        }
+        // What lies behind does not continue what lay before: nobody can replay over the gap.
         let result = (|| {
-            while state.segments.get(1).is_some_and(|next| next.first <= index + 1) {
-                self.remove(&state.segments[0].name)?;
-                state.segments.remove(0);
-            }
-            // The last segment goes only when nothing in it is left: the next append begins a new one.
-            if beyond && let Some(segment) = state.segments.pop() {
-                self.remove(&segment.name)?;
+            if beyond {
+                self.marked(|mark| mark.reset(index))?;
+                while let Some(segment) = state.segments.pop() {
+                    self.remove(&segment.name)?;
+                }
             }
             Ok(())
         })();
@@ -325,6 +431,71 @@ impl Log {
         Ok(())
     }
 
+    /// Removes segments below the base that hold nothing above `index`, durably, oldest first.
+    pub fn release_to(&self, index: u64) -> Result<(), LogError> {
+        let _settling = lock(&self.settling);
+        let mut state = self.live()?;
+        while let Some(old) = state.kept.first().filter(|kept| kept.end <= index + 1) {
+            if let Err(cause) = self.remove(&old.name) {
+                state.poisoned = true;
+                return Err(LogError::Io { what: format!("release to {index}"), cause });
+            }
+            state.kept.remove(0);
+        }
+        Ok(())
+    }
+
+    /// Bytes of the segments that hold something above `index`, kept ones included.
+    pub fn bytes_after(&self, index: u64) -> u64 {
+        let state = lock(&self.state);
+        let kept = state.kept.iter().filter(|k| k.end > index + 1).map(|k| k.bytes);
+        kept.chain(state.segments.iter().filter(|s| s.end() > index + 1).map(|s| s.len)).sum()
+    }
+
+    /// Gives entries `range` in order, also such as lie below the base. Fails at the first that is missing or damaged.
+    pub fn replay<E: From<LogError>>(
+        &self,
+        range: Range<u64>,
+        give: &mut dyn FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut next = range.start;
+        let (names, last) = {
+            let state = lock(&self.state);
+            let kept = state.kept.iter().map(|k| (k.first, k.end, k.name.clone()));
+            let live = state.segments.iter().map(|s| (s.first, s.end(), s.name.clone()));
+            (kept.chain(live).collect::<Vec<_>>(), state.last)
+        };
+        for (first, end, name) in names {
+            if end <= next || first > next || next >= range.end {
+                continue;
+            }
+            let failed = |e| io_error(format!("read {name}"))(e);
+            let file = self.disk.open(&self.path(&name)).map_err(failed)?;
+            let mut bytes = vec![0; file.len().map_err(failed)? as usize];
+            let read = read_up_to(&*file, &mut bytes, 0).map_err(failed)?;
+            let mut at = HEAD_BYTES as usize;
+            let mut index = first;
+            while index < end && next < range.end {
+                let parsed =
+                    bytes[..read].get(at..).and_then(parse_entry).filter(|(head, _)| head.index == index);
+                let Some((_, payload)) = parsed else {
+                    let problem = format!("entry {index} is unreadable");
+                    return Err(LogError::Corrupt { file: name, offset: at as u64, problem }.into());
+                };
+                at += ENTRY_HEAD + payload.len();
+                if index == next {
+                    give(index, payload)?;
+                    next += 1;
+                }
+                index += 1;
+            }
+        }
+        if next < range.end {
+            return Err(LogError::Missing { index: next, first: range.start, last }.into());
+        }
+        Ok(())
+    }
+
     /// Stores a small fact under `name`, durably; a crash leaves the old one or the new one.
     pub fn put_meta(&self, name: &str, bytes: &[u8]) -> Result<(), LogError> {
         if bytes.len() > FACT_BYTES_MAX {
@@ -333,18 +504,7 @@ impl Log {
         }
         let _writing = lock(&self.writing_fact);
         drop(self.live()?);
-        let mut framed = vec![];
-        codec::frame(&mut framed, bytes);
-        let (path, temporary) = (self.path(&format!("{name}.meta")), self.path(&format!("{name}.tmp")));
-        let write = || {
-            let file = self.disk.create(&temporary)?;
-            file.set_len(0)?;
-            file.write_at(&framed, 0)?;
-            file.sync()?;
-            self.disk.rename(&temporary, &path)?;
-            self.disk.sync_dir(&self.dir)
-        };
-        write().map_err(|cause| {
+        facts::put(&*self.disk, &self.dir, name, bytes).map_err(|cause| {
             lock(&self.state).poisoned = true;
             LogError::Io { what: format!("fact {name}"), cause }
         })
@@ -352,21 +512,14 @@ impl Log {
 
     /// A small fact; `None` if it was never stored.
     pub fn get_meta(&self, name: &str) -> Result<Option<Vec<u8>>, LogError> {
-        let read = || -> io::Result<Vec<u8>> {
-            let file = self.disk.open(&self.path(&format!("{name}.meta")))?;
-            let mut bytes = vec![0; file.len()?.min((FACT_BYTES_MAX + codec::FRAME_HEAD) as u64) as usize];
-            let read = segment::read_up_to(&*file, &mut bytes, 0)?;
-            bytes.truncate(read);
-            Ok(bytes)
-        };
-        let bytes = match read() {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(cause) => return Err(LogError::Io { what: format!("fact {name}"), cause }),
-        };
-        let (payload, _) =
-            codec::unframe(&bytes).map_err(|cause| LogError::Fact { name: name.into(), cause })?;
-        Ok(Some(payload.to_vec()))
+        let _writing = lock(&self.writing_fact);
+        facts::get(&*self.disk, &self.dir, name).map_err(|cause| LogError::Fact { name: name.into(), cause })
+    }
+
+    /// Removes a small fact, durably.
+    pub fn remove_meta(&self, name: &str) -> Result<(), LogError> {
+        let _writing = lock(&self.writing_fact);
+        facts::remove(&*self.disk, &self.dir, name).map_err(io_error(format!("fact {name}")))
     }
 
     fn live(&self) -> Result<MutexGuard<'_, State>, LogError> {

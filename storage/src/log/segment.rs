@@ -5,8 +5,8 @@ use sim::disk::File;
 use std::io;
 use std::sync::Arc;
 
-pub const MAGIC: &[u8; 8] = b"LOCILOG1";
-pub const HEAD_BYTES: u64 = 16;
+pub const MAGIC: &[u8; 8] = b"LOCILOG2";
+pub const HEAD_BYTES: u64 = 20;
 pub const ENTRY_HEAD: usize = 24;
 
 pub struct Segment {
@@ -32,9 +32,23 @@ pub struct EntryHead {
     pub durable: u64,
 }
 
+/// A little-endian number of up to eight bytes.
+pub fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |w, &b| w << 8 | b as u64)
+}
+
+/// The index of a segment's first entry, if its head is whole.
+pub fn parse_segment_head(bytes: &[u8]) -> Option<u64> {
+    let (magic, rest) = bytes.split_first_chunk::<8>()?;
+    let (first, rest) = rest.split_first_chunk::<8>()?;
+    let sum = rest.first_chunk::<4>()?;
+    let sound = magic == MAGIC && crc32c::crc32c(&bytes[..16]).to_le_bytes() == *sum;
+    sound.then(|| u64::from_le_bytes(*first))
+}
+
 pub fn parse_head(bytes: &[u8]) -> Option<EntryHead> {
     let head = bytes.first_chunk::<ENTRY_HEAD>()?;
-    let number = |at: usize, n: usize| head[at..at + n].iter().rev().fold(0u64, |w, &b| w << 8 | b as u64);
+    let number = |at: usize, n: usize| number(&head[at..at + n]);
     let length = number(0, 4) as usize;
     if length > PAYLOAD_BYTES_MAX {
         return None;
@@ -97,6 +111,7 @@ impl Segment {
         file.set_len(0)?;
         let mut head = MAGIC.to_vec();
         head.extend_from_slice(&first.to_le_bytes());
+        head.extend_from_slice(&crc32c::crc32c(&head).to_le_bytes());
         file.write_at(&head, 0)?;
         Ok(Segment { file, name, first, len: HEAD_BYTES, named: false, offsets: vec![] })
     }

@@ -67,6 +67,8 @@ fn work(disk: &Arc<dyn Disk>, told: &mut Told, life: u64) -> Result<(), LogError
             log.purge_to(to)?;
             told.base = to;
             next = next.max(to + 1);
+            log.release_to(to - 2)?;
+            log.settle()?;
         }
     }
     Ok(())
@@ -238,29 +240,123 @@ fn a_forgotten_directory_sync_is_caught() {
 }
 
 #[test]
-fn damage_to_any_durable_byte_is_an_error_and_not_cut() -> Result<(), LogError> {
-    let disk = SimDisk::new(1);
-    let log = Log::open(disk.clone(), "log", LogOptions::default())?;
-    for index in 1..=6 {
-        log.append(&[(index, &payload(index, 0))])?;
-        log.sync()?;
-    }
-    let last = lock(&log.state).segments[0].offset(6);
-    let file = disk.open(&format!("log/{}", segment::name(1))).map_err(io_error("open"))?;
-    for at in 0..last {
-        let mut byte = [0];
-        file.read_at(&mut byte, at).map_err(io_error("read"))?;
-        file.write_at(&[byte[0] ^ 1 << (at % 8)], at).map_err(io_error("write"))?;
-        match Log::open(disk.clone(), "log", LogOptions::default()) {
-            Err(LogError::Corrupt { .. }) => {}
-            Err(other) => return Err(other),
-            Ok(log) => panic!("opened with {} of 6 entries, byte {at} being damaged", log.last_index()),
+fn damage_to_any_durable_byte_is_found_and_what_lies_before_it_is_kept() -> Result<(), LogError> {
+    let options = || LogOptions { segment_bytes_max: 400, cache_bytes_max: 1000 };
+    let filled = || -> Result<(Arc<SimDisk>, Vec<String>), LogError> {
+        let disk = SimDisk::new(1);
+        let log = Log::open(disk.clone(), "log", options())?;
+        for index in 1..=6 {
+            log.append(&[(index, &payload(index, 0))])?;
+            log.sync()?;
         }
-        file.write_at(&byte, at).map_err(io_error("write"))?;
+        let names = disk.list("log").map_err(io_error("list"))?;
+        Ok((disk, names.into_iter().filter(|n| n.ends_with(".log")).collect()))
+    };
+    let (disk, names) = filled()?;
+    assert!(names.len() > 1);
+    for name in &names {
+        let file = disk.open(&format!("log/{name}")).map_err(io_error("open"))?;
+        for at in 0..file.len().map_err(io_error("len"))? {
+            let mut byte = [0];
+            file.read_at(&mut byte, at).map_err(io_error("read"))?;
+            file.write_at(&[byte[0] ^ 1 << (at % 8)], at).map_err(io_error("write"))?;
+            match Log::open(disk.clone(), "log", options()) {
+                Err(LogError::Corrupt { file, offset, .. }) => assert!(file == *name && offset <= at),
+                Err(other) => return Err(other),
+                Ok(log) => panic!("{name} opened with {} entries, byte {at} being damaged", log.last_index()),
+            }
+            if at % 64 == 0 {
+                let (other, _) = filled()?;
+                let copy = other.open(&format!("log/{name}")).map_err(io_error("open"))?;
+                copy.write_at(&[byte[0] ^ 1 << (at % 8)], at).map_err(io_error("write"))?;
+                let log = Log::open_or_cut(other.clone(), "log", options())?;
+                let repair = log.repair()?.expect("it was cut");
+                assert_eq!((repair.to, log.last_index()), (6, repair.from - 1));
+                for (index, bytes) in log.read(1..repair.from, usize::MAX)? {
+                    assert_eq!(*bytes, *payload(index, 0));
+                }
+                // The peers give back what was lost; a crash in between forgets nothing of it.
+                drop(log);
+                other.power_off();
+                other.power_on();
+                let log = Log::open(other, "log", options())?;
+                assert_eq!(log.repair()?, Some(repair));
+                for index in repair.from..=6 {
+                    log.append(&[(index, &payload(index, 0))])?;
+                }
+                log.end_repair()?;
+                assert_eq!((log.repair()?, log.read(1..7, usize::MAX)?.len()), (None, 6));
+            }
+            file.write_at(&byte, at).map_err(io_error("write"))?;
+        }
+        // A whole segment that is gone.
+        disk.rename(&format!("log/{name}"), "log/elsewhere").map_err(io_error("rename"))?;
+        assert!(Log::open(disk.clone(), "log", options()).is_err(), "{name} is not missed");
+        disk.rename("log/elsewhere", &format!("log/{name}")).map_err(io_error("rename"))?;
     }
-    // Nothing proves that the last one was durable: it is cut as a torn tail is.
-    file.write_at(b"!", last + 30).map_err(io_error("write"))?;
-    assert_eq!(Log::open(disk, "log", LogOptions::default())?.last_index(), 5);
+    assert_eq!(Log::open(disk, "log", options())?.last_index(), 6);
+    Ok(())
+}
+
+#[test]
+fn the_last_synced_entry_is_known_to_be_durable_once_the_log_was_idle() -> Result<(), LogError> {
+    for seed in 0..40 {
+        let disk = SimDisk::new(seed);
+        let log = Log::open(disk.clone(), "log", LogOptions::default())?;
+        log.append(&[(1, &payload(1, 0)), (2, &payload(2, 0))])?;
+        log.sync()?;
+        log.settle()?;
+        disk.power_off();
+        disk.power_on();
+        let file = disk.open(&format!("log/{}", segment::name(1))).map_err(io_error("open"))?;
+        let end = file.len().map_err(io_error("len"))?;
+        if seed % 2 == 0 {
+            file.write_at(b"!", end - 3).map_err(io_error("write"))?;
+        } else {
+            file.set_len(end - 5).map_err(io_error("cut"))?;
+        }
+        assert!(matches!(Log::open(disk, "log", LogOptions::default()), Err(LogError::Corrupt { .. })));
+    }
+    Ok(())
+}
+
+#[test]
+fn purged_entries_can_be_replayed_until_they_are_released() -> Result<(), LogError> {
+    let disk = SimDisk::new(1);
+    let options = || LogOptions { segment_bytes_max: 1500, cache_bytes_max: 1000 };
+    let mut log = Log::open(disk.clone(), "log", options())?;
+    for index in 1..=20 {
+        log.append(&[(index, &payload(index, 0))])?;
+    }
+    log.sync()?;
+    log.purge_to(15)?;
+    for turn in 0..2 {
+        let mut seen = 3;
+        log.replay(3..19, &mut |index, bytes| -> Result<(), LogError> {
+            assert_eq!((index, bytes), (seen, &payload(index, 0)[..]));
+            seen += 1;
+            Ok(())
+        })?;
+        assert_eq!((seen, log.first_index()), (19, 16), "turn {turn}");
+        drop(log);
+        log = Log::open(disk.clone(), "log", options())?;
+    }
+    let before = log.bytes_after(2);
+    log.release_to(9)?;
+    let mut first = u64::MAX;
+    log.replay(10..16, &mut |index, _| -> Result<(), LogError> {
+        first = first.min(index);
+        Ok(())
+    })?;
+    assert!(first == 10 && log.bytes_after(2) < before);
+    assert!(matches!(log.replay::<LogError>(1..16, &mut |_, _| Ok(())), Err(LogError::Missing { .. })));
+    log.purge_to(30)?;
+    assert!(log.replay::<LogError>(16..20, &mut |_, _| Ok(())).is_err());
+    log.start_over()?;
+    assert_eq!(
+        (log.first_index(), log.last_index(), log.repair()?),
+        (1, 0, Some(Repair { from: 1, to: 30 }))
+    );
     Ok(())
 }
 
@@ -288,6 +384,7 @@ proptest::proptest! {
                 4 => {
                     base = base.max((last + 3).saturating_sub(n));
                     log.purge_to(base).expect("purges");
+                    log.release_to(base.saturating_sub(5)).expect("releases");
                     model = model.split_off(&(base + 1));
                     last = last.max(base);
                 }
