@@ -5,7 +5,7 @@
 //! listen = "127.0.0.1:7401"       # gRPC
 //! http = "127.0.0.1:7501"         # status page; leave out for none
 //! data = "./n1"                   # everything that the node stores
-//! roles = ["gateway", "writer", "reader", "ledger", "records", "vector"]
+//! roles = ["gateway", "writer", "reader", "ledger", "records", "graph", "vector"]
 //! cluster_secret = "…"            # the same on every node
 //! id = 1                          # of a node with a ledger: its number among the replicas
 //!
@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Roles come in two groups, each of which lives in one process: the edge (gateway, writer, reader) and the replica (ledger,
-//! records, vector). A process has one of them or both.
+//! records, graph, vector). A process has one of them or both.
 
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
@@ -25,7 +25,7 @@ use sim::time::Duration;
 use std::collections::BTreeMap;
 
 pub const EDGE_ROLES: [&str; 3] = ["gateway", "writer", "reader"];
-pub const REPLICA_ROLES: [&str; 3] = ["ledger", "records", "vector"];
+pub const REPLICA_ROLES: [&str; 4] = ["ledger", "records", "graph", "vector"];
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -57,6 +57,8 @@ pub struct Tuning {
     pub checkpoint_entries: u64,
     pub entries_kept: u64,
     pub segment_bytes_max: u64,
+    /// Bytes of log since the last base that a new one is worth at least.
+    pub base_bytes_min: u64,
     pub access_flush_ms: u64,
 }
 
@@ -70,6 +72,7 @@ impl Default for Tuning {
             checkpoint_entries: ledger.checkpoint_entries,
             entries_kept: ledger.entries_kept,
             segment_bytes_max: ledger.log.segment_bytes_max,
+            base_bytes_min: ledger.base_bytes_min,
             access_flush_ms: 5000,
         }
     }
@@ -129,13 +132,13 @@ impl NodeConfig {
     }
 
     /// Whether the node has the roles of a group: all or none of them.
-    pub fn has_group(&self, group: &[&str; 3]) -> Result<bool, Error> {
+    pub fn has_group(&self, group: &[&str]) -> Result<bool, Error> {
         match group.iter().filter(|role| self.roles.iter().any(|r| r == *role)).count() {
             0 => Ok(false),
-            3 => Ok(true),
+            all if all == group.len() => Ok(true),
             _ => Err(Error::invalid(
                 "roles",
-                format!("{} live in one process: give all three or none", group.join(", ")),
+                format!("{} live in one process: give all of them or none", group.join(", ")),
             )),
         }
     }
@@ -147,6 +150,7 @@ impl NodeConfig {
             election_max: Duration::from_millis(self.tuning.election_max_ms),
             checkpoint_entries: self.tuning.checkpoint_entries,
             entries_kept: self.tuning.entries_kept,
+            base_bytes_min: self.tuning.base_bytes_min,
             ..LedgerOptions::default()
         };
         options.log.segment_bytes_max = self.tuning.segment_bytes_max;

@@ -4,6 +4,7 @@ use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
 use sim::rand;
+use storage::graph::{self, Walk};
 use storage::model::*;
 use uuid::Uuid;
 
@@ -361,10 +362,75 @@ fn filter_node(filter: v1::Filter, depth: usize, nodes: &mut usize) -> Result<Fi
     })
 }
 
+/// Checked edges.
+pub fn edges(edges: Vec<v1::Edge>) -> Result<Vec<Edge>, Error> {
+    if edges.is_empty() || edges.len() > EDGES_MAX {
+        return Err(Error::invalid("edges", format!("{} given; 1 to {EDGES_MAX} are allowed", edges.len())));
+    }
+    let edge = |edge: v1::Edge| {
+        check_len("relation", &edge.relation, NAME_BYTES_MAX)?;
+        if edge.relation.is_empty() {
+            return Err(Error::invalid("relation", "an edge needs a name for its relation"));
+        }
+        if !edge.weight.is_finite() {
+            return Err(Error::invalid("weight", "must be finite"));
+        }
+        Ok(Edge {
+            source: parse_id("source", &edge.source)?,
+            relation: edge.relation,
+            target: parse_id("target", &edge.target)?,
+            weight: edge.weight,
+            valid_from: time(edge.valid_from),
+            valid_to: time(edge.valid_to),
+        })
+    };
+    edges.into_iter().map(edge).collect()
+}
+
+pub fn edge_message(edge: &Edge) -> v1::Edge {
+    v1::Edge {
+        source: id_text(&edge.source),
+        target: id_text(&edge.target),
+        relation: edge.relation.clone(),
+        weight: edge.weight,
+        valid_from: edge.valid_from.unwrap_or(0),
+        valid_to: edge.valid_to.unwrap_or(0),
+    }
+}
+
+/// A checked walk.
+pub fn walk(tenant: &str, request: v1::TraverseRequest, now: UnixMs) -> Result<Walk, Error> {
+    if request.start.is_empty() || request.start.len() > WALK_STARTS_MAX {
+        let given = request.start.len();
+        return Err(Error::invalid("start", format!("{given} given; 1 to {WALK_STARTS_MAX} are allowed")));
+    }
+    let within = |field: &str, value: u32, default: u32, max: u32| match value {
+        0 => Ok(default),
+        value if value <= max => Ok(value),
+        value => Err(Error::invalid(field, format!("is {value}; at most {max}"))),
+    };
+    request.relations.iter().try_for_each(|r| check_len("relations", r, NAME_BYTES_MAX))?;
+    Ok(Walk {
+        tenant: tenant.into(),
+        start: request.start.iter().map(|id| parse_id("start", id)).collect::<Result<_, _>>()?,
+        relations: request.relations,
+        hops: within("hops", request.hops, 1, graph::HOPS_MAX)?,
+        fan_out: within("fan_out", request.fan_out, 100, graph::FAN_OUT_MAX)?,
+        inbound: request.inbound,
+        as_of: time(request.as_of).unwrap_or(now),
+        now,
+        include_archived: request.include_archived,
+    })
+}
+
 /// Hash of a request's content, by which a reused idempotency key is told from a retry.
 pub fn request_hash(message: &impl prost::Message) -> [u8; 16] {
+    hash_of(&message.encode_to_vec())
+}
+
+pub fn hash_of(bytes: &[u8]) -> [u8; 16] {
     let mut hash = [0; 16];
-    hash.copy_from_slice(&blake3::hash(&message.encode_to_vec()).as_bytes()[..16]);
+    hash.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     hash
 }
 

@@ -16,3 +16,5 @@ pub const FILTER_DEPTH_MAX: usize = 10;
 pub const LIST_PAGE: usize = 200;
 /// Largest public message, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+pub const EDGES_MAX: usize = 1000;
+pub const WALK_STARTS_MAX: usize = 100;

@@ -7,7 +7,7 @@ use crate::edge::EdgeLayer;
 use crate::error::Error;
 use crate::gateway::{About, AdminService, GraphService, MemoryService};
 use crate::ledger::service::ReplicaService;
-use crate::ledger::{Ledger, Proposed, propose_via};
+use crate::ledger::{Ledger, Proposed, propose_via, recovery};
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
 use crate::proto::internal::replica_server::ReplicaServer;
@@ -22,8 +22,8 @@ use sim::disk::Disk;
 use sim::net::Routes;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
+use storage::ShardOptions;
 use storage::model::{Command, Outcome};
-use storage::{Shard, ShardOptions};
 
 /// The ledger of other nodes.
 struct RemoteLedger {
@@ -62,17 +62,18 @@ impl Node {
 
         let ledger = match (config.has_group(&REPLICA_ROLES)?, config.id) {
             (true, Some(id)) => {
-                let views_disk = disk.clone();
-                let shard =
-                    sim::task::blocking(move || Shard::open(views_disk, "views", ShardOptions::default()));
-                let shard = Arc::new(shard.await.map_err(|e| internal("views", &e))?);
+                let (options, views_disk) = (config.ledger_options(), disk.clone());
+                let (log, alone) = (options.log.clone(), voters.len() == 1);
+                let opened = sim::task::blocking(move || {
+                    recovery::open(&views_disk, log, ShardOptions::default(), alone)
+                });
+                let opened = opened.await?;
                 sim::info!(
                     "views opened at {}, {:?} after start",
-                    shard.applied().0.index,
+                    opened.shard.applied().0.index,
                     started.elapsed()
                 );
-                let options = config.ledger_options();
-                Some(Ledger::open(id, voters, disk.clone(), shard, peers.clone(), options).await?)
+                Some(Ledger::open(id, voters, disk.clone(), opened, peers.clone(), options).await?)
             }
             _ => None,
         };
@@ -89,6 +90,7 @@ impl Node {
             disk_bytes: Box::new(move || disk_bytes(&*counted, "", 0)),
         });
 
+        let mut edge_services = None;
         let mut builder = Routes::builder();
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
@@ -108,14 +110,16 @@ impl Node {
             let accesses = Accesses::default();
             let interval = Duration::from_millis(config.tuning.access_flush_ms.max(1));
             sim::task::spawn(accesses.clone().flush_forever(proposer.clone(), interval));
-            let service =
-                MemoryService { writer: Writer { ledger: proposer }, reader: Reader { views, accesses } };
-            let server = MemoryServiceServer::new(service);
+            let (writer, reader) = (Writer { ledger: proposer }, Reader { views, accesses });
+            edge_services = Some((writer.clone(), reader.clone()));
+            let graph = GraphService { writer: writer.clone(), reader: reader.clone() };
+            let server = MemoryServiceServer::new(MemoryService { writer, reader });
             let limit = MESSAGE_BYTES_MAX;
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
-            builder.add_service(GraphServiceServer::new(GraphService));
+            builder.add_service(GraphServiceServer::new(graph));
         }
-        builder.add_service(AdminServiceServer::new(AdminService { about: about.clone() }));
+        let admin = AdminService { about: about.clone(), edge: edge_services };
+        builder.add_service(AdminServiceServer::new(admin));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
             .build_v1()

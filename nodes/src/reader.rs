@@ -1,7 +1,7 @@
 //! The reader role: from a caller's question to an answer that says how it was made.
 //!
-//! A search with a text asks the vector view for more candidates than it needs and re-ranks them by the terms that they share with
-//! the query: hashed n-grams collide, the words themselves do not. Score = [`VECTOR_SHARE`] × cosine + the rest × shared terms;
+//! A search with a text asks the views for more candidates than it needs, by vector and by words, and re-ranks them by the terms that they
+//! share with the query: hashed n-grams collide, the words themselves do not. Score = [`VECTOR_SHARE`] × cosine + the rest × shared terms;
 //! with a vector alone it is the cosine.
 
 use crate::auth::Caller;
@@ -181,6 +181,7 @@ impl Reader {
             owners: owners(&caller.tenant, request.owners.as_ref())?,
             vector,
             space,
+            text: text.clone(),
             k: if rerank { CANDIDATES_MIN.max(4 * k) } else { k },
             threshold: (!rerank && request.threshold != 0.0).then_some(request.threshold),
             filter: convert::filter(request.filter)?,
@@ -192,11 +193,11 @@ impl Reader {
         let answered = self.ask(Ask::Search(query), freshness, deadline).await?;
         let info = info(&answered, given);
         let Found::Hits(found) = answered.found else { return Err(unexpected()) };
-        let mut hits: Vec<(f32, f32, Arc<Memory>)> = found
+        let mut hits: Vec<(f32, f32, Arc<Memory>, f32)> = found
             .into_iter()
             .map(|hit| {
                 let lexical = if rerank { lexical_score(&text, &hit.memory.text) } else { 0.0 };
-                (hit.similarity, lexical, hit.memory)
+                (hit.similarity, lexical, hit.memory, hit.keywords)
             })
             .collect();
         let score = |similarity: f32, lexical: f32| match rerank {
@@ -204,8 +205,10 @@ impl Reader {
             false => similarity,
         };
         if rerank {
+            // Where the scores are equal, rarer words decide.
             hits.sort_by(|a, b| {
-                score(b.0, b.1).total_cmp(&score(a.0, a.1)).then_with(|| a.2.id.cmp(&b.2.id))
+                let by_score = score(b.0, b.1).total_cmp(&score(a.0, a.1));
+                by_score.then(b.3.total_cmp(&a.3)).then_with(|| a.2.id.cmp(&b.2.id))
             });
             hits.retain(|h| request.threshold == 0.0 || score(h.0, h.1) >= request.threshold);
             hits.truncate(k);
@@ -213,10 +216,11 @@ impl Reader {
         self.accesses.note(hits.iter().map(|h| &h.2));
         let hits = hits
             .iter()
-            .map(|(similarity, lexical, memory)| {
+            .map(|(similarity, lexical, memory, keywords)| {
                 let mut parts = std::collections::HashMap::from([("vector".to_string(), *similarity)]);
                 if rerank {
                     parts.insert("lexical".to_string(), *lexical);
+                    parts.insert("keywords".to_string(), *keywords);
                 }
                 let memory = Some(convert::memory(memory, with_vector));
                 v1::Hit { memory, score: score(*similarity, *lexical), parts }
@@ -241,6 +245,35 @@ impl Reader {
         }
         let changes = changes.iter().map(convert::change).collect();
         Ok(v1::HistoryResponse { changes, info: Some(info(&answered, given)) })
+    }
+
+    /// Walks along the edges from some memories.
+    pub async fn traverse(
+        &self,
+        caller: &Caller,
+        request: v1::TraverseRequest,
+        deadline: Instant,
+    ) -> Result<v1::TraverseResponse, Error> {
+        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let now = time::calendar_ms();
+        let walk = convert::walk(&caller.tenant, request, now)?;
+        let answered = self.ask(Ask::Walk(walk), freshness, deadline).await?;
+        let mut info = info(&answered, given);
+        let Found::Walked(walked) = &answered.found else { return Err(unexpected()) };
+        info.complete = !walked.cut;
+        self.accesses.note(&walked.memories);
+        Ok(v1::TraverseResponse {
+            edges: walked.edges.iter().map(convert::edge_message).collect(),
+            memories: walked.memories.iter().map(|m| convert::memory(m, false)).collect(),
+            info: Some(info),
+        })
+    }
+
+    /// The months of the shard.
+    pub async fn partitions(&self, deadline: Instant) -> Result<Vec<storage::Partition>, Error> {
+        let answered = self.ask(Ask::Partitions, Freshness::Strong, deadline).await?;
+        let Found::Partitions(partitions) = answered.found else { return Err(unexpected()) };
+        Ok(partitions)
     }
 
     /// Changes of the tenant after a position, and the position that the answer reaches.

@@ -1,7 +1,7 @@
 //! The records and vector views of one shard, as readers ask them: in this process or at another node.
 
 use crate::error::Error;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, recovery};
 use crate::peers::Peers;
 use crate::proto::internal::Body;
 use bincode::{Decode, Encode};
@@ -9,8 +9,9 @@ use sim::cpu::cost;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use storage::codec;
+use storage::graph::{Walk, Walked};
 use storage::model::*;
-use storage::{Hit, ListQuery, Page, SearchQuery, Shard};
+use storage::{Hit, ListQuery, Page, Partition, SearchQuery, Shard, StorageError};
 
 /// A question, and how fresh the answer must be.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -40,6 +41,8 @@ pub enum Ask {
     History { tenant: String, id: MemoryId },
     Changes { tenant: String, after: Position, limit: u32 },
     Search(SearchQuery),
+    Walk(Walk),
+    Partitions,
 }
 
 #[derive(Clone, Debug, Encode, Decode)]
@@ -48,6 +51,8 @@ pub enum Found {
     Page(Page),
     Changes(Vec<Change>),
     Hits(Vec<Hit>),
+    Walked(Walked),
+    Partitions(Vec<Partition>),
 }
 
 /// An answer, and the position that it shows at least.
@@ -118,8 +123,8 @@ impl LocalViews {
     }
 }
 
-fn answer(shard: &Shard, ask: Ask) -> Result<Found, Error> {
-    let found = match ask {
+fn answer(shard: &Shard, ask: Ask) -> Result<Found, StorageError> {
+    match ask {
         Ask::Get { tenant, id, now } => shard.get(&tenant, &id, now).map(Found::Memory),
         Ask::List(query) => shard.list(&query).map(Found::Page),
         Ask::History { tenant, id } => shard.history(&tenant, &id).map(Found::Changes),
@@ -127,8 +132,9 @@ fn answer(shard: &Shard, ask: Ask) -> Result<Found, Error> {
             shard.changes_after(&tenant, after, limit as usize).map(Found::Changes)
         }
         Ask::Search(query) => shard.search(&query).map(Found::Hits),
-    };
-    found.map_err(|e| Error::Internal(e.to_string()))
+        Ask::Walk(walk) => shard.walk(&walk).map(Found::Walked),
+        Ask::Partitions => shard.partitions().map(Found::Partitions),
+    }
 }
 
 #[tonic::async_trait]
@@ -141,15 +147,21 @@ impl Views for LocalViews {
         let (position, _) = shard.applied();
         let vectors = match &query.ask {
             Ask::Search(search) => shard.vectors_of(search),
-            _ => 0,
+            _ => None,
         };
-        sim::cpu::work(cost::SCAN_THOUSAND * (vectors as u32 / 1000)).await;
-        let small = matches!(query.ask, Ask::Get { .. }) || (vectors > 0 && vectors <= INLINE_VECTORS_MAX);
+        sim::cpu::work(cost::SCAN_THOUSAND * (vectors.unwrap_or(0) as u32 / 1000)).await;
+        let small =
+            matches!(query.ask, Ask::Get { .. }) || vectors.is_some_and(|count| count <= INLINE_VECTORS_MAX);
+        let asked = shard.clone();
         let found = if small {
-            answer(&shard, query.ask)
+            answer(&asked, query.ask)
         } else {
-            sim::task::blocking(move || answer(&shard, query.ask)).await
-        }?;
+            sim::task::blocking(move || answer(&asked, query.ask)).await
+        };
+        let found = match found {
+            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&shard, error).await,
+            found => found.map_err(|e| Error::Internal(e.to_string()))?,
+        };
         Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })
     }
 }

@@ -40,7 +40,7 @@ pub struct Written {
     pub position: Position,
 }
 
-fn options(options: Option<v1::WriteOptions>) -> Result<String, Error> {
+pub fn options(options: Option<v1::WriteOptions>) -> Result<String, Error> {
     let options = options.unwrap_or_default();
     if options.durability == v1::Durability::Region as i32 {
         return Err(Error::Unimplemented("durability REGION (there is one region)"));
@@ -171,5 +171,45 @@ impl Writer {
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
         self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+    }
+
+    pub async fn upsert_edges(
+        &self,
+        caller: &Caller,
+        mut request: v1::UpsertEdgesRequest,
+        deadline: Instant,
+    ) -> Result<Written, Error> {
+        let write_options = request.options.take();
+        let request_hash = convert::request_hash(&request);
+        let idempotency_key = options(write_options)?;
+        let operation = Operation::UpsertEdges(convert::edges(request.edges)?);
+        let tenant = caller.tenant.to_string();
+        let now = time::calendar_ms();
+        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+    }
+
+    pub async fn delete_edges(
+        &self,
+        caller: &Caller,
+        mut request: v1::DeleteEdgesRequest,
+        deadline: Instant,
+    ) -> Result<Written, Error> {
+        let write_options = request.options.take();
+        let request_hash = convert::request_hash(&request);
+        let idempotency_key = options(write_options)?;
+        let edges = convert::edges(request.edges)?;
+        let keys = edges.into_iter().map(|edge| (edge.source, edge.relation, edge.target)).collect();
+        let operation = Operation::DeleteEdges(keys);
+        let tenant = caller.tenant.to_string();
+        let now = time::calendar_ms();
+        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+    }
+
+    /// Drops a month of everybody's memories; how many there were.
+    pub async fn drop_month(&self, month: Month, key: String, deadline: Instant) -> Result<Written, Error> {
+        let request_hash = convert::hash_of(month.to_string().as_bytes());
+        let (tenant, now) = (GLOBAL_TENANT.to_string(), time::calendar_ms());
+        let operation = Operation::DropMonth(month);
+        self.one(Command { tenant, idempotency_key: key, request_hash, now, operation }, deadline).await
     }
 }

@@ -5,9 +5,12 @@
 
 use crate::codec;
 use crate::error::StorageError;
+use crate::graph;
 use crate::model::*;
-use crate::records::rows::{self, KeyRow, State, Stored};
+use crate::records::months::{self, MonthState, Months};
+use crate::records::rows::{self, KeyRow, Place, State, Stored};
 use rusqlite::Connection;
+use std::collections::BTreeSet;
 
 /// How long an idempotency key is remembered, in milliseconds of ledger time.
 pub const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
@@ -20,6 +23,8 @@ pub enum Effect {
     Put { memory: Memory, vector: Vec<f32> },
     /// The memory as it was, and how long its vector was.
     Remove { memory: Memory, dimension: usize },
+    /// More was removed than can be told one by one.
+    Forget,
 }
 
 /// One transaction's work.
@@ -27,9 +32,36 @@ pub struct Applier<'a> {
     pub db: &'a Connection,
     pub state: State,
     pub effects: Vec<Effect>,
+    months: Months,
+    changed: BTreeSet<Month>,
 }
 
-impl Applier<'_> {
+impl<'a> Applier<'a> {
+    pub fn new(db: &'a Connection, state: State) -> Result<Applier<'a>, StorageError> {
+        Ok(Applier { db, state, effects: vec![], months: months::load(db)?, changed: BTreeSet::new() })
+    }
+
+    /// Writes what is known of the months and of all; what is to be done outside.
+    pub fn finish(self) -> Result<(State, Vec<Effect>), StorageError> {
+        for month in &self.changed {
+            if let Some(state) = self.months.get(month) {
+                months::save(self.db, *month, state)?;
+            }
+        }
+        rows::save_state(self.db, &self.state)?;
+        Ok((self.state, self.effects))
+    }
+
+    /// A month's state, about to change; its tables are made if it is new.
+    fn month(&mut self, month: Month) -> Result<&mut MonthState, StorageError> {
+        if !self.months.contains_key(&month) {
+            months::create(self.db, month)?;
+        }
+        self.changed.insert(month);
+        let state = self.months.entry(month).or_default();
+        Ok(state)
+    }
+
     /// Applies one entry's commands; what came of each.
     pub fn entry(
         &mut self,
@@ -69,7 +101,7 @@ impl Applier<'_> {
             outcome: codec::encode(&outcome),
         };
         rows::put_key(self.db, &row)?;
-        self.add(rows::key_hash(&row));
+        self.state.digest = self.state.digest.wrapping_add(rows::key_hash(&row));
         self.state.keys += 1;
         Ok(outcome)
     }
@@ -84,6 +116,9 @@ impl Applier<'_> {
                 self.delete(&command.tenant, id, *expected_version, at)
             }
             Operation::Touch(touches) => self.touch(&command.tenant, touches, at),
+            Operation::UpsertEdges(edges) => self.upsert_edges(&command.tenant, edges, at),
+            Operation::DeleteEdges(edges) => self.delete_edges(&command.tenant, edges, at),
+            Operation::DropMonth(month) => self.drop_month(*month, at),
         }
     }
 
@@ -92,22 +127,21 @@ impl Applier<'_> {
         if memory.tenant != tenant || (memory.scope == Scope::Global && tenant != GLOBAL_TENANT) {
             return Ok(Outcome::NotFound { id: memory.id });
         }
-        if let Some(held) = rows::find_body(self.db, &memory.tenant, &memory.id)? {
-            let old = rows::decode_body(&held)?;
+        // Versions never go backwards: one that was deleted goes on where it ended.
+        let place = rows::place(self.db, tenant, &memory.id)?;
+        if let Some(place) = place.filter(|p| p.position != 0) {
+            let held = rows::stored_at(self.db, place)?;
+            let old = rows::decode_body(&held.body)?;
             if !old.expired(self.state.ledger_time) {
                 return Ok(Outcome::AlreadyExists { id: memory.id, version: old.version });
             }
-            if let Some(held) = rows::find(self.db, tenant, &memory.id)? {
-                self.retire(held, &old)?;
-                self.state.memories -= 1;
-            }
+            self.retire(held, &old)?;
+            self.remove_edges_of(tenant, &old.id)?;
         }
-        // Versions never go backwards: one that was deleted goes on where it ended.
-        let version = rows::last_version(self.db, &memory.tenant, &memory.id)? + 1;
+        let version = place.map_or(0, |p| p.version) + 1;
         let id = memory.id;
         let memory = Memory { version, ..memory.clone() };
         self.put(memory, ChangeKind::Added as u8, at.epoch, rows::pack(at))?;
-        self.state.memories += 1;
         Ok(Outcome::Done { id, version, position: at })
     }
 
@@ -181,7 +215,9 @@ impl Applier<'_> {
             vector: vec![],
         };
         self.put_history(&deleted, &old, version)?;
-        self.state.memories -= 1;
+        let place = Place { month: Month::of(old.created), position: 0, version };
+        rows::put_place(self.db, tenant, id, place)?;
+        self.remove_edges_of(tenant, id)?;
         Ok(Outcome::Done { id: *id, version, position: at })
     }
 
@@ -195,57 +231,197 @@ impl Applier<'_> {
         for (id, count, last) in touches {
             let Some(held) = rows::find(self.db, tenant, id)? else { continue };
             let mut memory = rows::decode_body(&held.body)?;
-            self.take(rows::memory_hash("memories", &held));
             memory.access_count = memory.access_count.saturating_add(*count);
             memory.last_access = memory.last_access.max(Some(*last));
-            memory.vector = rows::vector_from(&held.vector);
-            rows::remove_memory(self.db, held.position)?;
-            self.put(memory, held.kind, held.epoch, held.position)?;
+            let month = Month::of(memory.created);
+            self.take(month, rows::memory_hash("memories", &held))?;
+            let row = Stored { body: codec::encode(&memory), ..held };
+            rows::replace_body(self.db, &row, &memory)?;
+            self.add(month, rows::memory_hash("memories", &row))?;
+            let vector = rows::vector_from(&row.vector);
+            self.effects.push(Effect::Put { memory, vector });
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
 
+    /// Sets edges, all or none.
+    fn upsert_edges(&mut self, tenant: &str, edges: &[Edge], at: Position) -> Result<Outcome, StorageError> {
+        for edge in edges {
+            if let Err(outcome) = self.current(tenant, &edge.source, None)? {
+                return Ok(outcome);
+            }
+        }
+        let number = rows::number_owner(self.db, &Owner::Shared { tenant: tenant.into() })?;
+        for edge in edges {
+            let key = (&edge.source, &edge.relation[..], &edge.target);
+            if let Some(old) = graph::find(self.db, number, key)? {
+                self.remove_edge(tenant, number, &old)?;
+            }
+            self.put_edge(tenant, edge)?;
+        }
+        Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
+    }
+
+    /// Writes an edge that is not there.
+    pub fn put_edge(&mut self, tenant: &str, edge: &Edge) -> Result<(), StorageError> {
+        let number = rows::number_owner(self.db, &Owner::Shared { tenant: tenant.into() })?;
+        graph::put(self.db, number, edge)?;
+        self.state.digest = self.state.digest.wrapping_add(graph::hash(tenant, edge));
+        self.state.edges += 1;
+        Ok(())
+    }
+
+    fn delete_edges(
+        &mut self,
+        tenant: &str,
+        edges: &[(MemoryId, String, MemoryId)],
+        at: Position,
+    ) -> Result<Outcome, StorageError> {
+        if let Some(number) = graph::tenant_number(self.db, tenant)? {
+            for (source, relation, target) in edges {
+                if let Some(old) = graph::find(self.db, number, (source, relation, target))? {
+                    self.remove_edge(tenant, number, &old)?;
+                }
+            }
+        }
+        Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
+    }
+
+    fn remove_edge(&mut self, tenant: &str, number: i64, edge: &Edge) -> Result<(), StorageError> {
+        graph::remove(self.db, number, edge)?;
+        self.state.digest = self.state.digest.wrapping_sub(graph::hash(tenant, edge));
+        self.state.edges -= 1;
+        Ok(())
+    }
+
+    /// Removes a memory's edges in both directions.
+    fn remove_edges_of(&mut self, tenant: &str, id: &MemoryId) -> Result<(), StorageError> {
+        if self.state.edges == 0 {
+            return Ok(());
+        }
+        let Some(number) = graph::tenant_number(self.db, tenant)? else { return Ok(()) };
+        for edge in graph::outbound(self.db, number, id)? {
+            self.remove_edge(tenant, number, &edge)?;
+        }
+        for edge in graph::inbound(self.db, number, id)? {
+            self.remove_edge(tenant, number, &edge)?;
+        }
+        Ok(())
+    }
+
+    /// Drops a month with all that is known of its memories: places and edges one by one, the rows whole.
+    fn drop_month(&mut self, month: Month, at: Position) -> Result<Outcome, StorageError> {
+        let Some(state) = self.months.remove(&month) else {
+            return Ok(Outcome::NotFound { id: [0; 16] });
+        };
+        let only = Months::from([(month, state.clone())]);
+        let mut gone = BTreeSet::new();
+        rows::each(self.db, &only, ("body", 'm'), &mut |_, row| {
+            let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
+            gone.insert((memory.tenant, memory.id));
+            Ok(())
+        })?;
+        rows::each(self.db, &only, ("tenant, id", 'h'), &mut |_, row| {
+            gone.insert((row.get(0)?, row.get(1)?));
+            Ok(())
+        })?;
+        for (tenant, id) in &gone {
+            let place = rows::place(self.db, tenant, id)?;
+            if place.is_some_and(|p| p.month == month) {
+                rows::remove_place(self.db, tenant, id)?;
+                self.remove_edges_of(tenant, id)?;
+            }
+        }
+        months::remove(self.db, month)?;
+        self.changed.remove(&month);
+        self.state.digest = self.state.digest.wrapping_sub(state.digest);
+        self.state.memories -= state.memories;
+        self.state.vectors -= state.vectors;
+        self.effects.push(Effect::Forget);
+        Ok(Outcome::Done { id: [0; 16], version: state.memories, position: at })
+    }
+
     /// Moves the current row into the history.
     fn retire(&mut self, mut held: Stored, old: &Memory) -> Result<(), StorageError> {
-        rows::remove_memory(self.db, held.position)?;
-        self.take(rows::memory_hash("memories", &held));
+        rows::remove_memory(self.db, held.position, old)?;
+        let (month, has_vector) = (Month::of(old.created), !held.vector.is_empty() as u64);
+        self.take(month, rows::memory_hash("memories", &held))?;
+        let of_month = self.month(month)?;
+        of_month.memories -= 1;
+        of_month.vectors -= has_vector;
+        self.state.memories -= 1;
+        self.state.vectors -= has_vector;
         self.effects.push(Effect::Remove { memory: old.clone(), dimension: held.vector.len() / 4 });
         held.vector.clear();
         self.put_history(&held, old, old.version)
     }
 
     fn put_history(&mut self, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
+        let month = Month::of(memory.created);
+        let of_month = self.month(month)?;
+        of_month.history += 1;
+        of_month.position = of_month.position.max(rows::unpack(row.epoch, row.position));
         rows::put_history(self.db, row, memory, version)?;
-        self.add(rows::memory_hash("history", row));
-        Ok(())
+        self.add(month, rows::memory_hash("history", row))
     }
 
     fn put(&mut self, mut memory: Memory, kind: u8, epoch: u64, position: i64) -> Result<(), StorageError> {
         let vector = std::mem::take(&mut memory.vector);
         let body = codec::encode(&memory);
         let row = Stored { epoch, position, kind, body, vector: rows::vector_bytes(&vector) };
+        let (month, has_vector) = (Month::of(memory.created), !vector.is_empty() as u64);
+        let of_month = self.month(month)?;
+        of_month.position = of_month.position.max(rows::unpack(epoch, position));
+        of_month.hold(&memory, has_vector);
+        self.state.memories += 1;
+        self.state.vectors += has_vector;
         rows::put_memory(self.db, &row, &memory)?;
-        self.add(rows::memory_hash("memories", &row));
+        self.add(month, rows::memory_hash("memories", &row))?;
         self.effects.push(Effect::Put { memory, vector });
         Ok(())
+    }
+
+    /// Takes over a row of a snapshot as it is.
+    pub fn restore(&mut self, row: &Stored, version: Option<u64>) -> Result<(), StorageError> {
+        let memory = rows::decode_body(&row.body)?;
+        let month = Month::of(memory.created);
+        match version {
+            Some(version) => self.put_history(row, &memory, version),
+            None => {
+                let of_month = self.month(month)?;
+                of_month.position = of_month.position.max(rows::unpack(row.epoch, row.position));
+                let has_vector = !row.vector.is_empty() as u64;
+                of_month.hold(&memory, has_vector);
+                self.state.memories += 1;
+                self.state.vectors += has_vector;
+                rows::put_memory(self.db, row, &memory)?;
+                self.add(month, rows::memory_hash("memories", row))
+            }
+        }
     }
 
     fn forget_old_keys(&mut self, limit: usize) -> Result<(), StorageError> {
         let before = self.state.ledger_time.saturating_sub(KEY_LIFE_MS);
         for row in rows::old_keys(self.db, before, limit)? {
             rows::remove_key(self.db, &row)?;
-            self.take(rows::key_hash(&row));
+            self.state.digest = self.state.digest.wrapping_sub(rows::key_hash(&row));
             self.state.keys -= 1;
         }
         Ok(())
     }
 
-    fn add(&mut self, hash: u128) {
+    fn add(&mut self, month: Month, hash: u128) -> Result<(), StorageError> {
+        let of_month = self.month(month)?;
+        of_month.digest = of_month.digest.wrapping_add(hash);
         self.state.digest = self.state.digest.wrapping_add(hash);
+        Ok(())
     }
 
-    fn take(&mut self, hash: u128) {
+    fn take(&mut self, month: Month, hash: u128) -> Result<(), StorageError> {
+        let of_month = self.month(month)?;
+        of_month.digest = of_month.digest.wrapping_sub(hash);
         self.state.digest = self.state.digest.wrapping_sub(hash);
+        Ok(())
     }
 }
 

@@ -51,7 +51,7 @@ fn sorted(words: impl Iterator<Item = &'static str>) -> Vec<&'static str> {
 }
 
 /// How much a word weighs. Without a corpus, length stands in for rarity.
-fn weight(word: &str, stem: &str) -> f32 {
+pub(crate) fn weight(word: &str, stem: &str) -> f32 {
     if STOP_WORDS.binary_search(&word).is_ok() {
         0.0
     } else if COMMON_STEMS.binary_search(&stem).is_ok() {
@@ -76,7 +76,7 @@ const ENDINGS: &[(&str, usize)] = &[
 ];
 
 /// Cuts common English endings, so that "renovating", "renovated" and "renovates" are one term. What is left need not be a word.
-fn stem(word: &str) -> &str {
+pub(crate) fn stem(word: &str) -> &str {
     if word.len() < 4 || !word.is_ascii() {
         return word;
     }
@@ -96,7 +96,7 @@ fn stem(word: &str) -> &str {
 }
 
 /// Gives the words of a text, in lower case, one by one.
-fn each_word(text: &str, mut give: impl FnMut(&str)) {
+pub(crate) fn each_word(text: &str, mut give: impl FnMut(&str)) {
     let mut word = String::with_capacity(32);
     for c in text.chars() {
         if c.is_ascii_alphanumeric() {

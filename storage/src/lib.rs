@@ -9,12 +9,14 @@
 //! What a power loss takes from the views, the log gives back; what it takes from the log was never acknowledged.
 
 mod apply;
+pub mod bases;
 mod cache;
 pub mod codec;
 pub mod embed;
 mod error;
 pub mod facts;
 mod filter;
+pub mod graph;
 pub mod log;
 pub mod model;
 mod query;
@@ -28,5 +30,5 @@ mod tests;
 pub mod vectors;
 
 pub use error::StorageError;
-pub use query::{Hit, ListQuery, Page, SearchQuery, TimeField, TimeRange};
+pub use query::{Hit, ListQuery, Page, Partition, SearchQuery, TimeField, TimeRange};
 pub use shard::{Counts, Entry, Shard, ShardOptions};

@@ -15,6 +15,53 @@ pub type MemoryId = [u8; 16];
 /// The tenant that owns GLOBAL memories; only operators write to it.
 pub const GLOBAL_TENANT: &str = "global";
 
+/// A month of the calendar (UTC): years since 0, times 12, plus the month from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub struct Month(pub i32);
+
+impl Month {
+    /// The month that holds a moment.
+    pub fn of(at: UnixMs) -> Month {
+        // Howard Hinnant's days_from_civil, inverted; years begin in March there.
+        let at = at.clamp(-62_135_596_800_000, 253_402_300_799_999); // the years 1 to 9999
+        let days = at.div_euclid(86_400_000) + 719_468;
+        let era = days.div_euclid(146_097);
+        let day = days.rem_euclid(146_097);
+        let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+        let month = (5 * (day - (365 * year + year / 4 - year / 100)) + 2) / 153;
+        let (year, month) = (year + era * 400 + (month >= 10) as i64, (month + 2) % 12);
+        Month((year * 12 + month) as i32)
+    }
+
+    /// From `2026-11`.
+    pub fn parse(text: &str) -> Option<Month> {
+        let (year, month) = text.split_once('-')?;
+        let (year, month): (i32, i32) = (year.parse().ok()?, month.parse().ok()?);
+        ((1..=12).contains(&month) && (0..=9999).contains(&year)).then_some(Month(year * 12 + month - 1))
+    }
+}
+
+impl std::fmt::Display for Month {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04}-{:02}", self.0.div_euclid(12), self.0.rem_euclid(12) + 1)
+    }
+}
+
+/// A relation from one memory to another of the same tenant, or to a GLOBAL one. It lives with its source.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Edge {
+    pub source: MemoryId,
+    /// Not empty.
+    pub relation: String,
+    pub target: MemoryId,
+    /// Finite; the greater, the sooner it is followed.
+    pub weight: f32,
+    /// True from then on; `None`: always was.
+    pub valid_from: Option<UnixMs>,
+    /// True until before then; `None`: for ever.
+    pub valid_to: Option<UnixMs>,
+}
+
 /// Vectors have this many dimensions at most.
 pub const DIMENSION_MAX: usize = 4096;
 
@@ -143,6 +190,12 @@ pub enum Operation {
     },
     /// Batched access counts: (id, how many, last time). Unknown ids are skipped. Changes no version.
     Touch(Vec<(MemoryId, u64, UnixMs)>),
+    /// Sets edges, by source, relation and target. All or none: `NotFound` names a source that does not exist.
+    UpsertEdges(Vec<Edge>),
+    /// Removes edges: source, relation, target. Those that are not there are skipped.
+    DeleteEdges(Vec<(MemoryId, String, MemoryId)>),
+    /// Removes everything that was created in a month, of every tenant, with its history. Only operators ask for it.
+    DropMonth(Month),
 }
 
 /// One command of one client, decided when its entry is applied.

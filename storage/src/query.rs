@@ -1,6 +1,6 @@
 //! Questions to a shard's views, and their answers.
 
-use crate::model::{Filter, Memory, MemoryId, Owner, Status, UnixMs};
+use crate::model::{Filter, Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
 use bincode::{Decode, Encode};
 use std::sync::Arc;
 
@@ -52,6 +52,8 @@ pub struct SearchQuery {
     /// Unit length.
     pub vector: Vec<f32>,
     pub space: String,
+    /// The k memories that its words fit best are found too; may be empty.
+    pub text: String,
     pub k: usize,
     /// Least cosine.
     pub threshold: Option<f32>,
@@ -65,9 +67,24 @@ pub struct SearchQuery {
     pub with_vector: bool,
 }
 
-/// A memory and the cosine of its vector with the query's.
+/// A memory that was found.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Hit {
     pub memory: Arc<Memory>,
+    /// The cosine of its vector with the query's; 0 if it has none of that space.
     pub similarity: f32,
+    /// How well the query's words fit (BM25 over the scopes that were searched), 0 if none does or it was not among the k best.
+    pub keywords: f32,
+}
+
+/// A month of a shard's memories.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Partition {
+    pub month: Month,
+    /// Where it was last changed.
+    pub applied: Position,
+    pub memories: u64,
+    pub vectors: u64,
+    /// Superseded versions and deletions.
+    pub history: u64,
 }

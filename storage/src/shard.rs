@@ -1,4 +1,5 @@
-//! One replica's views of a shard: records in SQLite, vectors in memory, a cache of records; changed by one writer, read by many.
+//! One replica's views of a shard: records and graph in SQLite, vectors in memory, a cache of records; changed by one writer, read by
+//! many. Opening reads no rows: an owner's vectors are loaded when they are first searched.
 //!
 //! Order of an apply: the transaction commits; the vector view and the cache change; the position is published. A
 //! reader that saw a position therefore finds at least its effects everywhere. Commit and change of the vector view are one step
@@ -8,25 +9,32 @@ use crate::apply::{Applier, Effect};
 use crate::cache::{Cache, Lookup};
 use crate::error::StorageError;
 use crate::filter;
+use crate::graph::{self, Walk, Walked};
 use crate::model::*;
-use crate::query::{Hit, ListQuery, Page, SearchQuery, TimeRange};
-use crate::records::Records;
+use crate::query::{Hit, ListQuery, Page, Partition, SearchQuery, TimeRange};
+use crate::records::fields;
+use crate::records::months::{self, Months, suffix};
 use crate::records::rows::{self, HISTORY, MEMORY, State, Stored};
+use crate::records::words;
+use crate::records::{LazyReader, Records};
 use crate::vectors::{Scan, Vectors};
-use rusqlite::{Connection, ToSql, params};
+use rusqlite::{Connection, params};
 use sim::disk::Disk;
-use std::collections::{BTreeSet, HashSet};
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[derive(Clone, Debug)]
 pub struct ShardOptions {
     /// Records kept in memory, without their vectors.
     pub cache_bytes_max: usize,
+    /// Vectors kept in memory; what was not searched for longest goes first.
+    pub vector_bytes_max: usize,
 }
 
 impl Default for ShardOptions {
     fn default() -> ShardOptions {
-        ShardOptions { cache_bytes_max: 128 << 20 }
+        ShardOptions { cache_bytes_max: 128 << 20, vector_bytes_max: 4 << 30 }
     }
 }
 
@@ -43,9 +51,12 @@ pub struct Counts {
     pub memories: u64,
     pub vectors: u64,
     pub idempotency_keys: u64,
+    pub edges: u64,
 }
 
 pub struct Shard {
+    disk: Arc<dyn Disk>,
+    dir: String,
     pub(crate) records: Records,
     vectors: RwLock<Vectors>,
     pub(crate) cache: Cache,
@@ -58,21 +69,64 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// The fact that views are damaged.
+const CONDEMNED: &str = "condemned";
+
+fn condemned(disk: &dyn Disk, dir: &str) -> Result<Option<String>, StorageError> {
+    match crate::facts::get(disk, dir, CONDEMNED) {
+        Ok(reason) => Ok(reason.map(|r| String::from_utf8_lossy(&r).into_owned())),
+        Err(crate::facts::FactError::Io(error)) => Err(error.into()),
+        // Damaged itself, it says the same.
+        Err(crate::facts::FactError::Damaged(_)) => Ok(Some("for a reason that is lost".into())),
+    }
+}
+
 impl Shard {
-    /// Opens the views in `dir`, creating them if there are none. Blocks while the vectors are loaded.
+    /// Opens the views in `dir`, creating them if there are none. Fails if they were condemned.
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
-        let records = Records::open(disk, &format!("{dir}/records.db"))?;
+        if let Some(reason) = condemned(&*disk, dir)? {
+            return Err(StorageError::Corrupt { what: format!("the views in {dir}"), problem: reason });
+        }
+        Shard::open_any(disk, dir, options)
+    }
+
+    /// Removes the views in `dir`, whatever their state, and opens empty ones. They count as condemned until [`Shard::acquit`], so that a
+    /// crash in between leaves nothing that looks whole.
+    pub fn open_anew(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
+        disk.create_dir_all(dir)?;
+        crate::facts::put(&*disk, dir, CONDEMNED, b"being made anew")?;
+        let mark = format!("{CONDEMNED}.meta");
+        for name in disk.list(dir)?.into_iter().filter(|name| *name != mark) {
+            disk.remove(&format!("{dir}/{name}"))?;
+        }
+        disk.sync_dir(dir)?;
+        Shard::open_any(disk, dir, options)
+    }
+
+    /// Makes views that were opened anew durable, and good from now on.
+    pub fn acquit(&self) -> Result<(), StorageError> {
+        self.checkpoint()?;
+        Ok(crate::facts::remove(&*self.disk, &self.dir, CONDEMNED)?)
+    }
+
+    fn open_any(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
+        let records = Records::open(disk.clone(), &format!("{dir}/records.db"))?;
         let state = rows::load_state(&records.reader())?;
-        let shard = Shard {
+        Ok(Shard {
+            disk,
+            dir: dir.into(),
             records,
-            vectors: RwLock::default(),
+            vectors: RwLock::new(Vectors::new(options.vector_bytes_max)),
             cache: Cache::new(options.cache_bytes_max),
             published: Mutex::new(Arc::new(state)),
             applying: Mutex::new(()),
-        };
-        *shard.vectors_mut() = load_vectors(&shard.records.reader())?;
-        Ok(shard)
+        })
+    }
+
+    /// Marks the views as damaged, durably: they will not be opened again, but made anew.
+    pub fn condemn(&self, reason: &str) -> Result<(), StorageError> {
+        Ok(crate::facts::put(&*self.disk, &self.dir, CONDEMNED, reason.as_bytes())?)
     }
 
     fn vectors(&self) -> RwLockReadGuard<'_, Vectors> {
@@ -102,7 +156,7 @@ impl Shard {
         self.records.bound_wal(&writer)?;
         let transaction = writer.transaction()?;
         let state = State { meta: meta.to_vec(), ..State::clone(&before) };
-        let mut applier = Applier { db: &transaction, state, effects: vec![] };
+        let mut applier = Applier::new(&transaction, state)?;
         let mut outcomes = Vec::with_capacity(entries.len());
         for entry in entries {
             let skipped = (entry.epoch, entry.index) <= (before.position.epoch, before.position.index);
@@ -112,11 +166,10 @@ impl Shard {
                 applier.entry(entry.epoch, entry.index, entry.batch)?
             });
         }
-        let Applier { state, effects, .. } = applier;
-        if state.position == before.position {
+        if applier.state.position == before.position {
             return Ok(outcomes);
         }
-        rows::save_state(&transaction, &state)?;
+        let (state, effects) = applier.finish()?;
         let mut vectors = self.vectors_mut();
         transaction.commit()?;
         for effect in effects {
@@ -130,6 +183,10 @@ impl Shard {
                     vectors.remove(&memory, dimension);
                     self.cache.store_applied(&memory.tenant, memory.id, None);
                 }
+                Effect::Forget => {
+                    vectors.forget_all();
+                    self.cache.clear();
+                }
             }
         }
         *lock(&self.published) = Arc::new(state);
@@ -137,13 +194,18 @@ impl Shard {
     }
 
     /// A record of exactly this tenant, through the cache.
-    fn record(&self, tenant: &str, id: &MemoryId) -> Result<Option<Arc<Memory>>, StorageError> {
+    fn record(
+        &self,
+        reader: &LazyReader<'_>,
+        tenant: &str,
+        id: &MemoryId,
+    ) -> Result<Option<Arc<Memory>>, StorageError> {
         let evictions = match self.cache.get(tenant, id) {
             Lookup::Found(memory) => return Ok(Some(memory)),
             Lookup::Gone => return Ok(None),
             Lookup::Unknown(evictions) => evictions,
         };
-        let Some(body) = rows::find_body(&self.records.reader(), tenant, id)? else { return Ok(None) };
+        let Some(body) = rows::find_body(reader.get(), tenant, id)? else { return Ok(None) };
         let memory = Arc::new(rows::decode_body(&body)?);
         self.cache.store_read(memory.clone(), evictions);
         Ok(Some(memory))
@@ -152,7 +214,8 @@ impl Shard {
     /// A memory of the tenant, or a GLOBAL one, with its vector. Expired ones are not found.
     pub fn get(&self, tenant: &str, id: &MemoryId, now: UnixMs) -> Result<Option<Arc<Memory>>, StorageError> {
         let reader = self.records.reader();
-        let whole = |tenant| rows::find(&reader, tenant, id)?.map(|row| whole(&row)).transpose();
+        let snapshot = reader.unchecked_transaction()?;
+        let whole = |tenant| rows::find(&snapshot, tenant, id)?.map(|row| whole(&row)).transpose();
         let found = match whole(tenant)? {
             None => whole(GLOBAL_TENANT)?.filter(|m| m.scope == Scope::Global),
             own => own,
@@ -163,30 +226,60 @@ impl Shard {
     /// Memories of the tenant (and GLOBAL ones, if their owner is asked for) in the order of their ids.
     pub fn list(&self, query: &ListQuery) -> Result<Page, StorageError> {
         let reader = self.records.reader();
+        let snapshot = reader.unchecked_transaction()?;
+        let months = months_in(&snapshot, &query.time)?;
         let after = query.after.map_or(vec![], |id| id.to_vec());
-        let mut found = vec![];
-        // Of each owner one more than asked for: it tells whether the listing goes on.
-        let mut take = |column: &str, key: &dyn ToSql| -> Result<(), StorageError> {
-            let mut statement = reader.prepare_cached(&format!(
-                "SELECT {MEMORY} FROM memories WHERE {column} = ?1 AND id > ?2 ORDER BY id"
-            ))?;
-            let mut rows = statement.query(params![key, after])?;
-            let mut taken = 0;
-            while let (true, Some(row)) = (taken <= query.limit, rows.next()?) {
-                let row = rows::stored(row)?;
-                let memory = if query.with_vector { whole(&row)? } else { rows::decode_body(&row.body)? };
-                if wanted(query, &memory) {
-                    taken += 1;
-                    found.push(Arc::new(memory));
-                }
-            }
-            Ok(())
+        let mut found: Vec<Arc<Memory>> = vec![];
+        let decode = |row: &rusqlite::Row<'_>| -> Result<Option<Arc<Memory>>, StorageError> {
+            let row = rows::stored(row)?;
+            let memory = if query.with_vector { whole(&row)? } else { rows::decode_body(&row.body)? };
+            Ok(wanted(query, &memory).then(|| Arc::new(memory)))
         };
         if query.owners.is_empty() {
-            take("tenant", &query.tenant)?;
+            // One more than asked for tells whether the listing goes on.
+            let mut statement = snapshot.prepare_cached(
+                "SELECT month, position FROM directory WHERE tenant = ?1 AND id > ?2 AND position != 0 ORDER BY id",
+            )?;
+            let mut places = statement.query(params![query.tenant, after])?;
+            while let (true, Some(place)) = (found.len() <= query.limit, places.next()?) {
+                let month = Month(place.get(0)?);
+                if !months.contains_key(&month) {
+                    continue;
+                }
+                let sql = format!("SELECT {MEMORY} FROM m{} WHERE position = ?1", suffix(month));
+                let position: i64 = place.get(1)?;
+                let memory = snapshot.prepare_cached(&sql)?.query_row([position], |row| Ok(decode(row)))?;
+                found.extend(memory?);
+            }
         }
+        let condition = query.filter.as_ref().and_then(fields::condition);
         for owner in readable(&query.tenant, &query.owners) {
-            take("owner", &rows::owner_key(owner))?;
+            let Some(number) = rows::owner_number(&snapshot, owner)? else { continue };
+            for month in months.keys() {
+                let taken = Cell::new(0);
+                // Those of each month and owner are in order; of each one more than asked for is enough.
+                let mut take = |row: &rusqlite::Row<'_>| -> Result<(), StorageError> {
+                    if let Some(memory) = decode(row)?.filter(|m| m.id[..] > after[..]) {
+                        taken.set(taken.get() + 1);
+                        found.push(memory);
+                    }
+                    Ok(())
+                };
+                if let Some(condition) = &condition {
+                    condition.each(&snapshot, *month, MEMORY, number, &mut take)?;
+                    continue;
+                }
+                let of = suffix(*month);
+                let sql = format!("SELECT {MEMORY} FROM m{of} WHERE owner = ?1 AND id > ?2 ORDER BY id");
+                let mut statement = snapshot.prepare_cached(&sql)?;
+                let mut rows = statement.query(params![number, after])?;
+                while let Some(row) = rows.next()? {
+                    take(row)?;
+                    if taken.get() > query.limit {
+                        break;
+                    }
+                }
+            }
         }
         found.sort_by_key(|m| m.id);
         let mut end = query.limit.min(found.len());
@@ -202,11 +295,19 @@ impl Shard {
     /// Every version of a memory, oldest first, deletions included; without vectors.
     pub fn history(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
-        let mut statement = reader.prepare_cached(
-            "SELECT epoch, position, kind, body, x'' FROM history WHERE tenant = ?1 AND id = ?2
-             UNION ALL SELECT epoch, position, kind, body, x'' FROM memories WHERE tenant = ?1 AND id = ?2 ORDER BY 2",
-        )?;
-        changes(statement.query(params![tenant, &id[..]])?)
+        let snapshot = reader.unchecked_transaction()?;
+        let mut found = vec![];
+        for month in months::load(&snapshot)?.keys() {
+            let sql = format!("SELECT {HISTORY} FROM h{} WHERE tenant = ?1 AND id = ?2", suffix(*month));
+            let mut statement = snapshot.prepare_cached(&sql)?;
+            let rows = statement.query_map(params![tenant, &id[..]], rows::stored)?;
+            for row in rows {
+                found.push(row?);
+            }
+        }
+        found.extend(rows::find(&snapshot, tenant, id)?);
+        found.sort_by_key(|row| row.position);
+        found.iter().map(change).collect()
     }
 
     /// The tenant's changes after a position, in the order of the ledger; without vectors.
@@ -217,27 +318,82 @@ impl Shard {
         limit: usize,
     ) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
-        let mut statement = reader.prepare_cached(
-            "SELECT epoch, position, kind, body, x'' FROM history WHERE position > ?2 AND tenant = ?1
-             UNION ALL SELECT epoch, position, kind, body, x'' FROM memories WHERE position > ?2 AND tenant = ?1
-             ORDER BY 2 LIMIT ?3",
-        )?;
-        changes(statement.query(params![tenant, rows::pack(after), limit as i64])?)
+        let snapshot = reader.unchecked_transaction()?;
+        let mut found = vec![];
+        for month in months::load(&snapshot)?.keys() {
+            let of = suffix(*month);
+            let memories = format!(
+                "SELECT epoch, position, kind, body, x'' FROM m{of} WHERE position > ?2
+                 AND (SELECT tenant FROM owners WHERE number = m{of}.owner) = ?1 ORDER BY position LIMIT ?3"
+            );
+            let history = format!(
+                "SELECT {HISTORY} FROM h{of} WHERE position > ?2 AND tenant = ?1 ORDER BY position LIMIT ?3"
+            );
+            for sql in [memories, history] {
+                let mut statement = snapshot.prepare_cached(&sql)?;
+                let rows =
+                    statement.query_map(params![tenant, rows::pack(after), limit as i64], rows::stored)?;
+                for row in rows {
+                    found.push(row?);
+                }
+            }
+        }
+        found.sort_by_key(|row| row.position);
+        found.truncate(limit);
+        found.iter().map(change).collect()
     }
 
-    /// How many vectors a search compares at most.
-    pub fn vectors_of(&self, query: &SearchQuery) -> usize {
-        self.vectors().count_of(&readable(&query.tenant, &query.owners), &query.space, query.vector.len())
+    /// How many vectors a search compares at most; `None`: they are not in memory yet.
+    pub fn vectors_of(&self, query: &SearchQuery) -> Option<usize> {
+        let owners = readable(&query.tenant, &query.owners);
+        let vectors = self.vectors();
+        let here = owners.iter().all(|owner| vectors.is_loaded(owner));
+        here.then(|| vectors.count_of(&owners, &query.space, query.vector.len()))
     }
 
-    /// The k nearest memories by cosine, best first, equal ones by id; filters apply before the scan.
+    /// The vector view with the vectors of these owners in it.
+    fn loaded(&self, owners: &[&Owner]) -> Result<RwLockReadGuard<'_, Vectors>, StorageError> {
+        loop {
+            let vectors = self.vectors();
+            if owners.iter().all(|owner| vectors.is_loaded(owner)) {
+                vectors.note_use(owners);
+                return Ok(vectors);
+            }
+            drop(vectors);
+            // No transaction commits while this is held: what is read now is what the view shows.
+            let mut vectors = self.vectors_mut();
+            let reader = self.records.reader();
+            let snapshot = reader.unchecked_transaction()?;
+            let months = months::load(&snapshot)?;
+            for owner in owners {
+                if vectors.is_loaded(owner) {
+                    continue;
+                }
+                vectors.begin(owner, owners);
+                let Some(number) = rows::owner_number(&snapshot, owner)? else { continue };
+                let loaded = load_owner(&snapshot, &months, number, &mut vectors);
+                if loaded.is_err() {
+                    vectors.forget(owner);
+                }
+                loaded?;
+            }
+        }
+    }
+
+    /// The k nearest memories by cosine, and the k that fit the query's words best; by cosine, best first, equal ones by id. Filters
+    /// apply before the search.
     pub fn search(&self, query: &SearchQuery) -> Result<Vec<Hit>, StorageError> {
         let owners = readable(&query.tenant, &query.owners);
         // No transaction commits while this is held.
-        let vectors = self.vectors();
+        let vectors = self.loaded(&owners)?;
+        let reader = self.records.lazy_reader();
         let allowed = match (&query.filter, &query.time) {
             (None, None) => None,
-            _ => Some(owners.iter().map(|owner| self.allowed(owner, query)).collect::<Result<Vec<_>, _>>()?),
+            _ => {
+                let months = months_in(reader.get(), &query.time)?;
+                let allowed = owners.iter().map(|owner| self.allowed(reader.get(), &months, owner, query));
+                Some(allowed.collect::<Result<Vec<_>, _>>()?)
+            }
         };
         let nearest = vectors.scan(&Scan {
             owners: &owners,
@@ -249,40 +405,148 @@ impl Shard {
             now: query.now,
             allowed: allowed.as_deref(),
         });
-        let hit = |(id, similarity, whose): (MemoryId, f32, usize)| {
-            let tenant = if *owners[whose] == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
-            let Some(mut memory) = self.record(tenant, &id)? else {
+        let mut keywords = match query.text.is_empty() {
+            true => BTreeMap::new(),
+            false => self.keywords_with(reader.get(), query, &owners)?.into_iter().collect(),
+        };
+        let tenant_of = |owner: &Owner| if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
+        let mut hits = vec![];
+        for (id, similarity, whose) in nearest {
+            let tenant = tenant_of(owners[whose]);
+            let Some(memory) = self.record(&reader, tenant, &id)? else {
                 let problem = format!("memory {id:02x?} has a vector and no record");
                 return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
             };
-            if query.with_vector {
-                let vector = vectors.get(&memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
-                memory = Arc::new(Memory { vector, ..Memory::clone(&memory) });
+            let keywords = keywords.remove(&(tenant.to_string(), id)).unwrap_or_default();
+            hits.push(Hit { memory, similarity, keywords });
+        }
+        for ((tenant, id), keywords) in keywords {
+            let Some(memory) = self.record(&reader, &tenant, &id)? else { continue };
+            let vector = vectors.get(&memory, query.vector.len()).filter(|_| memory.space == query.space);
+            let similarity = vector.map_or(0.0, |vector| crate::vectors::dot(&query.vector, vector));
+            hits.push(Hit { memory, similarity, keywords });
+        }
+        if query.with_vector {
+            for hit in &mut hits {
+                let vector = vectors.get(&hit.memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
+                hit.memory = Arc::new(Memory { vector, ..Memory::clone(&hit.memory) });
             }
-            Ok(Hit { memory, similarity })
+        }
+        hits.sort_by(|a, b| {
+            b.similarity.total_cmp(&a.similarity).then_with(|| a.memory.id.cmp(&b.memory.id))
+        });
+        Ok(hits)
+    }
+
+    /// The k memories that fit the query's words best, with their scores, best first. Its vector says nothing here.
+    pub fn keywords(&self, query: &SearchQuery) -> Result<Vec<(Arc<Memory>, f32)>, StorageError> {
+        let owners = readable(&query.tenant, &query.owners);
+        let reader = self.records.lazy_reader();
+        let found = self.keywords_with(reader.get(), query, &owners)?;
+        let memory = |((tenant, id), score): ((String, MemoryId), f32)| {
+            Ok(self.record(&reader, &tenant, &id)?.map(|memory| (memory, score)))
         };
-        nearest.into_iter().map(hit).collect()
+        found.into_iter().filter_map(|found| memory(found).transpose()).collect()
+    }
+
+    fn keywords_with(
+        &self,
+        db: &Connection,
+        query: &SearchQuery,
+        owners: &[&Owner],
+    ) -> Result<Vec<((String, MemoryId), f32)>, StorageError> {
+        let snapshot = db.unchecked_transaction()?;
+        let numbers: Vec<i64> = owners
+            .iter()
+            .filter_map(|owner| rows::owner_number(&snapshot, owner).transpose())
+            .collect::<Result<_, _>>()?;
+        let months = months_in(&snapshot, &query.time)?;
+        let mut best = vec![];
+        for found in words::search(&snapshot, &months, &numbers, &words::query_terms(&query.text))? {
+            if best.len() == query.k {
+                break;
+            }
+            let place = rows::Place { month: found.month, position: found.position, version: 0 };
+            let memory = rows::decode_body(&rows::body_at(&snapshot, place)?)?;
+            if !memory.expired(query.now)
+                && or_active(&query.statuses).contains(&memory.status)
+                && meets(&query.filter, &query.time, &memory)
+            {
+                best.push(((memory.tenant, memory.id), found.score));
+            }
+        }
+        Ok(best)
     }
 
     /// Ids of an owner's memories that meet a search's conditions.
-    fn allowed(&self, owner: &Owner, query: &SearchQuery) -> Result<HashSet<MemoryId>, StorageError> {
-        let reader = self.records.reader();
+    fn allowed(
+        &self,
+        db: &Connection,
+        months: &Months,
+        owner: &Owner,
+        query: &SearchQuery,
+    ) -> Result<HashSet<MemoryId>, StorageError> {
         let mut allowed = HashSet::new();
-        let mut statement = reader.prepare_cached("SELECT body FROM memories WHERE owner = ?1")?;
-        let mut found = statement.query([rows::owner_key(owner)])?;
-        while let Some(row) = found.next()? {
+        let snapshot = db.unchecked_transaction()?;
+        let Some(number) = rows::owner_number(&snapshot, owner)? else { return Ok(allowed) };
+        let condition = query.filter.as_ref().and_then(fields::condition);
+        let mut look = |row: &rusqlite::Row<'_>| -> Result<(), StorageError> {
             let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
             if meets(&query.filter, &query.time, &memory) {
                 allowed.insert(memory.id);
+            }
+            Ok(())
+        };
+        for month in months.keys() {
+            if let Some(condition) = &condition {
+                condition.each(&snapshot, *month, "body", number, &mut look)?;
+                continue;
+            }
+            let sql = format!("SELECT body FROM m{} WHERE owner = ?1", suffix(*month));
+            let mut statement = snapshot.prepare_cached(&sql)?;
+            let mut found = statement.query([number])?;
+            while let Some(row) = found.next()? {
+                look(row)?;
             }
         }
         Ok(allowed)
     }
 
+    /// Walks along edges. What has expired, was deleted or is another tenant's is neither shown nor walked through.
+    pub fn walk(&self, walk: &Walk) -> Result<Walked, StorageError> {
+        let reader = self.records.lazy_reader();
+        let snapshot = reader.get().unchecked_transaction()?;
+        let statuses: &[Status] =
+            if walk.include_archived { &[Status::Active, Status::Archived] } else { &[Status::Active] };
+        graph::walk(&snapshot, walk, &mut |id| {
+            let found = match self.record(&reader, &walk.tenant, id)? {
+                None => self.record(&reader, GLOBAL_TENANT, id)?.filter(|m| m.scope == Scope::Global),
+                own => own,
+            };
+            Ok(found.filter(|m| !m.expired(walk.now) && statuses.contains(&m.status)))
+        })
+    }
+
+    /// The months that hold something, oldest first.
+    pub fn partitions(&self) -> Result<Vec<Partition>, StorageError> {
+        let partition = |(month, state): (Month, months::MonthState)| Partition {
+            month,
+            applied: state.position,
+            memories: state.memories,
+            vectors: state.vectors,
+            history: state.history,
+        };
+        Ok(months::load(&self.records.reader())?.into_iter().map(partition).collect())
+    }
+
     pub fn counts(&self) -> Result<Counts, StorageError> {
         let state = self.state();
-        let vectors = self.vectors().count();
-        Ok(Counts { memories: state.memories, vectors, idempotency_keys: state.keys })
+        Ok(Counts {
+            memories: state.memories,
+            vectors: state.vectors,
+            idempotency_keys: state.keys,
+            edges: state.edges,
+        })
     }
 
     /// Position and digest of the logical state, as apply keeps it.
@@ -291,40 +555,91 @@ impl Shard {
         (state.position, state.digest.to_le_bytes())
     }
 
-    /// The same, recomputed from every row; and every vector is compared with its record. Stops applying meanwhile.
+    /// The same, recomputed from every row; what is derived from rows is compared with them: the directory, the counts, the owners'
+    /// words, and every vector in memory. Stops applying meanwhile.
     pub fn digest_by_scan(&self) -> Result<(Position, [u8; 16]), StorageError> {
         let _applying = lock(&self.applying);
-        let reader = self.records.reader();
-        let mut digest = 0u128;
         let vectors = self.vectors();
-        let mut with_vector = 0;
-        each(&reader, &format!("SELECT {MEMORY} FROM memories"), |row| {
+        let reader = self.records.reader();
+        let corrupt = |what: &str, problem: String| StorageError::Corrupt { what: what.into(), problem };
+        let mut digest = 0u128;
+        let months = months::load(&reader)?;
+        let mut counted = Months::new();
+        let mut in_memory = 0;
+        let (mut memories, mut with_vector) = (0, 0);
+        let mut owners: HashMap<(Month, i64), (i64, i64)> = HashMap::new();
+        rows::each(&reader, &months, (&format!("{MEMORY}, owner, words"), 'm'), &mut |month, row| {
+            let (owner, words): (i64, i64) = (row.get(5)?, row.get(6)?);
             let row = rows::stored(row)?;
-            digest = digest.wrapping_add(rows::memory_hash("memories", &row));
+            let hash = rows::memory_hash("memories", &row);
+            digest = digest.wrapping_add(hash);
             let memory = rows::decode_body(&row.body)?;
             let vector = rows::vector_from(&row.vector);
-            if !vector.is_empty() {
-                with_vector += 1;
+            let place = rows::Place { month, position: row.position, version: memory.version };
+            if rows::place(&reader, &memory.tenant, &memory.id)? != Some(place) {
+                return Err(corrupt("the directory", format!("it has memory {:02x?} elsewhere", memory.id)));
+            }
+            let of_month = counted.entry(month).or_default();
+            of_month.digest = of_month.digest.wrapping_add(hash);
+            of_month.hold(&memory, !vector.is_empty() as u64);
+            memories += 1;
+            with_vector += !vector.is_empty() as u64;
+            let counts = owners.entry((month, owner)).or_default();
+            *counts = (counts.0 + 1, counts.1 + words);
+            if !vector.is_empty() && vectors.is_loaded(&memory.owner()) {
+                in_memory += 1;
                 if vectors.get(&memory, vector.len()) != Some(&vector[..]) {
                     let problem = format!("it differs from the record of memory {:02x?}", memory.id);
-                    return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
+                    return Err(corrupt("the vector view", problem));
                 }
             }
             Ok(())
         })?;
-        if vectors.count() != with_vector {
-            let problem = format!("it holds {} vectors, the records {with_vector}", vectors.count());
-            return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
+        let state = self.state();
+        if vectors.count() != in_memory || (memories, with_vector) != (state.memories, state.vectors) {
+            let problem = format!(
+                "{memories} memories, {with_vector} with a vector, {in_memory} of them in memory, are not the {}, {}, {} that are counted",
+                state.memories,
+                state.vectors,
+                vectors.count()
+            );
+            return Err(corrupt("the records", problem));
         }
-        each(&reader, &format!("SELECT {HISTORY} FROM history"), |row| {
-            digest = digest.wrapping_add(rows::memory_hash("history", &rows::stored(row)?));
+        for ((month, owner), (memories, words)) in owners {
+            if words::counts(&reader, month, owner)? != (memories as u64, words as u64) {
+                return Err(corrupt(
+                    "the words' index",
+                    format!("owner {owner} is counted wrongly in {month}"),
+                ));
+            }
+        }
+        rows::each(&reader, &months, (HISTORY, 'h'), &mut |month, row| {
+            let hash = rows::memory_hash("history", &rows::stored(row)?);
+            digest = digest.wrapping_add(hash);
+            let of_month = counted.entry(month).or_default();
+            of_month.history += 1;
+            of_month.digest = of_month.digest.wrapping_add(hash);
             Ok(())
         })?;
+        for (month, state) in &months {
+            let found = counted.remove(month).unwrap_or_default();
+            if (found.memories, found.history, found.digest) != (state.memories, state.history, state.digest)
+            {
+                return Err(corrupt(
+                    "the months",
+                    format!("{month} holds something else than is told of it"),
+                ));
+            }
+        }
         each(&reader, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
             digest = digest.wrapping_add(rows::key_hash(&rows::key_row(row)?));
             Ok(())
         })?;
-        Ok((self.state().position, digest.to_le_bytes()))
+        graph::each(&reader, &mut |row| {
+            digest = digest.wrapping_add(graph::hash(&row.tenant, &row.edge));
+            Ok(())
+        })?;
+        Ok((state.position, digest.to_le_bytes()))
     }
 
     /// Makes everything applied so far durable.
@@ -333,6 +648,34 @@ impl Shard {
         self.records.checkpoint()?;
         Ok(position)
     }
+}
+
+/// The months that may hold something in a time range.
+fn months_in(db: &Connection, range: &Option<TimeRange>) -> Result<Months, StorageError> {
+    let mut months = months::load(db)?;
+    if let Some(range) = range {
+        months.retain(|month, state| state.may_hold(*month, range));
+    }
+    Ok(months)
+}
+
+/// Loads an owner's vectors.
+fn load_owner(
+    db: &Connection,
+    months: &Months,
+    owner: i64,
+    vectors: &mut Vectors,
+) -> Result<(), StorageError> {
+    for month in months.keys() {
+        let mut statement =
+            db.prepare_cached(&format!("SELECT body, vector FROM m{} WHERE owner = ?1", suffix(*month)))?;
+        let mut found = statement.query([owner])?;
+        while let Some(row) = found.next()? {
+            let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
+            vectors.insert(&rows::decode_body(blob(0)?)?, &rows::vector_from(blob(1)?));
+        }
+    }
+    Ok(())
 }
 
 /// Calls `work` for every row of a query.
@@ -349,34 +692,14 @@ pub(crate) fn each(
     Ok(())
 }
 
-/// The vector view of a database.
-pub(crate) fn load_vectors(db: &Connection) -> Result<Vectors, StorageError> {
-    let mut vectors = Vectors::default();
-    each(db, &format!("SELECT {MEMORY} FROM memories ORDER BY position"), |row| {
-        let row = rows::stored(row)?;
-        vectors.insert(&rows::decode_body(&row.body)?, &rows::vector_from(&row.vector));
-        Ok(())
-    })?;
-    Ok(vectors)
-}
-
 /// A memory with its vector.
 fn whole(row: &Stored) -> Result<Memory, StorageError> {
     Ok(Memory { vector: rows::vector_from(&row.vector), ..rows::decode_body(&row.body)? })
 }
 
-fn changes(mut found: rusqlite::Rows<'_>) -> Result<Vec<Change>, StorageError> {
-    let mut changes = vec![];
-    while let Some(row) = found.next()? {
-        let row = rows::stored(row)?;
-        let position = rows::unpack(row.epoch, row.position);
-        changes.push(Change {
-            position,
-            kind: rows::change_kind(row.kind)?,
-            memory: rows::decode_body(&row.body)?,
-        });
-    }
-    Ok(changes)
+fn change(row: &Stored) -> Result<Change, StorageError> {
+    let position = rows::unpack(row.epoch, row.position);
+    Ok(Change { position, kind: rows::change_kind(row.kind)?, memory: rows::decode_body(&row.body)? })
 }
 
 /// The owners that a tenant may read, each once.

@@ -3,31 +3,48 @@
 //! Each frame holds an encoded [`Piece`]; a chunk holds whole frames. The last piece counts the others and carries the state, so
 //! a stream that was cut short or mixed up is refused, and then nothing has changed: an import is one transaction.
 
+use crate::apply::Applier;
 use crate::codec;
 use crate::error::StorageError;
-use crate::model::Position;
-use crate::records::rows::{self, HISTORY, KeyRow, MEMORY, State, Stored};
-use crate::shard::{Shard, each, load_vectors, lock};
+use crate::graph::{self, EdgeRow};
+use crate::model::{MemoryId, Month, Position};
+use crate::records::months;
+use crate::records::rows::{self, HISTORY, KeyRow, MEMORY, Place, State, Stored};
+use crate::shard::{Shard, each, lock};
 use bincode::{Decode, Encode};
-use rusqlite::Connection;
 use std::cell::Cell;
 use std::sync::Arc;
 
 #[derive(Encode, Decode)]
-enum Piece {
+pub enum Piece {
     Memory(Stored),
-    History { version: u64, row: Stored },
+    History {
+        version: u64,
+        row: Stored,
+    },
     Key(KeyRow),
-    End { pieces: u64, state: State },
+    /// Always the last one.
+    End {
+        pieces: u64,
+        state: State,
+    },
+    Edge(EdgeRow),
+    /// Where a deleted memory was.
+    Deleted {
+        tenant: String,
+        id: MemoryId,
+        place: Place,
+    },
 }
 
 impl Shard {
-    /// Gives the whole logical state at one position to `sink`, a frame at a time, and returns that position.
+    /// Gives the whole logical state at one position to `sink`, a frame at a time, and returns that position and the
+    /// state's digest.
     /// Applying goes on meanwhile.
     pub fn export(
         &self,
         sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>,
-    ) -> Result<Position, StorageError> {
+    ) -> Result<(Position, [u8; 16]), StorageError> {
         let mut reader = self.records.reader();
         let snapshot = reader.transaction()?;
         let pieces = Cell::new(0);
@@ -38,19 +55,26 @@ impl Shard {
             pieces.set(pieces.get() + 1);
             sink(&frame)
         };
-        each(&snapshot, &format!("SELECT {MEMORY} FROM memories"), |row| {
+        let months = months::load(&snapshot)?;
+        rows::each(&snapshot, &months, (MEMORY, 'm'), &mut |_, row| {
             send(&Piece::Memory(rows::stored(row)?))
         })?;
-        each(&snapshot, &format!("SELECT {HISTORY}, version FROM history"), |row| {
+        rows::each(&snapshot, &months, (&format!("{HISTORY}, version"), 'h'), &mut |_, row| {
             send(&Piece::History { version: row.get::<_, i64>(5)? as u64, row: rows::stored(row)? })
         })?;
+        each(&snapshot, "SELECT tenant, id, month, version FROM directory WHERE position = 0", |row| {
+            let place =
+                Place { month: Month(row.get(2)?), position: 0, version: row.get::<_, i64>(3)? as u64 };
+            send(&Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, place })
+        })?;
+        graph::each(&snapshot, &mut |edge| send(&Piece::Edge(edge)))?;
         each(&snapshot, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
             send(&Piece::Key(rows::key_row(row)?))
         })?;
         let state = rows::load_state(&snapshot)?;
-        let position = state.position;
+        let (position, digest) = (state.position, state.digest.to_le_bytes());
         send(&Piece::End { pieces: pieces.get(), state })?;
-        Ok(position)
+        Ok((position, digest))
     }
 
     /// Replaces the whole state by an exported one. On any error nothing has changed.
@@ -61,8 +85,14 @@ impl Shard {
         let _applying = lock(&self.applying);
         let mut writer = self.records.writer();
         let transaction = writer.transaction()?;
-        transaction.execute_batch("DELETE FROM memories; DELETE FROM history; DELETE FROM keys;")?;
-        let (mut pieces, mut digest, mut end) = (0, 0u128, None);
+        for month in months::load(&transaction)?.keys() {
+            months::remove(&transaction, *month)?;
+        }
+        transaction.execute_batch(
+            "DELETE FROM directory; DELETE FROM owners; DELETE FROM edges; DELETE FROM keys;",
+        )?;
+        let mut applier = Applier::new(&transaction, State::default())?;
+        let (mut pieces, mut end) = (0, None);
         while let Some(chunk) = next()? {
             let mut rest = &chunk[..];
             while !rest.is_empty() {
@@ -76,13 +106,13 @@ impl Shard {
                 if let Piece::End { pieces, state } = piece {
                     end = Some((pieces, state));
                 } else {
-                    digest = digest.wrapping_add(put(&transaction, piece)?);
+                    put(&mut applier, piece)?;
                     pieces += 1;
                 }
             }
         }
         let state = match end {
-            Some((counted, state)) if counted == pieces && state.digest == digest => state,
+            Some((counted, state)) if counted == pieces && state.same_rows(&applier.state) => state,
             Some((counted, _)) => {
                 let reason =
                     format!("{pieces} pieces arrived of {counted}, or not the ones that its digest tells");
@@ -90,32 +120,30 @@ impl Shard {
             }
             None => return Err(StorageError::Snapshot("it was cut short".into())),
         };
-        rows::save_state(&transaction, &state)?;
-        let loaded = load_vectors(&transaction)?;
+        applier.state = state;
+        let (state, _) = applier.finish()?;
         let mut vectors = self.vectors_mut();
         transaction.commit()?;
-        *vectors = loaded;
+        vectors.forget_all();
         self.cache.clear();
         *lock(&self.published) = Arc::new(state);
         Ok(())
     }
 }
 
-/// Stores a piece; its part of the digest.
-fn put(db: &Connection, piece: Piece) -> Result<u128, StorageError> {
+/// Stores a piece and counts it.
+fn put(applier: &mut Applier<'_>, piece: Piece) -> Result<(), StorageError> {
     match piece {
-        Piece::Memory(row) => {
-            rows::put_memory(db, &row, &rows::decode_body(&row.body)?)?;
-            Ok(rows::memory_hash("memories", &row))
-        }
-        Piece::History { version, row } => {
-            rows::put_history(db, &row, &rows::decode_body(&row.body)?, version)?;
-            Ok(rows::memory_hash("history", &row))
-        }
+        Piece::Memory(row) => applier.restore(&row, None)?,
+        Piece::History { version, row } => applier.restore(&row, Some(version))?,
         Piece::Key(row) => {
-            rows::put_key(db, &row)?;
-            Ok(rows::key_hash(&row))
+            rows::put_key(applier.db, &row)?;
+            applier.state.digest = applier.state.digest.wrapping_add(rows::key_hash(&row));
+            applier.state.keys += 1;
         }
-        Piece::End { .. } => Ok(0),
+        Piece::Edge(EdgeRow { tenant, edge }) => applier.put_edge(&tenant, &edge)?,
+        Piece::Deleted { tenant, id, place } => rows::put_place(applier.db, &tenant, &id, place)?,
+        Piece::End { .. } => {}
     }
+    Ok(())
 }

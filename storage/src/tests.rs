@@ -55,6 +55,7 @@ fn search(k: usize) -> SearchQuery {
         owners: vec![memory("t", 0, "").owner()],
         vector: vector(7),
         space: "s".into(),
+        text: String::new(),
         k,
         threshold: None,
         filter: None,
@@ -476,7 +477,11 @@ fn forgetting_old_keys_keeps_up_with_batches() -> Result<()> {
 #[test]
 fn searches_beside_apply_find_k_while_k_exist() -> Result<()> {
     // Without a cache, which would hide that records and vectors differ.
-    let shard = Shard::open(SimDisk::new(1), "views", ShardOptions { cache_bytes_max: 0 })?;
+    let shard = Shard::open(
+        SimDisk::new(1),
+        "views",
+        ShardOptions { cache_bytes_max: 0, ..ShardOptions::default() },
+    )?;
     apply(&shard, 1, (0..50).map(|id| command("t", "", 0, 5, add(id))).collect())?;
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|threads| {

@@ -4,13 +4,18 @@ use super::context;
 use crate::error::Error;
 use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index};
 use crate::proto::v1::{self, admin_service_server};
+use crate::reader::Reader;
+use crate::writer::Writer;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::Instant;
 use std::sync::Arc;
+use storage::model::Month;
 use tonic::{Request, Response, Status};
 
 pub struct AdminService {
     pub about: Arc<About>,
+    /// Of a node with the edge's roles.
+    pub edge: Option<(Writer, Reader)>,
 }
 
 /// What a node knows of itself.
@@ -83,10 +88,12 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
         epoch: FIRST_EPOCH,
         last_index: metrics.last_log_index.map_or(0, position_index),
         committed_index: committed,
-        views: vec![view("records"), view("vector")],
+        views: vec![view("records"), view("graph"), view("vector")],
         memories: counts.memories,
         vectors: counts.vectors,
         idempotency_keys: counts.idempotency_keys,
+        edges: counts.edges,
+        repairing: ledger.is_repairing(),
         digest: digest.to_vec(),
         digest_index: scan.as_ref().map_or(position.index, |(at, _)| at.index),
         digest_by_scan: scan.map_or(vec![], |(_, digest)| digest.to_vec()),
@@ -110,6 +117,51 @@ impl admin_service_server::AdminService for AdminService {
     ) -> Result<Response<v1::MembersResponse>, Status> {
         operator(&request)?;
         Ok(Response::new(v1::MembersResponse { members: self.about.members() }))
+    }
+
+    async fn partitions(
+        &self,
+        request: Request<v1::PartitionsRequest>,
+    ) -> Result<Response<v1::PartitionsResponse>, Status> {
+        operator(&request)?;
+        let (_, deadline) = context(&request)?;
+        let partitions = self.edge()?.1.partitions(deadline).await?;
+        let partition = |p: storage::Partition| v1::Partition {
+            month: p.month.to_string(),
+            memories: p.memories,
+            vectors: p.vectors,
+            history: p.history,
+            applied_index: p.applied.index,
+        };
+        Ok(Response::new(v1::PartitionsResponse {
+            partitions: partitions.into_iter().map(partition).collect(),
+        }))
+    }
+
+    async fn drop_partition(
+        &self,
+        request: Request<v1::DropPartitionRequest>,
+    ) -> Result<Response<v1::DropPartitionResponse>, Status> {
+        operator(&request)?;
+        let (_, deadline) = context(&request)?;
+        let v1::DropPartitionRequest { month, options } = request.into_inner();
+        let parsed = Month::parse(&month)
+            .ok_or_else(|| Error::invalid("month", format!("'{month}' is no month; write it as 2026-11")))?;
+        let key = crate::writer::options(options)?;
+        let written = self.edge()?.0.drop_month(parsed, key, deadline).await.map_err(|e| match e {
+            Error::NotFound(_) => Error::NotFound(format!("partition {month}")),
+            other => other,
+        })?;
+        let info = super::memory::info(&written);
+        Ok(Response::new(v1::DropPartitionResponse { memories: written.version, info }))
+    }
+}
+
+impl AdminService {
+    fn edge(&self) -> Result<&(Writer, Reader), Error> {
+        self.edge
+            .as_ref()
+            .ok_or_else(|| Error::Unavailable("this node has no gateway; ask one that has".into()))
     }
 }
 

@@ -1,33 +1,42 @@
-//! `loci.v1.GraphService`: the protocol is there, the graph view is not yet, and every call says so.
+//! `loci.v1.GraphService`.
 
-use crate::error::Error;
+use super::context;
+use super::memory::info;
 use crate::proto::v1::{self, graph_service_server};
+use crate::reader::Reader;
+use crate::writer::Writer;
 use tonic::{Request, Response, Status};
 
-pub struct GraphService;
-
-const MISSING: Error = Error::Unimplemented("the graph view");
+pub struct GraphService {
+    pub writer: Writer,
+    pub reader: Reader,
+}
 
 #[tonic::async_trait]
 impl graph_service_server::GraphService for GraphService {
     async fn upsert_edges(
         &self,
-        _: Request<v1::UpsertEdgesRequest>,
+        request: Request<v1::UpsertEdgesRequest>,
     ) -> Result<Response<v1::UpsertEdgesResponse>, Status> {
-        Err(MISSING.into())
+        let (caller, deadline) = context(&request)?;
+        let written = self.writer.upsert_edges(&caller, request.into_inner(), deadline).await?;
+        Ok(Response::new(v1::UpsertEdgesResponse { info: info(&written) }))
     }
 
     async fn delete_edges(
         &self,
-        _: Request<v1::DeleteEdgesRequest>,
+        request: Request<v1::DeleteEdgesRequest>,
     ) -> Result<Response<v1::DeleteEdgesResponse>, Status> {
-        Err(MISSING.into())
+        let (caller, deadline) = context(&request)?;
+        let written = self.writer.delete_edges(&caller, request.into_inner(), deadline).await?;
+        Ok(Response::new(v1::DeleteEdgesResponse { info: info(&written) }))
     }
 
     async fn traverse(
         &self,
-        _: Request<v1::TraverseRequest>,
+        request: Request<v1::TraverseRequest>,
     ) -> Result<Response<v1::TraverseResponse>, Status> {
-        Err(MISSING.into())
+        let (caller, deadline) = context(&request)?;
+        Ok(Response::new(self.reader.traverse(&caller, request.into_inner(), deadline).await?))
     }
 }

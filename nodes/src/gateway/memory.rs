@@ -36,7 +36,7 @@ impl<T> Stream for Feed<T> {
     }
 }
 
-fn info(written: &Written) -> Option<v1::WriteInfo> {
+pub(super) fn info(written: &Written) -> Option<v1::WriteInfo> {
     Some(v1::WriteInfo {
         token: Some(convert::token(written.position)),
         durability: v1::Durability::Quorum as i32,

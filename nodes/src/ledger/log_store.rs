@@ -12,13 +12,15 @@ use sim::sync::mpsc;
 use sim::time::Duration;
 use std::fmt::Debug;
 use std::io;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 use storage::codec;
-use storage::log::Log;
+use storage::log::{Entries, Log, LogError};
 
 const VOTE: &str = "vote";
-const PURGED: &str = "purged";
+pub const PURGED: &str = "purged";
+/// After so long without an append, the log's mark is made durable too.
+const IDLE: Duration = Duration::from_millis(200);
 /// A read returns at most this many bytes of payload; openraft asks again for the rest.
 const READ_BYTES_MAX: usize = 4 << 20;
 
@@ -50,6 +52,17 @@ impl LogStore {
         bytes.map(|b| codec::decode_serde(&b).map_err(|e| failed(name, e))).transpose()
     }
 
+    /// A chunk bounded in bytes. Damage ends the process: the next start finds it too, and repairs it.
+    fn chunk(&self, range: Range<u64>) -> io::Result<Entries> {
+        self.log.read(range, READ_BYTES_MAX).map_err(|error| {
+            if matches!(error, LogError::Corrupt { .. }) {
+                sim::task::spawn(async move { sim::task::abort(&format!("{error}; restarting")).await });
+                return failed("read", "it is damaged");
+            }
+            failed("read", error)
+        })
+    }
+
     /// Entries of `start..end` in openraft's counting, as far as they are there.
     fn read(&self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
         let start = position_index(start).max(self.log.first_index());
@@ -60,7 +73,7 @@ impl LogStore {
         let mut entries = Vec::with_capacity((end - start) as usize);
         let mut next = start;
         while next < end {
-            let chunk = self.log.read(next..end, READ_BYTES_MAX).map_err(|e| failed("read", e))?;
+            let chunk = self.chunk(next..end)?;
             if chunk.is_empty() {
                 break;
             }
@@ -74,7 +87,26 @@ impl LogStore {
 }
 
 async fn flusher(log: Arc<Log>, mut waiting: mpsc::UnboundedReceiver<IOFlushed<Types>>) {
-    while let Some(first) = waiting.recv().await {
+    let mut settled = true;
+    loop {
+        let next = match settled {
+            true => Ok(waiting.recv().await),
+            false => sim::time::timeout(IDLE, waiting.recv()).await,
+        };
+        let first = match next {
+            Ok(Some(first)) => first,
+            Ok(None) => return,
+            Err(_) => {
+                let log = log.clone();
+                if let Err(error) = sim::task::blocking(move || log.settle()).await {
+                    sim::task::abort(&format!("the ledger's log cannot be marked ({error}); check the disk"))
+                        .await;
+                }
+                settled = true;
+                continue;
+            }
+        };
+        settled = false;
         let mut callbacks = vec![first];
         while let Ok(next) = waiting.try_recv() {
             callbacks.push(next);
@@ -110,7 +142,7 @@ fn encode_entry(entry: &Entry) -> Vec<u8> {
     bytes
 }
 
-fn decode_entry(bytes: &[u8]) -> Result<Entry, String> {
+pub fn decode_entry(bytes: &[u8]) -> Result<Entry, String> {
     let short = || "is too short".to_string();
     let (&tag, bytes) = bytes.split_first().ok_or_else(short)?;
     let (length, bytes) = bytes.split_first_chunk::<4>().ok_or_else(short)?;
@@ -162,8 +194,7 @@ impl RaftLogReader<Types> for LogStore {
         if start >= end {
             return Ok(vec![]);
         }
-        let range = position_index(start)..position_index(end);
-        let chunk = self.log.read(range, READ_BYTES_MAX).map_err(|e| failed("read", e))?;
+        let chunk = self.chunk(position_index(start)..position_index(end))?;
         chunk.iter().map(|(i, p)| decode_entry(p).map_err(|e| failed(&format!("entry {i}"), e))).collect()
     }
 }
@@ -220,8 +251,7 @@ impl RaftLogStorage<Types> for LogStore {
         let purged = sim::task::blocking(move || {
             // First the fact, then the deed: a crash in between leaves entries that are known to be purged.
             log.put_meta(PURGED, &bytes)?;
-            log.purge_to(position_index(upto.index))?;
-            log.release_to(position_index(upto.index))
+            log.purge_to(position_index(upto.index))
         });
         if let Err(error) = purged.await {
             sim::task::abort(&format!("the ledger's log cannot be purged ({error}); check the disk")).await;

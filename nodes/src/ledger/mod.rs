@@ -14,12 +14,13 @@
 //!   whose answer is missing gets OUTCOME_UNKNOWN and retries with its idempotency key, decided at apply.
 //! - *A deposed leader is asked.* It can neither commit nor confirm a read position without a majority: it answers with an error.
 //! - *A log write or fsync fails.* The process ends and recovers from what its disk really holds ([`log_store`]).
-//! - *A replica is far behind.* It gets a snapshot ([`snapshot`]).
+//! - *A replica is far behind.* It gets a snapshot ([`storage::bases`]).
+//! - *A disk has rotted.* See [`recovery`].
 
 pub mod log_store;
 pub mod network;
+pub mod recovery;
 pub mod service;
-pub mod snapshot;
 pub mod state_machine;
 pub mod types;
 
@@ -30,15 +31,17 @@ use network::Network;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::{BasicNode, Config, ReadPolicy, SnapshotPolicy};
+use recovery::{Keeper, Opened};
 use sim::disk::Disk;
 use sim::sync::{Semaphore, mpsc, oneshot};
 use sim::time::{Duration, Instant};
 use state_machine::StateMachine;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use storage::Shard;
 use storage::codec;
-use storage::log::{Log, LogOptions};
+use storage::log::LogOptions;
 use storage::model::{Batch, Command, Outcome, Position};
 use types::{Data, Raft};
 
@@ -61,6 +64,8 @@ pub struct LedgerOptions {
     pub checkpoint_entries: u64,
     /// Entries kept below the last checkpoint, for peers that lag a little.
     pub entries_kept: u64,
+    /// A base is written only for this many bytes of log since the last one, at least.
+    pub base_bytes_min: u64,
     pub log: LogOptions,
 }
 
@@ -72,6 +77,7 @@ impl Default for LedgerOptions {
             election_max: Duration::from_millis(1000),
             checkpoint_entries: 5000,
             entries_kept: 1000,
+            base_bytes_min: 64 << 20,
             log: LogOptions::default(),
         }
     }
@@ -89,6 +95,7 @@ pub struct Ledger {
     pub shard: Arc<Shard>,
     peers: Peers,
     queue: mpsc::Sender<Waiting>,
+    repairing: Arc<AtomicBool>,
 }
 
 /// What the leader said of a proposal that it did not take.
@@ -106,13 +113,13 @@ fn internal(what: &str, error: impl std::fmt::Display) -> Error {
 }
 
 impl Ledger {
-    /// Opens this replica of the shard from `disk` and joins its peers. `members` are all voters by id; the first start anywhere
+    /// Joins the peers with what this replica has on `disk`. `members` are all voters by id; the first start anywhere
     /// forms the group from them, later ones find it on disk.
     pub async fn open(
         id: u64,
         members: BTreeMap<u64, String>,
         disk: Arc<dyn Disk>,
-        shard: Arc<Shard>,
+        opened: Opened,
         peers: Peers,
         options: LedgerOptions,
     ) -> Result<Ledger, Error> {
@@ -127,18 +134,28 @@ impl Ledger {
             max_payload_entries: 64,
             enable_leader_restore: Some(false),
             enable_pre_vote: Some(true),
+            // A replica whose log was damaged comes back with less than it had acknowledged.
+            allow_log_reversion: Some(true),
             ..Config::default()
         };
         let config = Arc::new(config.validate().map_err(|e| internal("ledger options", e))?);
-        let (log_disk, log_options) = (disk.clone(), options.log.clone());
-        let log = sim::task::blocking(move || Log::open(log_disk, "ledger", log_options)).await;
-        let log = Arc::new(log.map_err(|e| internal("ledger", e))?);
-        let store = log_store::LogStore::new(log);
-        let machine =
-            StateMachine::new(shard.clone(), FIRST_EPOCH).await.map_err(|e| internal("views", e))?;
+        let Opened { log, shard, bases } = opened;
+        let repair = log.repair().map_err(|e| internal("ledger", e))?;
+        let repairing = Arc::new(AtomicBool::new(repair.is_some()));
+        let store = log_store::LogStore::new(log.clone());
+        let keeper = Keeper { log: log.clone(), bases, base_bytes_min: options.base_bytes_min };
+        let machine = StateMachine::new(shard.clone(), keeper, FIRST_EPOCH).await;
+        let machine = machine.map_err(|e| internal("views", e))?;
         let network = Network { peers: peers.clone(), disk };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
-        if !raft.is_initialized().await.map_err(|e| internal("ledger", e))? {
+        if let Some(repair) = repair {
+            raft.runtime_config().elect(false);
+            sim::warn!(
+                "the log lost entries {} to {} to damage: this replica does not vote until its peers have given them back",
+                repair.from,
+                repair.to
+            );
+        } else if !raft.is_initialized().await.map_err(|e| internal("ledger", e))? {
             let nodes: BTreeMap<u64, BasicNode> =
                 members.iter().map(|(id, addr)| (*id, BasicNode::new(addr.clone()))).collect();
             // Each member forms the same group; whoever is first is elected, the others' attempt is refused harmlessly.
@@ -149,7 +166,21 @@ impl Ledger {
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
         sim::task::spawn(batcher(raft.clone(), waiting));
         sim::task::spawn(announce_leaders(raft.clone()));
-        Ok(Ledger { raft, shard, peers, queue })
+        let ledger = Ledger { raft, shard, peers, queue, repairing };
+        if repair.is_some() {
+            sim::task::spawn(ledger.clone().repair(log));
+        }
+        Ok(ledger)
+    }
+
+    /// Whether this replica's log is not yet whole again.
+    pub fn is_repairing(&self) -> bool {
+        self.repairing.load(Ordering::SeqCst)
+    }
+
+    fn vote_again(&self) {
+        self.repairing.store(false, Ordering::SeqCst);
+        self.raft.runtime_config().elect(true);
     }
 
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.

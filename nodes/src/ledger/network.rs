@@ -1,6 +1,5 @@
 //! openraft's messages to a peer, over [`crate::proto::internal`]. Each call carries its own deadline and the cluster's secret.
 
-use super::snapshot;
 use super::state_machine::SnapshotSource;
 use super::types::{Types, Vote};
 use crate::peers::Peers;
@@ -18,7 +17,7 @@ use sim::disk::Disk;
 use sim::time::Duration;
 use std::future::Future;
 use std::sync::Arc;
-use storage::codec;
+use storage::{bases, codec};
 
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -135,8 +134,8 @@ impl RaftNetworkV2<Types> for Peer {
             let file = {
                 let (disk, path) = (disk.clone(), path.clone());
                 sim::task::blocking(move || {
-                    snapshot::export(&shard, &*disk, &path)?;
-                    snapshot::FileChunks::open(&*disk, &path).map_err(storage::StorageError::from)
+                    bases::export(&shard, &*disk, &path)?;
+                    bases::Reader::open(&*disk, &path)
                 })
             };
             let file = file.await.map_err(unreachable)?;

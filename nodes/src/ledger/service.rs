@@ -1,6 +1,5 @@
 //! What peers ask of this replica: openraft's messages, proposals, read positions and queries of the views.
 
-use super::snapshot::FileSink;
 use super::state_machine::SnapshotSource;
 use super::types::{SnapshotMeta, Vote};
 use super::{Ledger, Proposed};
@@ -11,6 +10,7 @@ use serde::de::DeserializeOwned;
 use sim::disk::Disk;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use storage::bases::Writer;
 use storage::codec;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -39,6 +39,16 @@ fn encoded<T: bincode::Encode>(value: &T) -> Answer {
     Ok(Response::new(Body { body: codec::encode(value).into() }))
 }
 
+impl ReplicaService {
+    /// A replica that has forgotten what it acknowledged must not help anybody to lead.
+    fn may_vote(&self) -> Result<(), Status> {
+        match self.ledger.is_repairing() {
+            true => Err(Status::unavailable("this replica repairs its log and does not vote yet")),
+            false => Ok(()),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl replica_server::Replica for ReplicaService {
     async fn append(&self, request: Request<Body>) -> Answer {
@@ -46,14 +56,17 @@ impl replica_server::Replica for ReplicaService {
     }
 
     async fn vote(&self, request: Request<Body>) -> Answer {
+        self.may_vote()?;
         answer(self.ledger.raft.vote(decoded(&request)?).await)
     }
 
     async fn pre_vote(&self, request: Request<Body>) -> Answer {
+        self.may_vote()?;
         answer(self.ledger.raft.pre_vote(decoded(&request)?).await)
     }
 
     async fn transfer_leader(&self, request: Request<Body>) -> Answer {
+        self.may_vote()?;
         answer(self.ledger.raft.handle_transfer_leader(decoded(&request)?).await)
     }
 
@@ -67,11 +80,12 @@ impl replica_server::Replica for ReplicaService {
         let path = format!("snapshot-in-{}.tmp", self.received.fetch_add(1, Ordering::Relaxed));
         let broken = |e: std::io::Error| Status::internal(format!("snapshot cannot be stored: {e}"));
         let (disk, name) = (self.disk.clone(), path.clone());
-        let mut sink = sim::task::blocking(move || FileSink::create(&*disk, &name)).await.map_err(broken)?;
+        let mut sink = sim::task::blocking(move || Writer::create(&*disk, &name)).await.map_err(broken)?;
         while let Some(chunk) = stream.message().await? {
             sink =
                 sim::task::blocking(move || sink.push(&chunk.body).map(|()| sink)).await.map_err(broken)?;
         }
+        sim::task::blocking(move || sink.finish()).await.map_err(broken)?;
         let source = SnapshotSource::File { disk: self.disk.clone(), path };
         let snapshot = openraft::storage::Snapshot { meta, snapshot: source };
         answer(self.ledger.raft.install_full_snapshot(vote, snapshot).await)

@@ -4,10 +4,12 @@
 //! prefix. Applying twice changes nothing. What a power loss takes from the views, the log gives back: it is purged only
 //! below a position that a checkpoint made durable.
 //!
-//! A "snapshot" held by this replica is therefore only a checkpoint's position; its data is exported from the views when a
+//! A "snapshot" that openraft holds of this replica is therefore only a checkpoint's position; its data is exported from the views when a
 //! lagging peer needs it, and may then show a later position than its meta. That is safe: what the peer gets twice, it skips.
+//! Beside that, a checkpoint now and then writes a base ([`storage::bases`]), from which damaged views are made anew ([`recovery`]).
 
 use super::log_store::position_index;
+use super::recovery::{self, Keeper};
 use super::types::{Data, Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types};
 use futures::{Stream, StreamExt};
 use openraft::entry::RaftEntry;
@@ -18,6 +20,7 @@ use sim::disk::Disk;
 use sim::time::Duration;
 use std::io;
 use std::sync::{Arc, Mutex};
+use storage::bases::Reader;
 use storage::model::{Batch, Position};
 use storage::{Shard, StorageError, codec};
 
@@ -36,6 +39,7 @@ pub enum SnapshotSource {
 
 pub struct StateMachine {
     shard: Arc<Shard>,
+    keeper: Keeper,
     epoch: u64,
     /// How far openraft knows that the views are. A received snapshot's data can be further than it said, and a checkpoint must
     /// not name entries that openraft has not yet handed over.
@@ -49,7 +53,7 @@ fn io_error(error: StorageError) -> io::Error {
 }
 
 /// How far the views are, in openraft's terms.
-fn applied_meta(shard: &Shard) -> io::Result<SnapshotMeta> {
+pub fn applied_meta(shard: &Shard) -> io::Result<SnapshotMeta> {
     let (_, bytes) = shard.applied();
     if bytes.is_empty() {
         return Ok(SnapshotMeta::default());
@@ -61,41 +65,24 @@ fn applied_meta(shard: &Shard) -> io::Result<SnapshotMeta> {
 
 impl StateMachine {
     /// Takes the opened views of a shard in `epoch`. What they hold is made durable first, since the log may be purged below it.
-    pub async fn new(shard: Arc<Shard>, epoch: u64) -> io::Result<StateMachine> {
+    pub async fn new(shard: Arc<Shard>, keeper: Keeper, epoch: u64) -> io::Result<StateMachine> {
         let views = shard.clone();
         sim::task::blocking(move || views.checkpoint()).await.map_err(io_error)?;
         let known = applied_meta(&shard)?;
         sim::debug!("views opened at {}", known.last_log_id.map_or(0, |l| position_index(l.index)));
         let snapshot = Arc::new(Mutex::new(known.clone()));
-        Ok(StateMachine { shard, epoch, known, snapshot })
+        Ok(StateMachine { shard, keeper, epoch, known, snapshot })
     }
 
     async fn apply_some(&self, entries: Vec<(Entry, Option<Batch>)>) -> Vec<Vec<storage::model::Outcome>> {
         let memories: usize = entries.iter().map(|(_, b)| b.as_ref().map_or(0, |b| b.commands.len())).sum();
         sim::rand::buggify_wait("before an apply", 0.02, Duration::from_millis(200)).await;
         let (shard, epoch) = (self.shard.clone(), self.epoch);
-        let applied = sim::task::blocking(move || {
-            let meta = applied_meta(&shard).map_err(|e| e.to_string())?;
-            let mut membership = meta.last_membership;
-            let mut last = meta.last_log_id;
-            for (entry, _) in &entries {
-                last = Some(entry.log_id());
-                if let EntryPayload::Membership(m) = &entry.payload {
-                    membership = StoredMembership::new(Some(entry.log_id()), m.clone());
-                }
-            }
-            let meta = codec::encode_serde(&(last, membership));
-            let items: Vec<storage::Entry<'_>> = entries
-                .iter()
-                .map(|(entry, batch)| {
-                    let index = position_index(entry.log_id().index);
-                    storage::Entry { epoch, index, batch: batch.as_ref() }
-                })
-                .collect();
-            shard.apply(&items, &meta).map_err(|e| e.to_string())
-        });
+        let views = shard.clone();
+        let applied = sim::task::blocking(move || apply_entries(&shard, epoch, &entries));
         let outcomes = match applied.await {
             Ok(outcomes) => outcomes,
+            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&views, error).await,
             Err(error) => sim::task::abort(&format!("the views cannot apply the ledger: {error}")).await,
         };
         sim::cpu::work(cost::APPLY_MEMORY * memories as u32).await;
@@ -103,7 +90,33 @@ impl StateMachine {
     }
 }
 
-fn decode_batch(entry: &Entry) -> Result<Option<Batch>, String> {
+/// Applies entries, and stores with them how far the ledger is applied in openraft's terms.
+pub fn apply_entries(
+    shard: &Shard,
+    epoch: u64,
+    entries: &[(Entry, Option<Batch>)],
+) -> Result<Vec<Vec<storage::model::Outcome>>, StorageError> {
+    let meta = applied_meta(shard)?;
+    let mut membership = meta.last_membership;
+    let mut last = meta.last_log_id;
+    for (entry, _) in entries {
+        last = Some(entry.log_id());
+        if let EntryPayload::Membership(m) = &entry.payload {
+            membership = StoredMembership::new(Some(entry.log_id()), m.clone());
+        }
+    }
+    let meta = codec::encode_serde(&(last, membership));
+    let items: Vec<storage::Entry<'_>> = entries
+        .iter()
+        .map(|(entry, batch)| {
+            let index = position_index(entry.log_id().index);
+            storage::Entry { epoch, index, batch: batch.as_ref() }
+        })
+        .collect();
+    shard.apply(&items, &meta)
+}
+
+pub fn decode_batch(entry: &Entry) -> Result<Option<Batch>, String> {
     match &entry.payload {
         EntryPayload::Normal(Data(bytes)) => codec::decode(&bytes[..]).map(Some).map_err(|e| e.to_string()),
         _ => Ok(None),
@@ -163,28 +176,30 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Checkpointer {
-        Checkpointer { shard: self.shard.clone(), meta: self.known.clone(), snapshot: self.snapshot.clone() }
+        let (shard, keeper) = (self.shard.clone(), self.keeper.clone());
+        Checkpointer { shard, keeper, meta: self.known.clone(), snapshot: self.snapshot.clone() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotSource) -> io::Result<()> {
         let SnapshotSource::File { disk, path } = snapshot else {
             return Err(io::Error::other("a snapshot to install must have been received as a file"));
         };
-        let shard = self.shard.clone();
+        let (shard, bases) = (self.shard.clone(), self.keeper.bases.clone());
         let index = meta.last_log_id.map_or(0, |l| position_index(l.index));
         let installed = sim::task::blocking(move || -> Result<Position, String> {
             let (position, _) = shard.applied();
             // The views may already be ahead: a snapshot's data can be newer than its meta.
-            if position.index < index {
-                let mut chunks =
-                    super::snapshot::FileChunks::open(&*disk, &path).map_err(|e| e.to_string())?;
-                shard
-                    .import(&mut || chunks.next_chunk().map_err(StorageError::from))
-                    .map_err(|e| e.to_string())?;
+            let newer = position.index < index;
+            if newer {
+                let mut reader = Reader::open(&*disk, &path).map_err(|e| e.to_string())?;
+                shard.import(&mut || reader.next_chunk()).map_err(|e| e.to_string())?;
             }
             // In either case: openraft purges the log up to here next, which must then not be needed to refill the views.
             shard.checkpoint().map_err(|e| e.to_string())?;
-            disk.remove(&path).map_err(|e| e.to_string())?;
+            match newer {
+                true => drop(bases.adopt(&path, &shard).map_err(|e| e.to_string())?),
+                false => disk.remove(&path).map_err(|e| e.to_string())?,
+            }
             Ok(shard.applied().0)
         });
         match installed.await {
@@ -212,6 +227,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Makes the applied state durable, so that the log below it may go.
 pub struct Checkpointer {
     shard: Arc<Shard>,
+    keeper: Keeper,
     /// What was applied when the checkpoint was asked for; it covers at least that.
     meta: SnapshotMeta,
     snapshot: Arc<Mutex<SnapshotMeta>>,
@@ -223,9 +239,17 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let meta = self.meta.clone();
         sim::rand::buggify_wait("before a checkpoint", 0.2, Duration::from_secs(2)).await;
-        let shard = self.shard.clone();
-        if let Err(error) = sim::task::blocking(move || shard.checkpoint()).await {
-            sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await;
+        let (shard, keeper) = (self.shard.clone(), self.keeper.clone());
+        let kept = sim::task::blocking(move || {
+            shard.checkpoint()?;
+            keeper.keep(&shard)
+        });
+        match kept.await {
+            Ok(()) => {}
+            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&self.shard, error).await,
+            Err(error) => {
+                sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await
+            }
         }
         sim::debug!("checkpoint at {}", meta.last_log_id.map_or(0, |l| position_index(l.index)));
         let mut held = lock(&self.snapshot);

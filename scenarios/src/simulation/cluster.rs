@@ -71,7 +71,7 @@ impl Cluster {
             let addr = format!("{name}:{PORT}");
             let text = format!(
                 "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}\
-                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\n",
+                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\nbase_bytes_min = 50000\n",
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 60 + sim::rand::below(200),
                 sim::rand::below(40),

@@ -2,13 +2,23 @@
 //!
 //! | table | row | key |
 //! |---|---|---|
-//! | `memories` | each memory as it is | its last change's position (as row id), (tenant, id) and (owner, id) |
-//! | `history` | each superseded version and each deletion | position, and (tenant, id) |
+//! | `mYYYY_MM` | each memory created in that month, as it is | its last change's position (as row id), and (owner, id) |
+//! | `hYYYY_MM` | each superseded version and each deletion of those | position, and (tenant, id) |
+//! | `fYYYY_MM` | the index of metadata ([`fields`]) | (owner, path, kind, value, position) |
+//! | `tYYYY_MM`, `vYYYY_MM`, `oYYYY_MM` | the index of words ([`words`]), its terms, and its counts by owner | |
+//! | `months` | what is known of each month ([`months`]) | month |
+//! | `directory` | where each memory is, or was when it was deleted | (tenant, id) |
+//! | `owners` | owners by number | owner |
+//! | `edges` | the graph ([`crate::graph`]) | (tenant, source, relation, target), and (tenant, target) |
 //! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key), and time |
 //! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
 //!
-//! A position is stored as one integer, `index << 20 | item`, so both tables lie in the order of the ledger (whose index
+//! A position is stored as one integer, `index << 20 | item`, so memories and history lie in the order of the ledger (whose index
 //! goes on from epoch to epoch) and new rows go to the end.
+//!
+//! **Partitions are tables, not files.** SQLite files that are attached together do not commit as one after a power loss; each would
+//! stand at a position of its own, and replaying entries over that needs decisions (keys, versions) that another file has already
+//! taken. Tables of one file commit together, so a view has one position, and a month is still pruned and dropped whole.
 //! The database runs in WAL mode without an fsync per transaction: a power loss takes back a suffix of transactions as a whole, and
 //! `state` says where the ledger must resume.
 //!
@@ -19,30 +29,33 @@
 //! `all-nodes-power-loss`, seed 7). So pages move into the database only while no one reads, and the log is cut to nothing
 //! in the same step, before SQLite could restart it. While a long read goes on the log grows, and is synced instead.
 
+pub mod fields;
+pub mod months;
 pub mod rows;
+pub mod words;
 
 use crate::error::StorageError;
 use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-const SCHEMA_VERSION: i64 = 1;
+pub const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
-CREATE TABLE IF NOT EXISTS memories (
-  position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, tenant TEXT NOT NULL, id BLOB NOT NULL, owner BLOB NOT NULL,
-  kind INTEGER NOT NULL, body BLOB NOT NULL, vector BLOB NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS memories_id ON memories (tenant, id);
-CREATE INDEX IF NOT EXISTS memories_owner ON memories (owner, id);
-CREATE TABLE IF NOT EXISTS history (
-  position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, tenant TEXT NOT NULL, id BLOB NOT NULL,
-  version INTEGER NOT NULL, kind INTEGER NOT NULL, body BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS history_id ON history (tenant, id, version);
-CREATE TABLE IF NOT EXISTS keys (
+CREATE TABLE months (month INTEGER PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE directory (
+  tenant TEXT NOT NULL, id BLOB NOT NULL, month INTEGER NOT NULL, position INTEGER NOT NULL, version INTEGER NOT NULL,
+  PRIMARY KEY (tenant, id)) WITHOUT ROWID;
+CREATE TABLE owners (number INTEGER PRIMARY KEY, owner BLOB NOT NULL UNIQUE, tenant TEXT NOT NULL);
+CREATE TABLE edges (
+  tenant INTEGER NOT NULL, source BLOB NOT NULL, relation TEXT NOT NULL, target BLOB NOT NULL, weight REAL NOT NULL,
+  valid_from INTEGER, valid_to INTEGER, PRIMARY KEY (tenant, source, relation, target)) WITHOUT ROWID;
+CREATE INDEX edges_in ON edges (tenant, target);
+CREATE TABLE keys (
   tenant TEXT NOT NULL, key TEXT NOT NULL, time INTEGER NOT NULL, hash BLOB NOT NULL, outcome BLOB NOT NULL,
   PRIMARY KEY (tenant, key)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS keys_time ON keys (time);
-CREATE TABLE IF NOT EXISTS state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
+CREATE INDEX keys_time ON keys (time);
+CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
 ";
 
 /// Pages that the write-ahead log may hold before it is moved into the database.
@@ -61,12 +74,24 @@ pub struct Records {
     readers: Vec<Mutex<Connection>>,
 }
 
+/// See [`Records::lazy_reader`].
+pub struct LazyReader<'a> {
+    records: &'a Records,
+    taken: std::cell::OnceCell<MutexGuard<'a, Connection>>,
+}
+
+impl LazyReader<'_> {
+    pub fn get(&self) -> &Connection {
+        self.taken.get_or_init(|| self.records.reader())
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn configure(connection: &Connection, cache_kib: u32) -> Result<(), rusqlite::Error> {
-    connection.set_prepared_statement_cache_capacity(64);
+    connection.set_prepared_statement_cache_capacity(1024);
     connection.execute_batch(&format!(
         "PRAGMA page_size=4096; PRAGMA cache_size=-{cache_kib}; PRAGMA temp_store=MEMORY; PRAGMA mmap_size=0;"
     ))
@@ -113,6 +138,11 @@ impl Records {
     pub fn reader(&self) -> MutexGuard<'_, Connection> {
         let free = self.readers.iter().find_map(|r| r.try_lock().ok());
         free.unwrap_or_else(|| lock(&self.readers[0]))
+    }
+
+    /// A connection to read with, taken when it is first asked for: whoever holds one must not ask for another.
+    pub fn lazy_reader(&self) -> LazyReader<'_> {
+        LazyReader { records: self, taken: std::cell::OnceCell::new() }
     }
 
     /// Moves the write-ahead log into the database once it is long. SQLite's own way to do this hides a sync that failed, and pages

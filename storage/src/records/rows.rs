@@ -1,5 +1,7 @@
 //! Rows of the records view, read and written.
 
+use super::months::{Months, suffix};
+use super::{fields, words};
 use crate::codec;
 use crate::error::StorageError;
 use crate::model::*;
@@ -29,7 +31,17 @@ pub struct State {
     /// The latest calendar time that a command carried; keys age by it.
     pub ledger_time: UnixMs,
     pub memories: u64,
+    pub vectors: u64,
     pub keys: u64,
+    pub edges: u64,
+}
+
+impl State {
+    /// Whether two states tell of the same rows.
+    pub fn same_rows(&self, other: &State) -> bool {
+        let rows = |s: &State| (s.digest, s.memories, s.vectors, s.keys, s.edges);
+        rows(self) == rows(other)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
@@ -39,6 +51,11 @@ pub struct KeyRow {
     pub time: UnixMs,
     pub hash: [u8; 16],
     pub outcome: Vec<u8>,
+}
+
+/// The part of the digest of a row of another kind.
+pub fn hash_of(kind: &[u8], row: &[u8]) -> u128 {
+    hash16(blake3::Hasher::new().update(kind).update(row))
 }
 
 fn hash16(hasher: &blake3::Hasher) -> u128 {
@@ -60,9 +77,7 @@ pub fn memory_hash(table: &str, row: &Stored) -> u128 {
 }
 
 pub fn key_hash(row: &KeyRow) -> u128 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"keys").update(&codec::encode(row));
-    hash16(&hasher)
+    hash_of(b"keys", &codec::encode(row))
 }
 
 pub fn vector_bytes(vector: &[f32]) -> Vec<u8> {
@@ -99,9 +114,9 @@ pub struct Stored {
     pub vector: Vec<u8>,
 }
 
-/// The columns that [`stored`] reads from `memories`.
+/// The columns that [`stored`] reads from a month's memories.
 pub const MEMORY: &str = "epoch, position, kind, body, vector";
-/// The columns that [`stored`] reads from `history`.
+/// The columns that [`stored`] reads from a month's history.
 pub const HISTORY: &str = "epoch, position, kind, body, x''";
 
 pub fn stored(row: &Row<'_>) -> Result<Stored, rusqlite::Error> {
@@ -109,60 +124,142 @@ pub fn stored(row: &Row<'_>) -> Result<Stored, rusqlite::Error> {
     Ok(Stored { epoch, position: row.get(1)?, kind: row.get(2)?, body: row.get(3)?, vector: row.get(4)? })
 }
 
-pub fn find(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Stored>, StorageError> {
+/// Where a memory is, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Place {
+    pub month: Month,
+    /// 0: it was deleted.
+    pub position: i64,
+    pub version: u64,
+}
+
+pub fn place(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Place>, StorageError> {
     let mut statement =
-        db.prepare_cached(&format!("SELECT {MEMORY} FROM memories WHERE tenant = ?1 AND id = ?2"))?;
-    Ok(statement.query_row(params![tenant, &id[..]], stored).optional()?)
+        db.prepare_cached("SELECT month, position, version FROM directory WHERE tenant = ?1 AND id = ?2")?;
+    let place = |row: &Row<'_>| {
+        let version = row.get::<_, i64>(2)? as u64;
+        Ok(Place { month: Month(row.get(0)?), position: row.get(1)?, version })
+    };
+    Ok(statement.query_row(params![tenant, &id[..]], place).optional()?)
+}
+
+pub fn put_place(db: &Connection, tenant: &str, id: &MemoryId, place: Place) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached("INSERT OR REPLACE INTO directory VALUES (?1, ?2, ?3, ?4, ?5)")?;
+    statement.execute(params![tenant, &id[..], place.month.0, place.position, place.version as i64])?;
+    Ok(())
+}
+
+pub fn remove_place(db: &Connection, tenant: &str, id: &MemoryId) -> Result<(), StorageError> {
+    db.prepare_cached("DELETE FROM directory WHERE tenant = ?1 AND id = ?2")?
+        .execute(params![tenant, &id[..]])?;
+    Ok(())
+}
+
+/// One column, or more, of the memory at a place that is not a deleted one's.
+fn at<T>(
+    db: &Connection,
+    place: Place,
+    columns: &str,
+    read: impl FnOnce(&Row<'_>) -> Result<T, rusqlite::Error>,
+) -> Result<T, StorageError> {
+    let mut statement =
+        db.prepare_cached(&format!("SELECT {columns} FROM m{} WHERE position = ?1", suffix(place.month)))?;
+    let found = statement.query_row([place.position], read).optional()?;
+    found.ok_or_else(|| StorageError::Corrupt {
+        what: format!("the records of {}", place.month),
+        problem: format!("there is no memory at {:?}, where one should be", unpack(0, place.position)),
+    })
+}
+
+pub fn stored_at(db: &Connection, place: Place) -> Result<Stored, StorageError> {
+    at(db, place, MEMORY, stored)
+}
+
+pub fn body_at(db: &Connection, place: Place) -> Result<Vec<u8>, StorageError> {
+    at(db, place, "body", |row| row.get(0))
+}
+
+fn alive(place: Option<Place>) -> Option<Place> {
+    place.filter(|p| p.position != 0)
+}
+
+pub fn find(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Stored>, StorageError> {
+    alive(place(db, tenant, id)?).map(|place| stored_at(db, place)).transpose()
 }
 
 /// The body alone, for answers that need no vector.
 pub fn find_body(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Vec<u8>>, StorageError> {
-    let mut statement = db.prepare_cached("SELECT body FROM memories WHERE tenant = ?1 AND id = ?2")?;
-    Ok(statement.query_row(params![tenant, &id[..]], |row| row.get(0)).optional()?)
+    alive(place(db, tenant, id)?).map(|place| body_at(db, place)).transpose()
 }
 
-/// The last version in the history of a deleted memory.
-pub fn last_version(db: &Connection, tenant: &str, id: &MemoryId) -> Result<u64, StorageError> {
-    // SQLite prepares max(version) and ORDER BY version anew for every id, which costs more than all the rest of an Add.
-    let mut statement = db.prepare_cached("SELECT version FROM history WHERE tenant = ?1 AND id = ?2")?;
-    let mut found = statement.query(params![tenant, &id[..]])?;
-    let mut last = 0;
-    while let Some(row) = found.next()? {
-        last = last.max(row.get::<_, i64>(0)?);
+/// The number of an owner; `None` if it never had a memory.
+pub fn owner_number(db: &Connection, owner: &Owner) -> Result<Option<i64>, StorageError> {
+    let mut statement = db.prepare_cached("SELECT number FROM owners WHERE owner = ?1")?;
+    Ok(statement.query_row([codec::encode(owner)], |row| row.get(0)).optional()?)
+}
+
+/// The number of an owner, given now if it had none.
+pub fn number_owner(db: &Connection, owner: &Owner) -> Result<i64, StorageError> {
+    if let Some(number) = owner_number(db, owner)? {
+        return Ok(number);
     }
-    Ok(last as u64)
+    let tenant = match owner {
+        Owner::Agent { tenant, .. } | Owner::User { tenant, .. } | Owner::Shared { tenant } => tenant,
+        Owner::Global => GLOBAL_TENANT,
+    };
+    db.prepare_cached("INSERT INTO owners (owner, tenant) VALUES (?1, ?2)")?
+        .execute(params![codec::encode(owner), tenant])?;
+    Ok(db.last_insert_rowid())
 }
 
-/// The key of an owner's memories.
-pub fn owner_key(owner: &Owner) -> Vec<u8> {
-    codec::encode(owner)
-}
-
-/// `memory` is what the row's body encodes.
+/// Writes a memory's row and its indexes. `memory` is what the row's body encodes.
 pub fn put_memory(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO memories VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
-    let (epoch, owner) = (row.epoch as i64, owner_key(&memory.owner()));
+    let (month, owner) = (Month::of(memory.created), number_owner(db, &memory.owner())?);
+    let words = words::add(db, month, row.position, owner, &memory.text)?;
+    fields::add(db, month, owner, row.position, memory)?;
+    let mut statement = db
+        .prepare_cached(&format!("INSERT INTO m{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)", suffix(month)))?;
+    let (epoch, words) = (row.epoch as i64, words as i64);
     statement.execute(params![
         row.position,
         epoch,
-        memory.tenant,
         &memory.id[..],
         owner,
         row.kind,
+        words,
         row.body,
         row.vector
     ])?;
-    Ok(())
+    let place = Place { month, position: row.position, version: memory.version };
+    put_place(db, &memory.tenant, &memory.id, place)
 }
 
-pub fn remove_memory(db: &Connection, position: i64) -> Result<(), StorageError> {
-    db.prepare_cached("DELETE FROM memories WHERE position = ?1")?.execute([position])?;
+/// Removes a memory's row and what indexes it, but not its place.
+pub fn remove_memory(db: &Connection, position: i64, memory: &Memory) -> Result<(), StorageError> {
+    let month = Month::of(memory.created);
+    let mut statement = db.prepare_cached(&format!(
+        "DELETE FROM m{} WHERE position = ?1 RETURNING owner, words",
+        suffix(month)
+    ))?;
+    let (owner, words) = statement.query_row([position], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    words::remove(db, month, position, owner, words)?;
+    fields::remove(db, month, owner, position, memory)
+}
+
+/// Replaces the body of a row; nothing that is indexed may differ.
+pub fn replace_body(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+    let month = Month::of(memory.created);
+    db.prepare_cached(&format!("UPDATE m{} SET body = ?2 WHERE position = ?1", suffix(month)))?
+        .execute(params![row.position, row.body])?;
     Ok(())
 }
 
 /// `version` is that of the change: of a deletion, one more than its memory's.
 pub fn put_history(db: &Connection, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO history VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+    let mut statement = db.prepare_cached(&format!(
+        "INSERT INTO h{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        suffix(Month::of(memory.created))
+    ))?;
     let (epoch, version) = (row.epoch as i64, version as i64);
     statement.execute(params![
         row.position,
@@ -173,6 +270,23 @@ pub fn put_history(db: &Connection, row: &Stored, memory: &Memory, version: u64)
         row.kind,
         row.body
     ])?;
+    Ok(())
+}
+
+/// Calls `work` for every row of every month, month by month.
+pub fn each(
+    db: &Connection,
+    months: &Months,
+    (columns, table): (&str, char),
+    work: &mut dyn FnMut(Month, &Row<'_>) -> Result<(), StorageError>,
+) -> Result<(), StorageError> {
+    for month in months.keys() {
+        let mut statement = db.prepare_cached(&format!("SELECT {columns} FROM {table}{}", suffix(*month)))?;
+        let mut found = statement.query([])?;
+        while let Some(row) = found.next()? {
+            work(*month, row)?;
+        }
+    }
     Ok(())
 }
 

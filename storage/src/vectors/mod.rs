@@ -1,6 +1,7 @@
-//! The vector view: every vector in memory, those of one owner and space side by side, scanned exactly.
+//! The vector view: vectors in memory, those of one owner and space side by side, scanned exactly.
 //!
-//! It is derived from the records: loaded from them when a shard opens, changed right after each transaction. Filters come before
+//! It is derived from the records: an owner's are loaded when they are first searched, and change right after each transaction from then
+//! on; when there are too many, those of the owner that was not searched for longest go. Filters come before
 //! the scan (as a set of allowed ids), so a search never returns fewer than k while k exist. Equal scores are ordered by id.
 
 mod dot;
@@ -10,6 +11,7 @@ pub use dot::dot;
 use crate::model::{Memory, MemoryId, Owner, Status, UnixMs};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// What the scan needs to know of a memory.
 #[derive(Clone, Copy)]
@@ -30,10 +32,14 @@ struct Partition {
 /// Owner, space and dimension: only vectors of the same kind are compared.
 type Key = (Owner, String, usize);
 
-#[derive(Default)]
 pub struct Vectors {
     partitions: BTreeMap<Key, Partition>,
     count: u64,
+    /// Owners whose vectors are here, and when they were last searched.
+    loaded: BTreeMap<Owner, AtomicU64>,
+    uses: AtomicU64,
+    bytes: usize,
+    bytes_max: usize,
 }
 
 /// A score, an id and whose it is (as a place in the scan's owners); the greatest is the worst, so that a heap gives it up first.
@@ -71,6 +77,50 @@ pub struct Scan<'a> {
 }
 
 impl Vectors {
+    pub fn new(bytes_max: usize) -> Vectors {
+        let (partitions, loaded, uses) = Default::default();
+        Vectors { partitions, count: 0, loaded, uses, bytes: 0, bytes_max }
+    }
+
+    pub fn is_loaded(&self, owner: &Owner) -> bool {
+        self.loaded.contains_key(owner)
+    }
+
+    /// An owner's vectors come next, and are kept from now on. Others, but not `needed`, may go for them.
+    pub fn begin(&mut self, owner: &Owner, needed: &[&Owner]) {
+        while self.bytes > self.bytes_max {
+            let idle = self.loaded.iter().filter(|(owner, _)| !needed.contains(owner));
+            let Some((oldest, _)) = idle.min_by_key(|(_, used)| used.load(Relaxed)) else { break };
+            let oldest = oldest.clone();
+            self.forget(&oldest);
+        }
+        self.loaded.insert(owner.clone(), AtomicU64::new(self.uses.fetch_add(1, Relaxed)));
+    }
+
+    pub fn note_use(&self, owners: &[&Owner]) {
+        let now = self.uses.fetch_add(1, Relaxed);
+        owners.iter().filter_map(|owner| self.loaded.get(*owner)).for_each(|used| used.store(now, Relaxed));
+    }
+
+    pub fn forget(&mut self, owner: &Owner) {
+        self.loaded.remove(owner);
+        let keys: Vec<Key> = self
+            .partitions
+            .range((owner.clone(), String::new(), 0)..)
+            .map(|(key, _)| key)
+            .take_while(|key| key.0 == *owner)
+            .cloned()
+            .collect();
+        for partition in keys.iter().filter_map(|key| self.partitions.remove(key)) {
+            self.count -= partition.rows.len() as u64;
+            self.bytes -= partition.data.len() * 4;
+        }
+    }
+
+    pub fn forget_all(&mut self) {
+        *self = Vectors::new(self.bytes_max);
+    }
+
     pub fn count(&self) -> u64 {
         self.count
     }
@@ -81,9 +131,9 @@ impl Vectors {
         owners.iter().filter_map(of).map(|p| p.rows.len()).sum()
     }
 
-    /// Puts a memory's vector in place; without a vector it has no row.
+    /// Puts a memory's vector in place, if its owner's are here; without a vector it has no row.
     pub fn insert(&mut self, memory: &Memory, vector: &[f32]) {
-        if vector.is_empty() {
+        if vector.is_empty() || !self.is_loaded(&memory.owner()) {
             return;
         }
         let row =
@@ -105,6 +155,7 @@ impl Vectors {
                 partition.rows.push(row);
                 partition.data.extend_from_slice(vector);
                 self.count += 1;
+                self.bytes += vector.len() * 4;
             }
         }
     }
@@ -115,6 +166,7 @@ impl Vectors {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
         let Some(at) = partition.place.remove(&memory.id) else { return };
         self.count -= 1;
+        self.bytes -= dimension * 4;
         let last = partition.rows.len() - 1;
         partition.rows.swap_remove(at);
         if at < last {
@@ -180,7 +232,8 @@ mod tests {
     proptest! {
         #[test]
         fn scan_equals_sorting_everything(ids in proptest::collection::vec(0u64..60, 1..80), gone in proptest::collection::vec(0u64..60, 0..20), k in 1usize..30) {
-            let mut vectors = Vectors::default();
+            let mut vectors = Vectors::new(usize::MAX);
+            vectors.begin(&memory("t", 0, "x").owner(), &[]);
             let mut kept = BTreeMap::new();
             for id in ids {
                 let m = memory("t", id, "x");

@@ -1,0 +1,221 @@
+//! Opening a replica, whatever its disk has become.
+//!
+//! | what is found | what is done |
+//! |---|---|
+//! | a torn tail of the log, views that are behind | nothing was lost: the log is cut, and gives the views the rest |
+//! | one of a fact's two copies is damaged | healed from the other ([`storage::facts`]) |
+//! | views that are damaged, or behind the purged log | made anew from a base and the log ([`storage::bases`]); a damaged base is passed over |
+//! | views that no base and log can make | the replica starts over, as below, and a peer sends a snapshot |
+//! | a log that is damaged though it was durable | cut there; this replica *does not vote* until it has everything back |
+//! | both copies of a fact are damaged | an error that names the file |
+//!
+//! **Why it must not vote.** It acknowledged entries that it no longer has. Were it to vote, a candidate without them could win. A leader
+//! that a majority of the *others* elected has every committed entry, since each of those was stored by one of that
+//! majority, and none of them has forgotten anything. So the replica asks such a leader, confirmed by its quorum after
+//! this replica's start, for a read position, follows until its log reaches that far, and only then votes again.
+//! A replica without peers cannot: it stops, with an error that says what is damaged.
+
+use super::log_store::{self, position_index};
+use super::state_machine::{applied_meta, apply_entries, decode_batch};
+use super::{FIRST_EPOCH, Ledger};
+use crate::error::Error;
+use openraft::async_runtime::WatchReceiver;
+use openraft::entry::RaftEntry;
+use sim::disk::Disk;
+use sim::time::{Duration, Instant};
+use std::sync::Arc;
+use storage::bases::Bases;
+use storage::log::{Log, LogError, LogOptions};
+use storage::{Shard, ShardOptions, StorageError};
+
+/// The directories of a replica's data.
+pub const LOG: &str = "ledger";
+pub const VIEWS: &str = "views";
+pub const BASES: &str = "bases";
+
+/// Entries replayed in one transaction.
+const REPLAY_ENTRIES: usize = 256;
+
+/// What a replica has on its disk.
+pub struct Opened {
+    pub log: Arc<Log>,
+    pub shard: Arc<Shard>,
+    pub bases: Arc<Bases>,
+}
+
+/// Writes bases, and lets go of the log that none of them needs.
+#[derive(Clone)]
+pub struct Keeper {
+    pub log: Arc<Log>,
+    pub bases: Arc<Bases>,
+    /// A base is worth its cost only for this many bytes of log, at least.
+    pub base_bytes_min: u64,
+}
+
+impl Keeper {
+    /// Called after a checkpoint.
+    pub fn keep(&self, shard: &Shard) -> Result<(), StorageError> {
+        let newest = self.bases.held().into_iter().next();
+        let due =
+            newest.is_none_or(|base| self.log.bytes_after(base.index) > base.bytes.max(self.base_bytes_min));
+        if due && shard.applied().0.index > 0 {
+            let base = self.bases.write(shard)?;
+            sim::debug!("base at {} written, {} bytes", base.index, base.bytes);
+        }
+        if let Some(oldest) = self.bases.held().last() {
+            self.log.release_to(oldest.index).map_err(|e| StorageError::Io(std::io::Error::other(e)))?;
+        }
+        Ok(())
+    }
+}
+
+fn failed(what: &str, error: impl std::fmt::Display) -> Error {
+    Error::Internal(format!("{what}: {error}"))
+}
+
+/// Opens log, views and bases, and mends what can be mended here. `alone`: there are no peers to give anything back. Blocks.
+pub fn open(
+    disk: &Arc<dyn Disk>,
+    log: LogOptions,
+    shard: ShardOptions,
+    alone: bool,
+) -> Result<Opened, Error> {
+    // What a crash left of snapshots that were under way between peers.
+    let left = disk.list("").map_err(|e| failed("data directory", e))?;
+    for name in left.iter().filter(|name| name.starts_with("snapshot-") && name.ends_with(".tmp")) {
+        disk.remove(name).map_err(|e| failed(name, e))?;
+    }
+    let open_log = if alone { Log::open } else { Log::open_or_cut };
+    let log = Arc::new(open_log(disk.clone(), LOG, log).map_err(|e| failed("ledger", e))?);
+    let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
+    let purged = log.first_index() - 1;
+    let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {
+        Ok(views) if views.applied().0.index >= purged => {
+            return Ok(Opened { log, shard: Arc::new(views), bases });
+        }
+        Ok(views) => {
+            format!("they are at {}, but the log is purged up to {purged}", views.applied().0.index)
+        }
+        Err(error @ StorageError::Corrupt { .. }) => error.to_string(),
+        Err(error) => return Err(failed("views", error)),
+    };
+    sim::error!("the views are damaged: {problem}; making them anew");
+    let started = Instant::now();
+    let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
+    from.push(None);
+    for base in from {
+        let views = Shard::open_anew(disk.clone(), VIEWS, shard.clone()).map_err(|e| failed("views", e))?;
+        let restored = base.as_ref().map_or(Ok(()), |base| bases.restore(base, &views));
+        let name =
+            base.map_or("the ledger's start".to_string(), |base| format!("the base at {}", base.index));
+        match restored.map_err(|e| e.to_string()).and_then(|()| replay(&log, &views, purged)) {
+            Ok(()) => {
+                views.acquit().map_err(|e| failed("views", e))?;
+                let (position, _) = views.applied();
+                sim::info!(
+                    "views made anew from {name}, at {} after {:?}",
+                    position.index,
+                    started.elapsed()
+                );
+                return Ok(Opened { log, shard: Arc::new(views), bases });
+            }
+            Err(error) => sim::warn!("the views cannot be made from {name}: {error}"),
+        }
+    }
+    if alone {
+        let problem =
+            "neither a base nor the log can make them again, and there are no peers; restore a backup";
+        return Err(failed("views", format!("{problem} ({VIEWS}, {BASES}, {LOG} in the data directory)")));
+    }
+    sim::error!(
+        "neither a base nor the log can make the views again: starting over with what the peers have"
+    );
+    log.start_over().and_then(|()| log.remove_meta(log_store::PURGED)).map_err(|e| failed("ledger", e))?;
+    let views = Shard::open_anew(disk.clone(), VIEWS, shard).map_err(|e| failed("views", e))?;
+    views.acquit().map_err(|e| failed("views", e))?;
+    Ok(Opened { log, shard: Arc::new(views), bases })
+}
+
+/// Applies the log's entries from where the views are up to `to`, also purged ones.
+fn replay(log: &Log, views: &Shard, to: u64) -> Result<(), String> {
+    let mut waiting = vec![];
+    let mut told = Instant::now();
+    let mut apply = |waiting: &mut Vec<_>| -> Result<(), String> {
+        apply_entries(views, FIRST_EPOCH, waiting).map_err(|e| e.to_string())?;
+        waiting.clear();
+        if told.elapsed() > Duration::from_secs(2) {
+            told = Instant::now();
+            sim::info!("replaying the log: {} of {to}", views.applied().0.index);
+        }
+        Ok(())
+    };
+    let from = views.applied().0.index + 1;
+    let damaged =
+        |index: u64, problem: String| LogError::Corrupt { file: LOG.into(), offset: index, problem };
+    log.replay(from..to + 1, &mut |index, bytes| -> Result<(), LogError> {
+        let entry = log_store::decode_entry(bytes).map_err(|e| damaged(index, e))?;
+        let batch = decode_batch(&entry).map_err(|e| damaged(index, e))?;
+        if position_index(entry.log_id().index) != index {
+            return Err(damaged(index, format!("entry {} stands there", entry.log_id())));
+        }
+        waiting.push((entry, batch));
+        if waiting.len() == REPLAY_ENTRIES {
+            apply(&mut waiting).map_err(|e| damaged(index, e))?;
+        }
+        Ok(())
+    })
+    .map_err(|e| e.to_string())?;
+    apply(&mut waiting)?;
+    applied_meta(views).map(drop).map_err(|e| e.to_string())
+}
+
+/// Ends the process because the views are damaged; the next start makes them anew.
+pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
+    let (shard, reason) = (shard.clone(), error.to_string());
+    let condemned = sim::task::blocking(move || shard.condemn(&reason)).await;
+    let marked = condemned.map_or_else(|e| format!(" (which could not be marked: {e})"), |()| String::new());
+    sim::task::abort(&format!("{error}{marked}; restarting, to make the views anew")).await
+}
+
+impl Ledger {
+    /// Follows until everything that was committed when a leader confirmed itself is here; then this replica votes again.
+    pub(super) async fn repair(self, log: Arc<Log>) {
+        let mut pause = Duration::from_millis(50);
+        let mut told = Instant::now();
+        loop {
+            let deadline = Instant::now() + Duration::from_secs(2);
+            if let Ok(position) = self.read_position(deadline).await
+                && self.follow_to(position.index, Instant::now() + Duration::from_secs(30)).await
+            {
+                let ended = sim::task::blocking(move || log.end_repair()).await;
+                if let Err(error) = ended {
+                    sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;
+                }
+                self.vote_again();
+                sim::info!("the log is repaired up to {}: this replica votes again", position.index);
+                return;
+            }
+            if told.elapsed() > Duration::from_secs(10) {
+                told = Instant::now();
+                sim::error!("the log waits for its repair: no leader has given everything back yet");
+            }
+            sim::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// Waits until this replica has applied, and so has in its log or behind it, everything up to `index`.
+    async fn follow_to(&self, index: u64, deadline: Instant) -> bool {
+        loop {
+            let metrics = self.raft.metrics().borrow_watched().clone();
+            let held = metrics.last_applied.map_or(0, |l| position_index(l.index));
+            if held >= index {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sim::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

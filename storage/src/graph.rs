@@ -1,0 +1,205 @@
+//! The graph view: edges between the memories of a tenant, walked in both directions.
+//!
+//! An edge is (source, relation, target) with a weight and the time for which it holds; it lives with its source, in the tenant's part of
+//! one table, `edges`. Deleting a memory removes its edges in both directions in the same transaction. Still a target may not be
+//! there: it may have expired, or lie where this shard cannot see; so whoever walks asks for every memory it reaches,
+//! and what is not there is neither shown nor walked through.
+
+use crate::codec;
+use crate::error::StorageError;
+use crate::model::*;
+use crate::records::rows;
+use bincode::{Decode, Encode};
+use rusqlite::{Connection, Row, params};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Hops from the start at most.
+pub const HOPS_MAX: u32 = 8;
+/// Edges followed from one memory at most.
+pub const FAN_OUT_MAX: u32 = 1000;
+/// Memories reached by one walk at most.
+pub const REACHED_MAX: usize = 10_000;
+
+/// One row of `edges`.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct EdgeRow {
+    pub tenant: String,
+    pub edge: Edge,
+}
+
+/// A walk along the edges.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Walk {
+    pub tenant: String,
+    pub start: Vec<MemoryId>,
+    /// Empty: all.
+    pub relations: Vec<String>,
+    /// 1: neighbours only; at most [`HOPS_MAX`].
+    pub hops: u32,
+    /// Of each memory the heaviest so many edges; at most [`FAN_OUT_MAX`].
+    pub fan_out: u32,
+    /// From targets to sources.
+    pub inbound: bool,
+    /// Only edges that held at that time.
+    pub as_of: UnixMs,
+    /// What has expired by then is not found.
+    pub now: UnixMs,
+    pub include_archived: bool,
+}
+
+/// What a walk found: edges in the order of the walk, and every memory that they touch, the start first.
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+pub struct Walked {
+    pub edges: Vec<Edge>,
+    pub memories: Vec<Arc<Memory>>,
+    /// [`REACHED_MAX`] was met: there is more.
+    pub cut: bool,
+}
+
+pub fn hash(tenant: &str, edge: &Edge) -> u128 {
+    rows::hash_of(b"edges", &codec::encode(&(tenant, edge)))
+}
+
+const EDGE: &str = "source, relation, target, weight, valid_from, valid_to";
+
+fn edge(row: &Row<'_>) -> Result<Edge, rusqlite::Error> {
+    let (source, target) = (row.get::<_, MemoryId>(0)?, row.get::<_, MemoryId>(2)?);
+    let (weight, valid_from, valid_to) = (row.get::<_, f64>(3)? as f32, row.get(4)?, row.get(5)?);
+    Ok(Edge { source, relation: row.get(1)?, target, weight, valid_from, valid_to })
+}
+
+/// The number under which a tenant's edges lie.
+pub fn tenant_number(db: &Connection, tenant: &str) -> Result<Option<i64>, StorageError> {
+    rows::owner_number(db, &Owner::Shared { tenant: tenant.into() })
+}
+
+fn collect(db: &Connection, sql: &str, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
+    let mut statement = db.prepare_cached(sql)?;
+    let found = statement.query_map(params![tenant, id], edge)?;
+    Ok(found.collect::<Result<_, _>>()?)
+}
+
+pub fn outbound(db: &Connection, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
+    collect(db, &format!("SELECT {EDGE} FROM edges WHERE tenant = ?1 AND source = ?2"), tenant, id)
+}
+
+pub fn inbound(db: &Connection, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
+    collect(db, &format!("SELECT {EDGE} FROM edges WHERE tenant = ?1 AND target = ?2"), tenant, id)
+}
+
+pub fn find(
+    db: &Connection,
+    tenant: i64,
+    (source, relation, target): (&MemoryId, &str, &MemoryId),
+) -> Result<Option<Edge>, StorageError> {
+    let mut statement = db.prepare_cached(&format!(
+        "SELECT {EDGE} FROM edges WHERE tenant = ?1 AND source = ?2 AND relation = ?3 AND target = ?4"
+    ))?;
+    let mut found = statement.query(params![tenant, source, relation, target])?;
+    Ok(found.next()?.map(edge).transpose()?)
+}
+
+pub fn put(db: &Connection, tenant: i64, edge: &Edge) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached("INSERT INTO edges VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+    let weight = edge.weight as f64;
+    statement.execute(params![
+        tenant,
+        edge.source,
+        edge.relation,
+        edge.target,
+        weight,
+        edge.valid_from,
+        edge.valid_to
+    ])?;
+    Ok(())
+}
+
+pub fn remove(db: &Connection, tenant: i64, edge: &Edge) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached(
+        "DELETE FROM edges WHERE tenant = ?1 AND source = ?2 AND relation = ?3 AND target = ?4",
+    )?;
+    statement.execute(params![tenant, edge.source, edge.relation, edge.target])?;
+    Ok(())
+}
+
+/// Calls `work` for every edge of the shard.
+pub fn each(
+    db: &Connection,
+    work: &mut dyn FnMut(EdgeRow) -> Result<(), StorageError>,
+) -> Result<(), StorageError> {
+    let sql = format!("SELECT {EDGE}, owners.owner FROM edges JOIN owners ON owners.number = edges.tenant");
+    let mut statement = db.prepare_cached(&sql)?;
+    let mut found = statement.query([])?;
+    while let Some(row) = found.next()? {
+        let owner = row.get_ref(6)?.as_blob().map_err(rusqlite::Error::from)?;
+        let owner: Owner = codec::decode(owner).map_err(StorageError::corrupt("an owner's name"))?;
+        let Owner::Shared { tenant } = owner else {
+            let problem = format!("an edge belongs to {owner:?}");
+            return Err(StorageError::Corrupt { what: "the graph".into(), problem });
+        };
+        work(EdgeRow { tenant, edge: edge(row)? })?;
+    }
+    Ok(())
+}
+
+/// Walks breadth first. `see` gives a memory if it is there to be seen.
+pub fn walk(
+    db: &Connection,
+    walk: &Walk,
+    see: &mut dyn FnMut(&MemoryId) -> Result<Option<Arc<Memory>>, StorageError>,
+) -> Result<Walked, StorageError> {
+    let mut walked = Walked::default();
+    let tenant = tenant_number(db, &walk.tenant)?;
+    let mut reached: BTreeSet<MemoryId> = BTreeSet::new();
+    let mut layer = vec![];
+    for id in &walk.start {
+        if reached.contains(id) {
+            continue;
+        }
+        if let Some(memory) = see(id)? {
+            reached.insert(*id);
+            layer.push(*id);
+            walked.memories.push(memory);
+        }
+    }
+    let holds = |e: &Edge| {
+        (walk.relations.is_empty() || walk.relations.contains(&e.relation))
+            && e.valid_from.is_none_or(|from| from <= walk.as_of)
+            && e.valid_to.is_none_or(|to| walk.as_of < to)
+    };
+    let Some(tenant) = tenant else { return Ok(walked) };
+    for _ in 0..walk.hops.min(HOPS_MAX) {
+        let mut next = vec![];
+        for id in &layer {
+            let mut edges = match walk.inbound {
+                true => inbound(db, tenant, id)?,
+                false => outbound(db, tenant, id)?,
+            };
+            edges.retain(holds);
+            // Heaviest first, equal ones in the order of the table.
+            edges.sort_by(|a, b| b.weight.total_cmp(&a.weight));
+            let mut followed = 0;
+            for edge in edges {
+                if followed == walk.fan_out.min(FAN_OUT_MAX) {
+                    break;
+                }
+                let other = if walk.inbound { edge.source } else { edge.target };
+                if !reached.contains(&other) {
+                    let Some(memory) = see(&other)? else { continue };
+                    if reached.len() == REACHED_MAX {
+                        walked.cut = true;
+                        continue;
+                    }
+                    reached.insert(other);
+                    next.push(other);
+                    walked.memories.push(memory);
+                }
+                followed += 1;
+                walked.edges.push(edge);
+            }
+        }
+        layer = next;
+    }
+    Ok(walked)
+}
