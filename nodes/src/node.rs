@@ -138,9 +138,7 @@ impl Node {
     ) -> Result<(), Error> {
         let served = sim::net::serve(&self.config.listen, self.routes, ready, shutdown).await;
         if let Some(ledger) = self.ledger {
-            if let Err(error) = ledger.raft.shutdown().await {
-                sim::warn!("the ledger did not stop cleanly: {error}");
-            }
+            ledger.stop().await;
             let closed = sim::task::blocking(move || ledger.shard.checkpoint()).await;
             closed.map_err(|e| Error::Internal(format!("views: {e}")))?;
         }

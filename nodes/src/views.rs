@@ -159,7 +159,7 @@ impl Views for LocalViews {
             sim::task::blocking(move || answer(&asked, query.ask)).await
         };
         let found = match found {
-            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&shard, error).await,
+            Err(error) if recovery::is_fatal_to_views(&error) => recovery::give_up_views(&shard, error).await,
             found => found.map_err(|e| Error::Internal(e.to_string()))?,
         };
         Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })

@@ -50,10 +50,17 @@ pub enum Request {
     },
     Search,
     List,
+    /// Along the edges, strongly consistent.
+    Walk,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Response {
+    /// The memories that a walk showed, and its edges.
+    Walked {
+        rows: Vec<Row>,
+        edges: Vec<(Id, Id)>,
+    },
     Written {
         version: u64,
         at: At,
@@ -133,7 +140,7 @@ impl Request {
             | Request::Update { id, .. }
             | Request::Delete { id, .. }
             | Request::Get { id, .. } => Some(id),
-            Request::Search | Request::List => None,
+            Request::Search | Request::List | Request::Walk => None,
         }
     }
 

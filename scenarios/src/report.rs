@@ -3,6 +3,7 @@
 use crate::promises::Violation;
 use crate::spec::Fault;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Fewer acknowledged writes prove nothing.
 pub const ACKED_MIN: usize = 500;
@@ -53,10 +54,35 @@ pub struct Report {
     pub write_gap_s: f64,
     /// From the end of the last fault until all replicas agreed, in virtual seconds.
     pub converge_s: Option<f64>,
-    /// What the simulated disks did to unsynced data.
-    pub writes_lost: u64,
-    pub entries_lost: u64,
+    /// What one replica's bad disk was planned to do; it may have been without power just then.
+    #[serde(default)]
+    pub disk_faults: Vec<Fired>,
+    /// Rare paths, and how often they were taken: what the disks did, and what the nodes did about it.
+    #[serde(default)]
+    pub probes: BTreeMap<String, u64>,
     /// Why the verdict is vacuous or broken.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub why: String,
 }
+
+/// Rare paths that a sweep should reach; what it did not is worth a question.
+pub const PROBES: [&str; 18] = [
+    "disk: power losses",
+    "disk: unsynced writes lost",
+    "disk: unsynced writes torn",
+    "disk: directory entries lost",
+    "disk: syncs failed",
+    "disk: bits flipped",
+    "disk: reads of lost sectors",
+    "disk: writes misdirected",
+    "disk: writes refused, full",
+    "disk: operations stuck",
+    "fact: healed from its second copy",
+    "log: damage cut",
+    "log: repaired from peers",
+    "log: rewritten after a failed sync",
+    "replica: started over",
+    "views: a base could not be used",
+    "views: damage found while serving",
+    "views: made anew",
+];

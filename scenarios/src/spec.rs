@@ -21,6 +21,9 @@ pub struct Scenario {
     pub workload: Workload,
     #[serde(default)]
     pub faults: Faults,
+    /// One replica's disk is bad as well, in its own ways and at its own times.
+    #[serde(default = "yes")]
+    pub bad_disk: bool,
     pub promises: Promises,
 }
 
@@ -51,6 +54,10 @@ pub struct Workload {
     /// Share of operations that are strong reads; the rest keep their proportions.
     #[serde(default = "strong_reads_default")]
     pub strong_reads: f64,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn strong_reads_default() -> f64 {
@@ -93,6 +100,52 @@ pub enum FaultKind {
     PartitionOut,
     /// The clock runs `rate_ppm` fast and the calendar steps; the rate is true again when the fault ends.
     Clock,
+    /// A bit of what is stored flips: in the log, the views or the bases.
+    BitRot,
+    /// A sector cannot be read any more.
+    LostSector,
+    /// Some writes to the log and the bases land elsewhere.
+    Misdirected,
+    /// The next sync fails.
+    SyncFailure,
+    /// No file can grow.
+    FullDisk,
+    /// Every operation takes long.
+    SlowDisk,
+    /// No operation returns; the process is restarted when the fault ends.
+    StuckDisk,
+}
+
+/// What a bad disk does.
+const DISK_FAULTS: [FaultKind; 7] = [
+    FaultKind::BitRot,
+    FaultKind::LostSector,
+    FaultKind::Misdirected,
+    FaultKind::SyncFailure,
+    FaultKind::FullDisk,
+    FaultKind::SlowDisk,
+    FaultKind::StuckDisk,
+];
+
+/// A bad disk's plan: this seed's own choice of faults, all on one replica, so that the others stay a quorum that has everything.
+pub fn disk_plan(seed: u64, workload_s: u64) -> Vec<Fault> {
+    let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95) ^ 0x1f83_d9ab);
+    let kinds: Vec<FaultKind> = DISK_FAULTS.into_iter().filter(|_| random.below(2) == 0).collect();
+    let (pick, target) = (random.below(1 << 32), Target::Any);
+    let mut plan = vec![];
+    let mut at_ms = random.between([4, 14]);
+    while let Some(kind) = kinds.get(random.below(kinds.len().max(1) as u64) as usize) {
+        let lasts_ms = match kind {
+            FaultKind::BitRot | FaultKind::LostSector => 100,
+            _ => random.between([1, 6]),
+        };
+        if at_ms + lasts_ms + 2000 > workload_s * 1000 {
+            break;
+        }
+        plan.push(Fault { at_ms, lasts_ms, kind: *kind, target, pick, rate_ppm: 0, step_ms: 0 });
+        at_ms += lasts_ms + random.between([2, 10]);
+    }
+    plan
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,9 @@
 //! filtered by `LOCI_LOG` (`error`, `warn`, `info`, `debug`; default `info`). In simulation they become lines of the trace, stamped
 //! with virtual time and node, and part of the hash together with all message bytes, disk operations and the generator's state.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Mutex;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -45,6 +47,18 @@ macro_rules! warn { ($($arg:tt)*) => { $crate::trace::log($crate::trace::Level::
 macro_rules! info { ($($arg:tt)*) => { $crate::trace::log($crate::trace::Level::Info, format_args!($($arg)*)) }; }
 #[macro_export]
 macro_rules! debug { ($($arg:tt)*) => { $crate::trace::log($crate::trace::Level::Debug, format_args!($($arg)*)) }; }
+
+static PROBES: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
+
+/// Counts that a rare path was taken. A path that no run takes is a hole in the tests.
+pub fn probe(path: &'static str) {
+    *PROBES.lock().unwrap_or_else(|p| p.into_inner()).entry(path).or_default() += 1;
+}
+
+/// The rare paths that this process took, and how often.
+pub fn probes() -> BTreeMap<&'static str, u64> {
+    PROBES.lock().unwrap_or_else(|p| p.into_inner()).clone()
+}
 
 /// A running 64-bit hash of everything fed to it, in order; not cryptographic (multiply and fold, 8 bytes at a time).
 #[derive(Clone, Debug)]

@@ -1,7 +1,8 @@
 //! What can go wrong between the store and its disk.
 
 use crate::codec::CodecError;
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
+use sim::disk::checked;
 use std::io;
 
 #[derive(Debug, thiserror::Error)]
@@ -12,10 +13,14 @@ pub enum StorageError {
     Sqlite(rusqlite::Error),
     #[error("the disk is full ({0}); nothing was changed, make room and restart this node")]
     Full(rusqlite::Error),
-    #[error(
-        "{what} is damaged ({problem}); remove this replica's views and let it restore them from its peers"
-    )]
+    /// The disk gave back other bytes than it was given, or none.
+    #[error("{what} is damaged ({problem}); restart this node: it makes its views anew")]
+    Damaged { what: String, problem: String },
+    /// Bytes that are sound say what cannot be.
+    #[error("{what} contradicts itself ({problem}); restart this node: it makes its views anew")]
     Corrupt { what: String, problem: String },
+    #[error("{0}")]
+    Version(String),
     #[error("{0} is open in another process too; end that one, then restart this node")]
     InUse(String),
     #[error("snapshot refused: {0}; nothing was changed, send it again")]
@@ -31,10 +36,23 @@ impl StorageError {
 
 impl From<rusqlite::Error> for StorageError {
     fn from(error: rusqlite::Error) -> StorageError {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DiskFull) => StorageError::Full(error),
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                StorageError::Corrupt { what: "the records' database".into(), problem: error.to_string() }
+        let extended = error.sqlite_error().map(|e| e.extended_code);
+        match (error.sqlite_error_code(), extended) {
+            (Some(ErrorCode::DiskFull), _) => StorageError::Full(error),
+            (_, Some(ffi::SQLITE_IOERR_DATA)) => {
+                let (what, offset) = checked::damage().unwrap_or(("the records' database".into(), 0));
+                StorageError::Damaged {
+                    what,
+                    problem: format!("the page at byte {offset} fails its checksum"),
+                }
+            }
+            (_, Some(ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC)) => {
+                let problem = format!("a sync failed ({error}), so what the disk holds is unknown");
+                StorageError::Damaged { what: "the records' database".into(), problem }
+            }
+            (Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase), _)
+            | (_, Some(ffi::SQLITE_IOERR_READ | ffi::SQLITE_IOERR_SHORT_READ)) => {
+                StorageError::Damaged { what: "the records' database".into(), problem: error.to_string() }
             }
             _ => StorageError::Sqlite(error),
         }

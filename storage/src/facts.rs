@@ -53,7 +53,11 @@ pub fn put(disk: &dyn Disk, dir: &str, name: &str, bytes: &[u8]) -> io::Result<(
     let (path, temporary) = (format!("{dir}/{name}.meta"), format!("{dir}/{name}.tmp"));
     let file = disk.create(&temporary)?;
     file.set_len(0)?;
-    file.write_at(&twice(bytes), 0)?;
+    // Two writes: one that goes astray leaves the other copy.
+    let copies = twice(bytes);
+    let second = copies.len() - (copies.len() - 1) % COPY_ALIGN - 1;
+    file.write_at(&copies[..second], 0)?;
+    file.write_at(&copies[second..], second as u64)?;
     file.sync()?;
     disk.rename(&temporary, &path)?;
     disk.sync_dir(dir)
@@ -66,10 +70,10 @@ pub fn get(disk: &dyn Disk, dir: &str, name: &str) -> Result<Option<Vec<u8>>, Fa
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let mut bytes = vec![0; file.len()?.min(4 * FACT_BYTES_MAX as u64) as usize];
-    let read = crate::log::read_up_to(&*file, &mut bytes, 0)?;
-    let (payload, sound) = parse(&bytes[..read]).map_err(FactError::Damaged)?;
+    let bytes = crate::log::read_what_can_be_read(&*file, 4 * FACT_BYTES_MAX as u64)?;
+    let (payload, sound) = parse(&bytes).map_err(FactError::Damaged)?;
     if !sound {
+        sim::trace::probe("fact: healed from its second copy");
         sim::warn!("{dir}/{name}.meta: one of its two copies was damaged; healed from the other");
         put(disk, dir, name, &payload)?;
     }

@@ -86,7 +86,7 @@ impl Shard {
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
         if let Some(reason) = condemned(&*disk, dir)? {
-            return Err(StorageError::Corrupt { what: format!("the views in {dir}"), problem: reason });
+            return Err(StorageError::Damaged { what: dir.to_string(), problem: reason });
         }
         Shard::open_any(disk, dir, options)
     }
@@ -126,7 +126,11 @@ impl Shard {
 
     /// Marks the views as damaged, durably: they will not be opened again, but made anew.
     pub fn condemn(&self, reason: &str) -> Result<(), StorageError> {
-        Ok(crate::facts::put(&*self.disk, &self.dir, CONDEMNED, reason.as_bytes())?)
+        if crate::facts::put(&*self.disk, &self.dir, CONDEMNED, reason.as_bytes()).is_err() {
+            // A disk that cannot sync may still keep a name until the next start.
+            self.disk.create(&format!("{}/{CONDEMNED}.meta", self.dir))?;
+        }
+        Ok(())
     }
 
     fn vectors(&self) -> RwLockReadGuard<'_, Vectors> {

@@ -2,13 +2,14 @@
 
 use super::context;
 use crate::error::Error;
-use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index};
+use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index, recovery};
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
 use crate::writer::Writer;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::Instant;
 use std::sync::Arc;
+use storage::StorageError;
 use storage::model::Month;
 use tonic::{Request, Response, Status};
 
@@ -75,7 +76,11 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
         (shard.counts(), scan.transpose().map(|scan| (shard.digest(), scan)))
     })
     .await;
-    let internal = |e: storage::StorageError| Error::Internal(e.to_string());
+    // Damage is repaired; tables that disagree are what was asked about.
+    if let Err(error @ StorageError::Damaged { .. }) = digests {
+        recovery::give_up_views(&ledger.shard, error).await;
+    }
+    let internal = |e: StorageError| Error::Internal(e.to_string());
     let (counts, ((position, digest), scan)) = (counts.map_err(internal)?, digests.map_err(internal)?);
     let published_index = ledger.shard.applied().0.index;
     let view = |view: &str| v1::ViewStatus { view: view.into(), published_index };

@@ -96,6 +96,7 @@ pub struct Ledger {
     peers: Peers,
     queue: mpsc::Sender<Waiting>,
     repairing: Arc<AtomicBool>,
+    stopping: Arc<AtomicBool>,
 }
 
 /// What the leader said of a proposal that it did not take.
@@ -165,12 +166,21 @@ impl Ledger {
         }
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
         sim::task::spawn(batcher(raft.clone(), waiting));
-        sim::task::spawn(announce_leaders(raft.clone()));
-        let ledger = Ledger { raft, shard, peers, queue, repairing };
+        let stopping = Arc::new(AtomicBool::new(false));
+        sim::task::spawn(watch_over(raft.clone(), stopping.clone()));
+        let ledger = Ledger { raft, shard, peers, queue, repairing, stopping };
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair(log));
         }
         Ok(ledger)
+    }
+
+    /// Ends this replica's part in the group.
+    pub async fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        if let Err(error) = self.raft.shutdown().await {
+            sim::warn!("the ledger did not stop cleanly: {error}");
+        }
     }
 
     /// Whether this replica's log is not yet whole again.
@@ -338,9 +348,9 @@ async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration
     }
 }
 
-/// Gathers waiting commands into entries, a few of which are under way at once.
-/// Logs each change of the leader that this replica follows.
-async fn announce_leaders(raft: Raft) {
+/// Logs each change of the leader that this replica follows. If the ledger stops although nobody asked it to, the process ends too:
+/// a replica that neither follows nor leads helps nobody, and the next start recovers.
+async fn watch_over(raft: Raft, stopping: Arc<AtomicBool>) {
     let mut metrics = raft.server_metrics();
     let mut followed = None;
     loop {
@@ -354,11 +364,17 @@ async fn announce_leaders(raft: Raft) {
             followed = now;
         }
         if metrics.changed().await.is_err() {
+            if !stopping.load(Ordering::SeqCst) {
+                let why = raft.metrics().borrow_watched().running_state.clone();
+                let why = why.map_or_else(|fatal| fatal.to_string(), |()| "it does not say why".into());
+                sim::task::abort(&format!("the ledger has stopped: {why}")).await;
+            }
             return;
         }
     }
 }
 
+/// Gathers waiting commands into entries, a few of which are under way at once.
 async fn batcher(raft: Raft, mut waiting: mpsc::Receiver<Waiting>) {
     let places = Arc::new(Semaphore::new(BATCHES_IN_FLIGHT));
     while let Some(first) = waiting.recv().await {

@@ -162,7 +162,11 @@ impl RaftNetworkV2<Types> for Peer {
         sim::select! {
             reason = cancel => Err(StreamingError::Closed(reason)),
             reply = sim::time::timeout(SNAPSHOT_TIMEOUT, send) => match reply {
-                Ok(reply) => Ok(reply?),
+                Ok(Err(error)) => {
+                    sim::warn!("the snapshot for peer {} did not arrive: {error}", self.target);
+                    Err(error.into())
+                }
+                Ok(Ok(reply)) => Ok(reply),
                 Err(elapsed) => Err(unreachable(elapsed).into()),
             },
         }

@@ -36,6 +36,14 @@ pub const BASES: &str = "bases";
 /// Entries replayed in one transaction.
 const REPLAY_ENTRIES: usize = 256;
 
+/// The probe of a bug: rows that are sound and cannot be. No disk does that.
+pub const CONTRADICTION: &str = "views: contradict themselves";
+
+/// Whether views must be made anew after this error.
+pub fn is_fatal_to_views(error: &StorageError) -> bool {
+    matches!(error, StorageError::Damaged { .. } | StorageError::Corrupt { .. })
+}
+
 /// What a replica has on its disk.
 pub struct Opened {
     pub log: Arc<Log>,
@@ -96,9 +104,10 @@ pub fn open(
         Ok(views) => {
             format!("they are at {}, but the log is purged up to {purged}", views.applied().0.index)
         }
-        Err(error @ StorageError::Corrupt { .. }) => error.to_string(),
+        Err(error) if is_fatal_to_views(&error) => error.to_string(),
         Err(error) => return Err(failed("views", error)),
     };
+    sim::trace::probe("views: made anew");
     sim::error!("the views are damaged: {problem}; making them anew");
     let started = Instant::now();
     let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
@@ -119,7 +128,10 @@ pub fn open(
                 );
                 return Ok(Opened { log, shard: Arc::new(views), bases });
             }
-            Err(error) => sim::warn!("the views cannot be made from {name}: {error}"),
+            Err(error) => {
+                sim::trace::probe("views: a base could not be used");
+                sim::warn!("the views cannot be made from {name}: {error}");
+            }
         }
     }
     if alone {
@@ -171,6 +183,10 @@ fn replay(log: &Log, views: &Shard, to: u64) -> Result<(), String> {
 
 /// Ends the process because the views are damaged; the next start makes them anew.
 pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
+    sim::trace::probe(match error {
+        StorageError::Damaged { .. } => "views: damage found while serving",
+        _ => CONTRADICTION,
+    });
     let (shard, reason) = (shard.clone(), error.to_string());
     let condemned = sim::task::blocking(move || shard.condemn(&reason)).await;
     let marked = condemned.map_or_else(|e| format!(" (which could not be marked: {e})"), |()| String::new());
@@ -192,6 +208,7 @@ impl Ledger {
                     sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;
                 }
                 self.vote_again();
+                sim::trace::probe("log: repaired from peers");
                 sim::info!("the log is repaired up to {}: this replica votes again", position.index);
                 return;
             }

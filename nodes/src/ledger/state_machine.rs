@@ -82,7 +82,7 @@ impl StateMachine {
         let applied = sim::task::blocking(move || apply_entries(&shard, epoch, &entries));
         let outcomes = match applied.await {
             Ok(outcomes) => outcomes,
-            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&views, error).await,
+            Err(error) if recovery::is_fatal_to_views(&error) => recovery::give_up_views(&views, error).await,
             Err(error) => sim::task::abort(&format!("the views cannot apply the ledger: {error}")).await,
         };
         sim::cpu::work(cost::APPLY_MEMORY * memories as u32).await;
@@ -186,24 +186,27 @@ impl RaftStateMachine<Types> for StateMachine {
         };
         let (shard, bases) = (self.shard.clone(), self.keeper.bases.clone());
         let index = meta.last_log_id.map_or(0, |l| position_index(l.index));
-        let installed = sim::task::blocking(move || -> Result<Position, String> {
+        let installed = sim::task::blocking(move || -> Result<Position, StorageError> {
             let (position, _) = shard.applied();
             // The views may already be ahead: a snapshot's data can be newer than its meta.
             let newer = position.index < index;
             if newer {
-                let mut reader = Reader::open(&*disk, &path).map_err(|e| e.to_string())?;
-                shard.import(&mut || reader.next_chunk()).map_err(|e| e.to_string())?;
+                let mut reader = Reader::open(&*disk, &path)?;
+                shard.import(&mut || reader.next_chunk())?;
             }
             // In either case: openraft purges the log up to here next, which must then not be needed to refill the views.
-            shard.checkpoint().map_err(|e| e.to_string())?;
+            shard.checkpoint()?;
             match newer {
-                true => drop(bases.adopt(&path, &shard).map_err(|e| e.to_string())?),
-                false => disk.remove(&path).map_err(|e| e.to_string())?,
+                true => drop(bases.adopt(&path, &shard)?),
+                false => disk.remove(&path)?,
             }
             Ok(shard.applied().0)
         });
         match installed.await {
             Ok(position) => sim::info!("snapshot to {index} installed, views at {}", position.index),
+            Err(error) if recovery::is_fatal_to_views(&error) => {
+                recovery::give_up_views(&self.shard, error).await
+            }
             Err(error) => return Err(io::Error::other(format!("snapshot not installed: {error}"))),
         }
         self.known = meta.clone();
@@ -246,7 +249,9 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
         });
         match kept.await {
             Ok(()) => {}
-            Err(error @ StorageError::Corrupt { .. }) => recovery::give_up_views(&self.shard, error).await,
+            Err(error) if recovery::is_fatal_to_views(&error) => {
+                recovery::give_up_views(&self.shard, error).await
+            }
             Err(error) => {
                 sim::task::abort(&format!("the views cannot be made durable ({error}); check the disk")).await
             }

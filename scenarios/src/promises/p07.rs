@@ -10,7 +10,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     for op in &history.ops {
         let rows: &[Row] = match &op.response {
             Response::Value { row, .. } => std::slice::from_ref(row),
-            Response::Rows(rows) => rows,
+            Response::Rows(rows) | Response::Walked { rows, .. } => rows,
             _ => continue,
         };
         if let Some(foreign) = rows.iter().find(|row| row.tenant != op.tenant) {

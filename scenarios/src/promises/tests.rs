@@ -141,6 +141,18 @@ fn a_session_that_goes_back_breaks_p4() {
 }
 
 #[test]
+fn an_edge_to_nowhere_or_to_what_was_deleted_breaks_p6() {
+    let walk = |at, rows: Vec<Row>, edges| op(0, at, at + 1, Request::Walk, Response::Walked { rows, edges });
+    let here = || row(4, "c").id;
+    assert_eq!(
+        broken(|h| h.ops.push(walk(21, vec![row(4, "c")], vec![(here(), here())]))),
+        Vec::<String>::new()
+    );
+    assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(4, "c")], vec![(here(), "x".into())]))), ["P6"]);
+    assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(2, "b")], vec![]))), ["P6"]);
+}
+
+#[test]
 fn replicas_that_differ_break_p5() {
     assert_eq!(broken(|h| h.finals[1].sample.digest = vec![8]), ["P5"]);
     assert_eq!(broken(|h| h.finals[1].scanned = Ok(vec![8])), ["P5"]);

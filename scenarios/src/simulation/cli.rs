@@ -2,7 +2,7 @@
 
 use super::run::{Run, run};
 use super::runner;
-use crate::report::{Report, Verdict};
+use crate::report::{PROBES, Report, Verdict};
 use crate::spec::{self, SHIPPED};
 use clap::{Parser, Subcommand};
 use sim::trace::Level;
@@ -166,6 +166,13 @@ fn print_report(report: &Report) {
             fault.lasts_ms as f64 / 1e3
         );
     }
+    for fired in report.disk_faults.iter().filter(|f| f.fired) {
+        let (at_s, lasts_s) = (fired.fault.at_ms as f64 / 1e3, fired.fault.lasts_ms as f64 / 1e3);
+        println!("  {at_s:7.2} s  disk of {}: {:?} for {lasts_s:.1} s", fired.node, fired.fault.kind);
+    }
+    for (path, count) in &report.probes {
+        println!("  {count:9} x {path}");
+    }
     for violation in &report.violations {
         println!("  {} at {:.3} s: {}", violation.promise, violation.at_s, violation.what);
     }
@@ -269,6 +276,12 @@ fn table(reports: &[Report]) -> ExitCode {
             most(|r| r.converge_s.unwrap_or(0.0)),
             reports.iter().map(|r| r.wall_s).sum::<f64>(),
         );
+    }
+    println!("rare paths:");
+    let taken = |path: &str| reports.iter().filter_map(|r| r.probes.get(path)).sum::<u64>();
+    for path in PROBES {
+        let count = taken(path);
+        println!("  {count:9} x {path}{}", if count == 0 { "  (never reached)" } else { "" });
     }
     let bad = reports.iter().filter(|r| r.verdict != Verdict::Pass);
     let bad: Vec<String> =

@@ -7,7 +7,9 @@ use super::cluster::{Cluster, host_of, tenant};
 use crate::history::{At, Id, Op, Refusal, Request, Response, Row};
 use crate::spec::Workload;
 use nodes::error::reason;
-use nodes::proto::v1::{self, memory_service_client::MemoryServiceClient};
+use nodes::proto::v1::{
+    self, graph_service_client::GraphServiceClient, memory_service_client::MemoryServiceClient,
+};
 use sim::net::Channel;
 use sim::rand;
 use sim::time::{self, Duration};
@@ -167,7 +169,9 @@ impl Client {
             d if d < 0.58 => self.write(Kind::Update).await,
             d if d < 0.68 => self.write(Kind::Delete).await,
             d if d < 0.88 => self.get(true).await,
-            d if d < 0.97 => self.search().await,
+            d if d < 0.94 => self.search().await,
+            d if d < 0.96 => self.link().await,
+            d if d < 0.98 => self.walk().await,
             _ => self.list().await,
         }
     }
@@ -279,7 +283,7 @@ impl Client {
                 let answer = service.delete(request).await?.into_inner();
                 (answer.version, answer.info)
             }
-            Request::Get { .. } | Request::Search | Request::List => {
+            Request::Get { .. } | Request::Search | Request::List | Request::Walk => {
                 return Err(Status::internal("not a write"));
             }
         };
@@ -336,6 +340,37 @@ impl Client {
                 let hits = answer.into_inner().hits;
                 let rows = hits.iter().filter_map(|h| h.memory.as_ref()).map(row).collect();
                 self.record(call, Request::Search, Response::Rows(rows));
+            }
+            _ => self.at = (self.at + 1) % self.gateways.len(),
+        }
+    }
+
+    /// Sets an edge between two memories, of which either may not be there.
+    async fn link(&mut self) {
+        let (source, target) = (self.pick_id(), self.pick_id());
+        let weight = rand::unit() as f32;
+        let edge = v1::Edge { source, target, relation: "knows".into(), weight, ..Default::default() };
+        let mut service = GraphServiceClient::new(self.channels[self.at].clone());
+        if rand::chance(0.2) {
+            let request = self.request(v1::DeleteEdgesRequest { edges: vec![edge], options: None });
+            let _answer = time::timeout(ATTEMPT, service.delete_edges(request)).await;
+        } else {
+            let request = self.request(v1::UpsertEdgesRequest { edges: vec![edge], options: None });
+            let _answer = time::timeout(ATTEMPT, service.upsert_edges(request)).await;
+        }
+    }
+
+    async fn walk(&mut self) {
+        let call = sim::world::true_now();
+        let (start, inbound) = (vec![self.pick_id()], rand::chance(0.3));
+        let mut service = GraphServiceClient::new(self.channels[self.at].clone());
+        let request = self.request(v1::TraverseRequest { start, hops: 3, inbound, ..Default::default() });
+        match time::timeout(ATTEMPT, service.traverse(request)).await {
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                let edges = answer.edges.into_iter().map(|e| (e.source, e.target)).collect();
+                let rows = answer.memories.iter().map(row).collect();
+                self.record(call, Request::Walk, Response::Walked { rows, edges });
             }
             _ => self.at = (self.at + 1) % self.gateways.len(),
         }

@@ -6,6 +6,7 @@ use nodes::config::NodeConfig;
 use nodes::error::Error;
 use nodes::node::Node;
 use nodes::proto::v1::{self, admin_service_client::AdminServiceClient};
+use sim::disk::simulated::DiskFaults;
 use sim::net::Channel;
 use sim::time::Duration;
 use sim::world::{ClockModel, Latency, LinkModel, NodeIndex, NodeOptions, World};
@@ -18,6 +19,8 @@ pub struct Cluster {
     pub world: World,
     /// In the order of their names: n1, n2, …
     pub replicas: Vec<NodeIndex>,
+    /// How the disks are when they are well.
+    pub disk_faults: BTreeMap<NodeIndex, DiskFaults>,
     /// Addresses that clients may ask.
     pub gateways: Vec<String>,
     /// An API key of each tenant.
@@ -56,6 +59,7 @@ impl Cluster {
         let mut cluster = Cluster {
             world: world_handle,
             replicas: vec![],
+            disk_faults: BTreeMap::new(),
             gateways: vec![],
             keys,
             keys_per_tenant,
@@ -90,11 +94,9 @@ impl Cluster {
                 let sync_latency =
                     if slow_disks { 5000 + sim::rand::below(20_000) } else { 250 + sim::rand::below(1500) };
                 let sync_latency = Duration::from_micros(sync_latency);
-                disk.set_faults(sim::disk::simulated::DiskFaults {
-                    latency,
-                    sync_latency,
-                    ..Default::default()
-                });
+                let usual = DiskFaults { latency, sync_latency, ..Default::default() };
+                disk.set_faults(usual);
+                cluster.disk_faults.insert(node, usual);
             }
             if id.is_some() {
                 cluster.replicas.push(node);

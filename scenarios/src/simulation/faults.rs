@@ -8,7 +8,13 @@ use sim::trace::Level;
 use sim::world::NodeIndex;
 use std::sync::Arc;
 
-/// How long to look for a leader to hit.
+/// Where a replica's data lies.
+const STORED: [&str; 3] = ["views", "ledger", "bases"];
+/// Places harmed by one fault.
+const DAMAGES: usize = 2;
+const SLOW_SYNC: Duration = Duration::from_millis(100);
+
+/// How long to wait for a leader, or for a node, to hit.
 const LEADER_WAIT: Duration = Duration::from_secs(10);
 
 /// Plays the plan in order; returns once the last fault is undone.
@@ -28,7 +34,15 @@ pub async fn play(cluster: &Arc<Cluster>, plan: &[Fault]) -> Vec<Fired> {
 async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     match fault.target {
         Target::All => cluster.replicas.clone(),
-        Target::Any => vec![cluster.replicas[fault.pick as usize % cluster.replicas.len()]],
+        Target::Any => {
+            let node = cluster.replicas[fault.pick as usize % cluster.replicas.len()];
+            // Its bad disk may have ended it just now; its supervisor starts it again.
+            let until = cluster.world.now() + LEADER_WAIT;
+            while !cluster.world.is_running(node) && cluster.world.now() < until {
+                time::sleep(Duration::from_millis(100)).await;
+            }
+            vec![node]
+        }
         Target::Leader => {
             let until = cluster.world.now() + LEADER_WAIT;
             while cluster.world.now() < until {
@@ -47,7 +61,11 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let nodes = targets(cluster, fault).await;
     let names: Vec<String> = nodes.iter().map(|n| world.node_name(*n)).collect();
     let lasts = Duration::from_millis(fault.lasts_ms);
-    let running = !nodes.is_empty() && nodes.iter().all(|n| world.is_running(*n));
+    // Of all nodes, one with a bad disk may be down already.
+    let running = match fault.target {
+        Target::All => nodes.iter().any(|n| world.is_running(*n)),
+        _ => !nodes.is_empty() && nodes.iter().all(|n| world.is_running(*n)),
+    };
     let others = |node: NodeIndex| cluster.replicas.iter().copied().filter(move |n| *n != node);
     let took_place = match fault.kind {
         FaultKind::PowerOff | FaultKind::Crash => {
@@ -86,6 +104,70 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             world.links().heal_all();
             nodes.iter().for_each(|n| world.note(*n, Level::Info, "links healed"));
             running && world.links().counters().0 > stalled
+        }
+        FaultKind::BitRot | FaultKind::LostSector => {
+            let mut harmed = !nodes.is_empty();
+            for disk in nodes.iter().filter_map(|n| world.disk(*n)) {
+                for turn in 0..DAMAGES {
+                    let dir = STORED[(turn + fault.at_ms as usize) % STORED.len()];
+                    harmed &= match fault.kind {
+                        FaultKind::BitRot => disk.flip_a_bit(dir),
+                        _ => disk.lose_a_sector(dir),
+                    };
+                }
+            }
+            nodes.iter().for_each(|n| world.note(*n, Level::Warn, &format!("its disk: {:?}", fault.kind)));
+            time::sleep(lasts).await;
+            harmed
+        }
+        FaultKind::Misdirected
+        | FaultKind::SyncFailure
+        | FaultKind::FullDisk
+        | FaultKind::SlowDisk
+        | FaultKind::StuckDisk => {
+            for &node in &nodes {
+                let Some(disk) = world.disk(node) else { continue };
+                let mut faults = disk.faults();
+                match fault.kind {
+                    FaultKind::Misdirected => {
+                        (faults.misdirect_one_in, faults.misdirect_in) =
+                            (20, if fault.at_ms % 3 == 0 { "bases" } else { "ledger" });
+                    }
+                    FaultKind::SyncFailure => faults.sync_fail_one_in = 1,
+                    FaultKind::FullDisk => faults.full = true,
+                    FaultKind::SlowDisk => {
+                        faults.latency *= 20;
+                        faults.sync_latency = faults.sync_latency * 10 + SLOW_SYNC;
+                    }
+                    _ => faults.stuck = true,
+                }
+                disk.set_faults(faults);
+                world.note(node, Level::Warn, &format!("its disk: {:?}", fault.kind));
+            }
+            let started = nodes.iter().map(|n| (*n, world.boots(*n))).collect::<Vec<_>>();
+            let mut left = lasts;
+            while !left.is_zero() {
+                let step = left.min(Duration::from_millis(100));
+                time::sleep(step).await;
+                left -= step;
+                // One failed sync is enough: the process ends, and the next one finds a disk that works.
+                if fault.kind == FaultKind::SyncFailure
+                    && started.iter().any(|(n, boots)| world.boots(*n) != *boots)
+                {
+                    break;
+                }
+            }
+            for &node in &nodes {
+                let Some(disk) = world.disk(node) else { continue };
+                let usual = cluster.disk_faults.get(&node).copied().unwrap_or_default();
+                disk.set_faults(usual);
+                world.note(node, Level::Info, "its disk works again");
+                if fault.kind == FaultKind::StuckDisk && world.is_running(node) {
+                    world.crash(node);
+                    world.start(node);
+                }
+            }
+            running
         }
         FaultKind::Clock => {
             nodes.iter().for_each(|n| world.set_clock(*n, fault.rate_ppm, fault.step_ms));

@@ -6,8 +6,9 @@ use super::faults;
 use crate::history::{Final, History, Row, Sample};
 use crate::promises;
 use crate::report::{ACKED_MIN, Fired, Report, VIRTUAL_MIN_S, Verdict};
-use crate::spec::{Fault, Scenario};
+use crate::spec::{self, Fault, Scenario};
 use nodes::error::Error;
+use nodes::ledger::recovery;
 use nodes::proto::v1;
 use sim::time::{self, Duration};
 use sim::trace::Level;
@@ -27,8 +28,8 @@ pub struct Run {
 struct Seen {
     history: History,
     fired: Vec<Fired>,
-    writes_lost: u64,
-    entries_lost: u64,
+    disk_faults: Vec<Fired>,
+    probes: BTreeMap<String, u64>,
 }
 
 /// Runs `scenario` with `seed` in this process, which must not have run one before. `all_lines` keeps the whole trace.
@@ -39,8 +40,13 @@ pub fn run(name: &str, scenario: &Scenario, seed: u64, all_lines: bool) -> Run {
     }
     plan.sort_by_key(|fault| fault.at_ms);
     let started = super::cli::wall_seconds();
-    let (to_play, spec) = (plan.clone(), scenario.clone());
-    let outcome = world::run(seed, all_lines, |world| async move { scenes(world, spec, to_play).await });
+    let disk_plan = match scenario.bad_disk {
+        true => spec::disk_plan(seed, scenario.workload_s),
+        false => vec![],
+    };
+    let (to_play, scenario) = ([plan.clone(), disk_plan.clone()], scenario.clone());
+    let outcome = world::run(seed, all_lines, |world| async move { scenes(world, scenario, to_play).await });
+    plan.extend(disk_plan);
     let wall_s = super::cli::wall_seconds() - started;
     let virtual_s = outcome.virtual_time.as_secs_f64();
     let mut report = match outcome.value {
@@ -73,16 +79,21 @@ pub fn empty() -> Report {
         unknown: 0,
         write_gap_s: 0.0,
         converge_s: None,
-        writes_lost: 0,
-        entries_lost: 0,
+        disk_faults: vec![],
+        probes: BTreeMap::new(),
         why: String::new(),
     }
 }
 
 fn judge(seen: Seen, virtual_s: f64) -> Report {
     use crate::history::Response;
-    let Seen { history, fired, writes_lost, entries_lost } = seen;
-    let violations = promises::check_all(&history);
+    let Seen { history, fired, disk_faults, probes } = seen;
+    let mut violations = promises::check_all(&history);
+    if probes.contains_key(recovery::CONTRADICTION) {
+        // A view was made anew because of a bug, not of a disk: what it held is gone, but it was wrong.
+        let what = "a replica's views contradicted themselves; see the trace".to_string();
+        violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
+    }
     let acked = history.acked();
     let idle: Vec<String> =
         fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
@@ -113,17 +124,25 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
         lost: promises::lost(&history),
         faults: fired,
         violations,
-        reads: count(|r| matches!(r, Response::Value { .. } | Response::Absent { .. } | Response::Rows(_))),
+        reads: count(|r| {
+            matches!(
+                r,
+                Response::Value { .. }
+                    | Response::Absent { .. }
+                    | Response::Rows(_)
+                    | Response::Walked { .. }
+            )
+        }),
         unknown: count(|r| matches!(r, Response::Unknown)),
         write_gap_s: gap_ns as f64 / 1e9,
         converge_s: history.converged_ns.map(|at| at.saturating_sub(history.healed_ns) as f64 / 1e9),
-        writes_lost,
-        entries_lost,
+        disk_faults,
+        probes,
         ..empty()
     }
 }
 
-async fn scenes(world: World, scenario: Scenario, plan: Vec<Fault>) -> Result<Seen, Error> {
+async fn scenes(world: World, scenario: Scenario, [plan, disk_plan]: [Vec<Fault>; 2]) -> Result<Seen, Error> {
     // Setup.
     let cluster = Arc::new(Cluster::start(&world, &scenario)?);
     let recorder: Recorder = Arc::default();
@@ -132,7 +151,12 @@ async fn scenes(world: World, scenario: Scenario, plan: Vec<Fault>) -> Result<Se
     let running = client::start(&cluster, &scenario.workload, &recorder, until);
     let samples: Arc<Mutex<Vec<Sample>>> = Arc::default();
     let sampler = sim::task::spawn(sample_forever(cluster.clone(), samples.clone()));
+    let bad_disk = {
+        let cluster = cluster.clone();
+        sim::task::spawn(async move { faults::play(&cluster, &disk_plan).await })
+    };
     let fired = faults::play(&cluster, &plan).await;
+    let disk_faults = bad_disk.await.map_err(|e| Error::Internal(format!("the disk's faults: {e}")))?;
     let healed = world.now();
     while *running.lock().unwrap_or_else(|p| p.into_inner()) > 0 {
         time::sleep(Duration::from_millis(250)).await;
@@ -155,14 +179,15 @@ async fn scenes(world: World, scenario: Scenario, plan: Vec<Fault>) -> Result<Se
     let mut finals = vec![];
     if converged.is_some() {
         for &node in &cluster.replicas {
-            finals.push(look(&cluster, node).await?);
+            finals.push(look_again(&cluster, node, healed + limit * 2).await?);
         }
     }
-    let (mut writes_lost, mut entries_lost) = (0, 0);
+    let probes = sim::trace::probes().into_iter();
+    let mut probes: BTreeMap<String, u64> = probes.map(|(path, count)| (path.into(), count)).collect();
     for disk in cluster.replicas.iter().filter_map(|n| world.disk(*n)) {
-        let counters = disk.counters();
-        writes_lost += counters.writes_lost + counters.writes_torn;
-        entries_lost += counters.entries_lost;
+        for (fault, count) in disk.counters().faults().into_iter().filter(|(_, count)| *count > 0) {
+            *probes.entry(fault.into()).or_default() += count;
+        }
     }
     let ops = std::mem::take(&mut *recorder.lock().unwrap_or_else(|p| p.into_inner()));
     world.identify(ops.len() as u64);
@@ -174,7 +199,7 @@ async fn scenes(world: World, scenario: Scenario, plan: Vec<Fault>) -> Result<Se
         converged_ns: converged.map(|at| at.as_nanos() as u64),
         converge_limit_ns: limit.as_nanos() as u64,
     };
-    Ok(Seen { history, fired, writes_lost, entries_lost })
+    Ok(Seen { history, fired, disk_faults, probes })
 }
 
 /// Whether all replicas answer, name one leader and publish the same position.
@@ -183,6 +208,9 @@ async fn agree(cluster: &Cluster) -> bool {
     for &node in &cluster.replicas {
         let Some(status) = cluster.status(node, false).await else { return false };
         for shard in status.shards {
+            if shard.repairing {
+                return false;
+            }
             leaders.push(shard.leader.clone());
             published
                 .push((shard.last_index, shard.views.iter().map(|v| v.published_index).min().unwrap_or(0)));
@@ -210,6 +238,21 @@ fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Option<Sample> {
     let shard = status.shards.first()?;
     let at_ns = cluster.world.now().as_nanos() as u64;
     Some(Sample { at_ns, node: status.node.clone(), index: shard.digest_index, digest: shard.digest.clone() })
+}
+
+/// [`look`], again while the replica makes views anew whose damage was only found by looking. What it says is never asked twice.
+async fn look_again(cluster: &Cluster, node: NodeIndex, until: Duration) -> Result<Final, Error> {
+    loop {
+        let boots = cluster.world.boots(node);
+        let seen = look(cluster, node).await;
+        let restarted = cluster.world.boots(node) != boots || !cluster.world.is_running(node);
+        if !restarted || cluster.world.now() > until {
+            return seen;
+        }
+        while !agree(cluster).await && cluster.world.now() < until {
+            time::sleep(Duration::from_millis(200)).await;
+        }
+    }
 }
 
 /// Reads everything from one replica, tenant by tenant, as its clients would.

@@ -11,10 +11,23 @@
 //! - **A failing sync.** The error is reported once; the dirty pages may already be marked clean and gone, so
 //!   a later `sync` that succeeds proves nothing. A caller treats the file as unusable: it stops, and rebuilds from peers
 //!   or from what a fresh start reads back.
+//! - **Bit rot**: a byte reads back as something else, at any time, anywhere. Everything that Loci stores has a checksum that is
+//!   verified before the bytes are used; what fails it is reported with file and offset, and repaired from a second copy, the log, or
+//!   a peer.
+//! - **Latent sector errors**: a sector cannot be read (`EIO`) until it is written again. Treated like rot.
+//! - **Misdirected writes**: a write lands some sectors away and reports success. It harms two places. What it overwrote fails its
+//!   checksum. What it should have written is missing: in a log, a fact or a snapshot that is a checksum too. A page of a
+//!   database that kept its old content is sound by itself; it is found with the page that was overwritten, or when a replica's digest
+//!   is recomputed. The simulated disk misdirects writes to the log and to snapshots, not to databases.
 //! - **Latency.** An operation is slow. The operations are synchronous (SQLite demands it), so the simulated latency is a debt,
 //!   slept off by [`crate::task::blocking`], the only way that asynchronous code may call a disk. Only then is a sync done.
+//! - **A stuck disk**: an operation never returns. Its task waits for ever; the rest of the process lives until it is restarted.
 //! - **A full disk**: writes fail with `StorageFull`; nothing already written is harmed.
 //! - **Process death without power loss**: the kernel lives on, and all writes survive.
+//!
+//! Rot, lost sectors, misdirected writes and failing syncs may take from a node what it acknowledged. So a scenario's plan gives them, in
+//! one run, to one replica only: a quorum remains that has everything. Each fault is counted ([`simulated::DiskCounters`]), which
+//! proves that it took place.
 //!
 //! In production [`real`] maps this onto `pwrite`, `pread`, `fdatasync`, `rename` and `fsync` of the directory. In
 //! simulation [`simulated`] keeps each node's files in memory, in two states: what a reader sees and what the platter holds.

@@ -19,6 +19,10 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 const SECTOR: usize = 512;
+/// The error number of a sector that cannot be read.
+const EIO: i32 = 5;
+/// Longer than any run.
+const FOR_EVER: Duration = Duration::from_secs(10 * 86_400);
 
 /// Faults beside power loss.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +31,12 @@ pub struct DiskFaults {
     pub sync_fail_one_in: u32,
     /// Writes that would make a file longer fail with `StorageFull`.
     pub full: bool,
+    /// One write in this many to the files of [`DiskFaults::misdirect_in`] lands some sectors away; 0: none.
+    pub misdirect_one_in: u32,
+    /// The directory whose files' writes may be misdirected.
+    pub misdirect_in: &'static str,
+    /// Every operation takes for ever: whoever sleeps off its latency never wakes.
+    pub stuck: bool,
     /// Cost of one read or write.
     pub latency: Duration,
     pub sync_latency: Duration,
@@ -44,6 +54,32 @@ pub struct DiskCounters {
     pub writes_torn: u64,
     pub entries_lost: u64,
     pub sync_failures: u64,
+    pub bits_flipped: u64,
+    pub sectors_lost: u64,
+    /// Reads that met a lost sector.
+    pub read_errors: u64,
+    pub writes_misdirected: u64,
+    /// Writes that found the disk full.
+    pub writes_refused: u64,
+    pub operations_stuck: u64,
+}
+
+impl DiskCounters {
+    /// Each fault by its name, and how often it took place.
+    pub fn faults(&self) -> [(&'static str, u64); 10] {
+        [
+            ("disk: power losses", self.power_losses),
+            ("disk: unsynced writes lost", self.writes_lost),
+            ("disk: unsynced writes torn", self.writes_torn),
+            ("disk: directory entries lost", self.entries_lost),
+            ("disk: syncs failed", self.sync_failures),
+            ("disk: bits flipped", self.bits_flipped),
+            ("disk: reads of lost sectors", self.read_errors),
+            ("disk: writes misdirected", self.writes_misdirected),
+            ("disk: writes refused, full", self.writes_refused),
+            ("disk: operations stuck", self.operations_stuck),
+        ]
+    }
 }
 
 /// One operation, for the trace.
@@ -94,6 +130,8 @@ struct Inode {
     seen: Vec<u8>,
     platter: Vec<u8>,
     pending: Vec<(u64, Pending)>,
+    /// Sectors that cannot be read until they are written again.
+    lost: BTreeSet<usize>,
 }
 
 /// What a sync makes durable.
@@ -200,7 +238,25 @@ impl State {
             return Err(power_is_off());
         }
         self.debt += self.faults.latency;
+        if self.faults.stuck {
+            self.counters.operations_stuck += 1;
+            self.debt = self.debt.max(FOR_EVER);
+        }
         Ok(())
+    }
+
+    /// A file under `dir` with something in it, and one of its bytes.
+    fn some_byte(&mut self, dir: &str) -> Option<(u64, usize)> {
+        let prefix = format!("{dir}/");
+        let files: Vec<(u64, usize)> = self
+            .entries
+            .iter()
+            .filter(|(path, _)| path.starts_with(&prefix))
+            .filter_map(|(_, id)| Some((*id, self.inodes.get(id)?.seen.len())))
+            .filter(|(_, len)| *len > 0)
+            .collect();
+        let (id, len) = *files.get(self.below(files.len() as u64) as usize)?;
+        Some((id, self.below(len as u64) as usize))
     }
 
     fn cut_power(&mut self) {
@@ -349,6 +405,7 @@ impl State {
                 }
             }
             inode.seen.clone_from(&inode.platter);
+            inode.lost.retain(|sector| sector * SECTOR < inode.seen.len());
             self.inodes.insert(id, inode);
         }
         self.entries.clone_from(&self.durable_entries);
@@ -406,6 +463,7 @@ impl SimDisk {
         let mut state = lock(&self.state);
         if !state.powered {
             state.settle();
+            state.debt = Duration::ZERO;
             state.powered = true;
         }
     }
@@ -414,7 +472,38 @@ impl SimDisk {
     pub fn crash_process(&self) {
         let mut state = lock(&self.state);
         state.epoch += 1;
+        state.debt = Duration::ZERO;
         state.finish_syncs(0..=u64::MAX);
+    }
+
+    /// Flips one bit somewhere in the files under `dir`, where readers see it and on the platter; whether there was one.
+    pub fn flip_a_bit(&self, dir: &str) -> bool {
+        let mut state = lock(&self.state);
+        let Some((id, at)) = state.some_byte(dir) else { return false };
+        let bit = 1 << state.below(8);
+        state.counters.bits_flipped += 1;
+        if let Some(inode) = state.inodes.get_mut(&id) {
+            inode.seen[at] ^= bit;
+            if let Some(byte) = inode.platter.get_mut(at) {
+                *byte ^= bit;
+            }
+        }
+        true
+    }
+
+    /// Makes one sector of the files under `dir` unreadable until it is written again; whether there was one.
+    pub fn lose_a_sector(&self, dir: &str) -> bool {
+        let mut state = lock(&self.state);
+        let Some((id, at)) = state.some_byte(dir) else { return false };
+        state.counters.sectors_lost += 1;
+        if let Some(inode) = state.inodes.get_mut(&id) {
+            inode.lost.insert(at / SECTOR);
+        }
+        true
+    }
+
+    pub fn faults(&self) -> DiskFaults {
+        lock(&self.state).faults
     }
 
     /// Power goes off at the `n`-th changing operation from now (1: the next), which fails.
@@ -499,12 +588,32 @@ impl SimFile {
     }
 }
 
+impl SimFile {
+    /// Where a write really goes.
+    fn where_it_lands(&self, state: &mut State, offset: usize, len: usize) -> usize {
+        let one_in = state.faults.misdirect_one_in as u64;
+        let prefix = format!("{}/", state.faults.misdirect_in);
+        if one_in == 0 || state.below(one_in) > 0 || len < 2 * SECTOR {
+            return offset;
+        }
+        if !state.entries.iter().any(|(path, inode)| *inode == self.inode && path.starts_with(&prefix)) {
+            return offset;
+        }
+        state.counters.writes_misdirected += 1;
+        offset.saturating_sub(SECTOR * (1 + state.below(4) as usize))
+    }
+}
+
 impl File for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.with(false, |state, inode| {
             state.counters.reads += 1;
             let from = (offset as usize).min(inode.seen.len());
             let read = buf.len().min(inode.seen.len() - from);
+            if read > 0 && inode.lost.range(from / SECTOR..=(from + read - 1) / SECTOR).next().is_some() {
+                state.counters.read_errors += 1;
+                return Err(io::Error::from_raw_os_error(EIO));
+            }
             buf[..read].copy_from_slice(&inode.seen[from..from + read]);
             Ok(read)
         })
@@ -514,6 +623,7 @@ impl File for SimFile {
         self.with(true, |state, inode| {
             let offset = offset as usize;
             if state.faults.full && offset + bytes.len() > inode.seen.len() {
+                state.counters.writes_refused += 1;
                 return Err(io::Error::new(
                     io::ErrorKind::StorageFull,
                     "no space left on the simulated disk",
@@ -521,7 +631,13 @@ impl File for SimFile {
             }
             state.counters.writes += 1;
             state.counters.bytes_written += bytes.len() as u64;
+            let offset = self.where_it_lands(state, offset, inode.seen.len());
             write_into(&mut inode.seen, offset, bytes);
+            if !inode.lost.is_empty() && !bytes.is_empty() {
+                inode.lost.retain(|sector| {
+                    !(offset / SECTOR..=(offset + bytes.len() - 1) / SECTOR).contains(sector)
+                });
+            }
             inode.pending.push((state.call(), Pending::Write { offset, bytes: bytes.to_vec() }));
             Ok(())
         })?;
@@ -532,6 +648,7 @@ impl File for SimFile {
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.with(true, |state, inode| {
             inode.seen.resize(len as usize, 0);
+            inode.lost.retain(|sector| sector * SECTOR < len as usize);
             inode.pending.push((state.call(), Pending::SetLen(len as usize)));
             Ok(())
         })?;
@@ -769,6 +886,56 @@ mod tests {
         disk.crash_process();
         assert!(file.sync().is_err());
         assert_eq!(content(&disk, "a").as_deref(), Some(&b"data"[..]));
+        Ok(())
+    }
+
+    #[test]
+    fn damage_is_seen_by_readers_survives_power_and_goes_with_a_new_write() -> io::Result<()> {
+        for seed in 0..50 {
+            let disk = SimDisk::new(seed);
+            disk.create_dir_all("d")?;
+            disk.create("other")?.write_at(&[1; 2000], 0)?;
+            let file = disk.create("d/a")?;
+            file.write_at(&[7; 2000], 0)?;
+            file.sync()?;
+            disk.sync_dir("d")?;
+            disk.sync_dir("")?;
+            assert!(disk.flip_a_bit("d") && !disk.flip_a_bit("nothing"));
+            disk.power_off();
+            disk.power_on();
+            let bytes = content(&disk, "d/a").unwrap_or_default();
+            assert_eq!(bytes.iter().map(|b| (b ^ 7).count_ones()).sum::<u32>(), 1);
+            assert!(disk.lose_a_sector("d"));
+            assert!(content(&disk, "d/a").is_none());
+            let file = disk.open("d/a")?;
+            let error = file.read_at(&mut [0; 2000], 0).err().and_then(|e| e.raw_os_error());
+            assert_eq!(error, Some(EIO));
+            file.write_at(&[7; 2000], 0)?;
+            assert_eq!(content(&disk, "d/a").as_deref(), Some(&[7; 2000][..]));
+            let counters = disk.counters();
+            assert_eq!((counters.bits_flipped, counters.sectors_lost, counters.read_errors), (1, 1, 2));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_misdirected_write_harms_two_places_and_only_where_it_may() -> io::Result<()> {
+        let mut missed = 0;
+        for seed in 0..50 {
+            let disk = SimDisk::new(seed);
+            disk.create_dir_all("d")?;
+            let (file, other) = (disk.create("d/a")?, disk.create("b")?);
+            file.write_at(&[1; 4096], 0)?;
+            other.write_at(&[1; 4096], 0)?;
+            disk.set_faults(DiskFaults { misdirect_one_in: 2, misdirect_in: "d", ..Default::default() });
+            file.write_at(&[2; 512], 2048)?;
+            other.write_at(&[2; 512], 2048)?;
+            let twos = |path| content(&disk, path).map(|c: Vec<u8>| c.iter().position(|b| *b == 2));
+            assert_eq!(twos("b"), Some(Some(2048)));
+            missed += (twos("d/a") != Some(Some(2048))) as u64;
+            assert_eq!(disk.counters().writes_misdirected > 0, twos("d/a") != Some(Some(2048)));
+        }
+        assert!((10..40).contains(&missed), "{missed} of 50");
         Ok(())
     }
 }

@@ -183,6 +183,11 @@ impl World {
         &self.inner.links
     }
 
+    /// How often the node's process has ended.
+    pub fn boots(&self, node: NodeIndex) -> u64 {
+        self.state().nodes[node].boots as u64
+    }
+
     /// Adds a machine and boots it: `init` is its process, started anew at every boot.
     pub fn add_node<F>(&self, options: NodeOptions, init: impl Fn() -> F + Send + Sync + 'static) -> NodeIndex
     where

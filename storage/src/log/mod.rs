@@ -21,7 +21,8 @@
 //!   behind what is appended there next.
 //! - **A half-done truncation or purge.** Segments go one by one, each removal made durable before the next,
 //!   from the end (truncation) or from the start (purge), so what is left has no hole.
-//! - **A failed sync.** What it covered is in an unknown state: the log refuses everything from then on.
+//! - **A failed sync.** What it covered is in an unknown state, and a later sync that succeeds proves nothing: the log refuses everything
+//!   from then on and leaves the file `rewrite`, by which the next opening writes the last segment anew instead of trusting it.
 //!
 //! # Purged is not gone
 //!
@@ -46,7 +47,9 @@ use crate::facts::{self, FACT_BYTES_MAX, FactError};
 use bincode::{Decode, Encode};
 use mark::Mark;
 pub use mark::parse as parse_mark;
-pub use segment::{ENTRY_HEAD, HEAD_BYTES, MAGIC, parse_entry, parse_segment_head, read_up_to};
+pub use segment::{
+    ENTRY_HEAD, HEAD_BYTES, MAGIC, parse_entry, parse_segment_head, read_up_to, read_what_can_be_read,
+};
 
 /// Largest payload of one entry, in bytes.
 pub const PAYLOAD_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
@@ -54,6 +57,9 @@ pub const PAYLOAD_BYTES_MAX: usize = codec::VALUE_BYTES_MAX;
 const BASE: &str = "base";
 /// The fact that says that the log was cut where it was damaged.
 const REPAIR: &str = "repair";
+
+/// The file that says that a sync of the last segment failed.
+const REWRITE: &str = "rewrite";
 
 /// Entries `from..=to` (at least) were durable here and are lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
@@ -308,6 +314,8 @@ impl Log {
             .and_then(|()| self.marked(|mark| mark.set(last.max(durable))));
         let mut state = lock(&self.state);
         if let Err(cause) = synced {
+            // As good as it goes on a disk that fails: without power the name may be gone, and then so are the doubtful bytes.
+            let _ = self.disk.create(&self.path(REWRITE));
             state.poisoned = true;
             return Err(LogError::Io { what: "sync".into(), cause });
         }
@@ -471,13 +479,11 @@ impl Log {
             }
             let failed = |e| io_error(format!("read {name}"))(e);
             let file = self.disk.open(&self.path(&name)).map_err(failed)?;
-            let mut bytes = vec![0; file.len().map_err(failed)? as usize];
-            let read = read_up_to(&*file, &mut bytes, 0).map_err(failed)?;
+            let bytes = read_what_can_be_read(&*file, u64::MAX).map_err(failed)?;
             let mut at = HEAD_BYTES as usize;
             let mut index = first;
             while index < end && next < range.end {
-                let parsed =
-                    bytes[..read].get(at..).and_then(parse_entry).filter(|(head, _)| head.index == index);
+                let parsed = bytes.get(at..).and_then(parse_entry).filter(|(head, _)| head.index == index);
                 let Some((_, payload)) = parsed else {
                     let problem = format!("entry {index} is unreadable");
                     return Err(LogError::Corrupt { file: name, offset: at as u64, problem }.into());

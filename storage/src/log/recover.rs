@@ -2,7 +2,7 @@
 
 use super::mark::Mark;
 use super::segment::{self, ENTRY_HEAD, HEAD_BYTES, Segment};
-use super::{BASE, Kept, Log, LogError, REPAIR, Repair, io_error, lock};
+use super::{BASE, Kept, Log, LogError, REPAIR, REWRITE, Repair, io_error, lock};
 use std::sync::Arc;
 
 /// Where a log is damaged, and from which entry on it must be given up.
@@ -97,6 +97,13 @@ impl Log {
             kept.push(Kept { first: old.first, end: old.end(), name: old.name, bytes: old.len });
         }
         let last = segments.last().map_or(base, |s| s.end() - 1).max(base);
+        if self.disk.exists(&self.path(REWRITE)).map_err(io_error(REWRITE))? {
+            if let Some(segment) = segments.last_mut() {
+                self.rewrite(segment).map_err(io_error(format!("rewrite {}", segment.name)))?;
+                sim::trace::probe("log: rewritten after a failed sync");
+            }
+            self.remove(REWRITE).map_err(io_error(REWRITE))?;
+        }
         // What was read may never have been synced, if only the process died; make it so before building on it.
         if let Some(segment) = segments.last() {
             segment.file.sync().and_then(|()| self.disk.sync_dir(&self.dir)).map_err(io_error("sync"))?;
@@ -105,6 +112,21 @@ impl Log {
         let mut state = lock(&self.state);
         (state.segments, state.kept, state.base, state.last, state.durable) =
             (segments, kept, base, last, last);
+        Ok(())
+    }
+
+    /// Writes a segment to a new file: what an earlier sync did not make durable will not be by another one.
+    fn rewrite(&self, segment: &mut Segment) -> std::io::Result<()> {
+        let mut bytes = segment::read_what_can_be_read(&*segment.file, segment.len)?;
+        bytes.truncate(segment.len as usize);
+        let temporary = self.path("rewrite.tmp");
+        let file = self.disk.create(&temporary)?;
+        file.set_len(0)?;
+        file.write_at(&bytes, 0)?;
+        file.sync()?;
+        self.disk.rename(&temporary, &self.path(&segment.name))?;
+        self.disk.sync_dir(&self.dir)?;
+        segment.file = file;
         Ok(())
     }
 
@@ -120,6 +142,7 @@ impl Log {
         if let Some(before) = self.repair()? {
             repair = Repair { from: before.from.min(repair.from), to: before.to.max(repair.to) };
         }
+        sim::trace::probe("log: damage cut");
         sim::error!(
             "log {}/{} is damaged at byte {} ({}): entries from {} on are given up and must come back from peers",
             self.dir,
@@ -167,9 +190,7 @@ impl Log {
             Some(Damage { file: name.into(), offset, problem, from })
         };
         let file = self.disk.open(&self.path(name)).map_err(failed)?;
-        let mut bytes = vec![0; file.len().map_err(failed)? as usize];
-        let read = segment::read_up_to(&*file, &mut bytes, 0).map_err(failed)?;
-        bytes.truncate(read);
+        let bytes = segment::read_what_can_be_read(&*file, u64::MAX).map_err(failed)?;
         if segment::parse_segment_head(&bytes) != Some(first) {
             let lost = is_last && marked < first && durable_behind(&bytes, 0, first).is_none();
             let problem = || damage(0, first, "segment head is unreadable".into());

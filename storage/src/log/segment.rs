@@ -8,6 +8,8 @@ use std::sync::Arc;
 pub const MAGIC: &[u8; 8] = b"LOCILOG2";
 pub const HEAD_BYTES: u64 = 20;
 pub const ENTRY_HEAD: usize = 24;
+/// The error number of a sector that cannot be read.
+const EIO: i32 = 5;
 
 pub struct Segment {
     pub file: Arc<dyn File>,
@@ -90,14 +92,40 @@ pub fn read_up_to(file: &dyn File, buf: &mut [u8], offset: u64) -> io::Result<us
     Ok(done)
 }
 
+/// Reads a whole file of at most `len_max` bytes; sectors that cannot be read are zeroes, which no checksum fits.
+pub fn read_what_can_be_read(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
+    let len = file.len()?.min(len_max) as usize;
+    let mut bytes = vec![0; len];
+    match read_up_to(file, &mut bytes, 0) {
+        Ok(read) => bytes.truncate(read),
+        Err(error) if error.raw_os_error() == Some(EIO) => {
+            for (at, sector) in bytes.chunks_mut(512).enumerate() {
+                match read_up_to(file, sector, at as u64 * 512) {
+                    Err(error) if error.raw_os_error() == Some(EIO) => sector.fill(0),
+                    Err(error) => return Err(error),
+                    Ok(_) => {}
+                }
+            }
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(bytes)
+}
+
 /// Reads and checks one entry.
 pub fn read_entry(file: &dyn File, name: &str, offset: u64, index: u64) -> Result<Arc<[u8]>, LogError> {
     let corrupt = |problem: &str| LogError::Corrupt { file: name.into(), offset, problem: problem.into() };
+    let read_some = |buf: &mut [u8]| {
+        read_up_to(file, buf, offset).map_err(|error| match error.raw_os_error() {
+            Some(EIO) => corrupt("it cannot be read"),
+            _ => io_error(format!("read {name}"))(error),
+        })
+    };
     let mut head = [0; ENTRY_HEAD];
-    let read = read_up_to(file, &mut head, offset).map_err(io_error(format!("read {name}")))?;
+    let read = read_some(&mut head)?;
     let length = parse_head(&head[..read]).ok_or_else(|| corrupt("entry head is unreadable"))?.length;
     let mut bytes = vec![0; ENTRY_HEAD + length];
-    let read = read_up_to(file, &mut bytes, offset).map_err(io_error(format!("read {name}")))?;
+    let read = read_some(&mut bytes)?;
     match parse_entry(&bytes[..read]) {
         Some((head, payload)) if head.index == index => Ok(payload.into()),
         Some((head, _)) => Err(corrupt(&format!("entry {} stands where {index} should", head.index))),

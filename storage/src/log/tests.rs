@@ -423,6 +423,27 @@ fn bad_calls_are_refused_and_change_nothing() -> Result<(), LogError> {
 }
 
 #[test]
+fn what_a_failed_sync_left_in_doubt_is_durable_once_the_log_is_open_again() -> Result<(), LogError> {
+    for seed in 0..60 {
+        let disk = SimDisk::new(seed);
+        let log = Log::open(disk.clone(), "log", LogOptions::default())?;
+        log.append(&[(1, &payload(1, seed))])?;
+        log.sync()?;
+        log.append(&[(2, &payload(2, seed)), (3, &payload(3, seed))])?;
+        disk.set_faults(sim::disk::simulated::DiskFaults { sync_fail_one_in: 1, ..Default::default() });
+        assert!(log.sync().is_err());
+        disk.set_faults(Default::default());
+        disk.crash_process();
+        let shown = Log::open(disk.clone(), "log", LogOptions::default())?.last_index();
+        disk.power_off();
+        disk.power_on();
+        let log = Log::open(disk, "log", LogOptions::default())?;
+        assert_eq!((log.last_index(), log.read(1..4, usize::MAX)?.len()), (shown, 3), "seed {seed}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_failed_sync_poisons_the_log() -> Result<(), LogError> {
     let disk = SimDisk::new(1);
     let log = Log::open(disk.clone(), "log", LogOptions::default())?;

@@ -28,13 +28,19 @@
 //! too; a tear between their sectors, 128 positions apart, passed as whole and took the views back in time (simulation,
 //! `all-nodes-power-loss`, seed 7). So pages move into the database only while no one reads, and the log is cut to nothing
 //! in the same step, before SQLite could restart it. While a long read goes on the log grows, and is synced instead.
+//!
+//! **While it moves, the log must be whole.** Power lost in mid-move leaves a database of old and new pages, which the log mends, all of
+//! it or nothing: a log that rot has shortened would leave a mixture of pages that are each sound. So the fact `moving` says
+//! beforehand how many frames there are, and opening refuses a log that has fewer.
 
 pub mod fields;
 pub mod months;
 pub mod rows;
 pub mod words;
 
+use crate::codec;
 use crate::error::StorageError;
+use crate::facts;
 use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -57,6 +63,9 @@ CREATE TABLE keys (
 CREATE INDEX keys_time ON keys (time);
 CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
 ";
+
+/// The fact that the write-ahead log moves into the database, and how many frames it has.
+const MOVING: &str = "moving";
 
 /// Pages that the write-ahead log may hold before it is moved into the database.
 const WAL_PAGES_MAX: i64 = 4000;
@@ -105,14 +114,30 @@ impl Records {
         writer.execute_batch(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;",
         )?;
+        let dir = dir_of(path).to_string();
+        let log_bytes = match disk.open(&format!("{path}-wal")) {
+            Ok(file) => file.len()?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error.into()),
+        };
+        let damaged = |problem: String| StorageError::Damaged { what: format!("{path}-wal"), problem };
+        let moving = facts::get(&*disk, &dir, MOVING).map_err(|e| damaged(format!("{MOVING}.meta: {e}")))?;
+        // A log of no length has been moved to its end.
+        if let Some(bytes) = moving.filter(|_| log_bytes > 0) {
+            let moving: i64 = codec::decode(&bytes).map_err(|e| damaged(e.to_string()))?;
+            let frames = frames(&writer)?;
+            if frames < moving {
+                return Err(damaged(format!("it has {frames} of {moving} frames that were being moved")));
+            }
+        }
         // What a power loss left there goes first: behind its last whole transaction may lie pieces of others.
-        truncate_wal(&writer)?;
+        truncate_wal(&*disk, path, &writer)?;
         let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if version != 0 && version != SCHEMA_VERSION {
             let problem = format!(
                 "it has format {version}, this build reads {SCHEMA_VERSION}: use the build that wrote it"
             );
-            return Err(StorageError::Corrupt { what: format!("database {path}"), problem });
+            return Err(StorageError::Version(format!("database {path}: {problem}")));
         }
         if version == 0 {
             writer
@@ -148,11 +173,10 @@ impl Records {
     /// Moves the write-ahead log into the database once it is long. SQLite's own way to do this hides a sync that failed, and pages
     /// that a failed sync gave up would later count as durable.
     pub fn bound_wal(&self, writer: &Connection) -> Result<(), StorageError> {
-        let mut asked = writer.prepare_cached("PRAGMA wal_checkpoint(NOOP)")?;
-        let pages: i64 = asked.query_row([], |row| row.get(1))?;
+        let pages = frames(writer)?;
         if pages > WAL_PAGES_FULL {
             let _readers: Vec<_> = self.readers.iter().map(lock).collect();
-            truncate_wal(writer)?;
+            truncate_wal(&*self.disk, &self.path, writer)?;
         } else if pages > WAL_PAGES_MAX {
             self.move_wal(writer)?;
         }
@@ -164,7 +188,7 @@ impl Records {
         let readers: Vec<_> = self.readers.iter().filter_map(|r| r.try_lock().ok()).collect();
         let nobody_reads = readers.len() == self.readers.len();
         if nobody_reads {
-            truncate_wal(writer)?;
+            truncate_wal(&*self.disk, &self.path, writer)?;
         }
         Ok(nobody_reads)
     }
@@ -179,13 +203,25 @@ impl Records {
     }
 }
 
+/// Frames in the write-ahead log.
+fn frames(writer: &Connection) -> Result<i64, StorageError> {
+    let mut asked = writer.prepare_cached("PRAGMA wal_checkpoint(NOOP)")?;
+    Ok(asked.query_row([], |row| row.get(1))?)
+}
+
 /// Moves the whole write-ahead log into the database, syncs that, and cuts the log to nothing. No one may be reading.
-fn truncate_wal(writer: &Connection) -> Result<(), StorageError> {
+fn truncate_wal(disk: &dyn Disk, path: &str, writer: &Connection) -> Result<(), StorageError> {
+    let frames = frames(writer)?;
+    if frames > 0 {
+        // The log must be there as a whole before anything says so.
+        disk.open(&format!("{path}-wal"))?.sync()?;
+        facts::put(disk, dir_of(path), MOVING, &codec::encode(&frames))?;
+    }
     let busy: bool = writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
     if busy {
         return Err(StorageError::InUse("the records' database".into()));
     }
-    Ok(())
+    Ok(facts::remove(disk, dir_of(path), MOVING)?)
 }
 
 fn dir_of(path: &str) -> &str {
