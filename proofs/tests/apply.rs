@@ -1,41 +1,12 @@
 //! Applying the ledger is a function of the ledger alone: however its entries are cut into calls, repeated, interrupted by power
 //! losses or carried over in a snapshot, every replica ends in the same logical state.
 
+use proofs::memory;
 use proptest::prelude::*;
 use sim::disk::simulated::SimDisk;
 use std::sync::Arc;
 use storage::model::*;
 use storage::{Entry, Shard, ShardOptions, StorageError};
-
-fn memory(id: u8, text: String) -> Memory {
-    Memory {
-        id: [id; 16],
-        tenant: "t".into(),
-        scope: Scope::Private,
-        user: "u".into(),
-        agent: String::new(),
-        session: String::new(),
-        text,
-        metadata: String::new(),
-        kind: MemoryType::Semantic,
-        status: Status::Active,
-        importance: 0.0,
-        categories: vec![],
-        links: vec![],
-        event_time: None,
-        valid_from: None,
-        valid_to: None,
-        created: 1,
-        updated: 1,
-        expires: None,
-        access_count: 0,
-        last_access: None,
-        version: 1,
-        space: "s".into(),
-        tier: Tier::Hot,
-        vector: vec![0.6, 0.8],
-    }
-}
 
 fn command() -> impl Strategy<Value = Command> {
     (0u8..6, 0u8..4, 0u8..8, any::<bool>()).prop_map(|(id, kind, key, keyed)| {

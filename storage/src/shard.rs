@@ -646,6 +646,25 @@ impl Shard {
         Ok((state.position, digest.to_le_bytes()))
     }
 
+    /// Reads everything and compares all that must agree: SQLite's structures and indexes, every page's checksum, and the digest.
+    pub fn verify(&self) -> Result<(), StorageError> {
+        let writer = self.records.writer();
+        let mut statement = writer.prepare("PRAGMA integrity_check")?;
+        let found: Vec<String> = statement.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        if found != ["ok"] {
+            let problem = found.join("; ");
+            return Err(StorageError::Damaged { what: "the records' database".into(), problem });
+        }
+        drop(statement);
+        drop(writer);
+        let (kept, scanned) = (self.digest(), self.digest_by_scan()?);
+        if kept != scanned {
+            let problem = format!("the digest of its rows at {:?} is not the one it keeps", kept.0);
+            return Err(StorageError::Corrupt { what: "the records' database".into(), problem });
+        }
+        Ok(())
+    }
+
     /// Makes everything applied so far durable.
     pub fn checkpoint(&self) -> Result<Position, StorageError> {
         let position = self.state().position;

@@ -15,6 +15,7 @@ use std::io;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 use storage::codec;
+use storage::facts::FactError;
 use storage::log::{Entries, Log, LogError};
 
 const VOTE: &str = "vote";
@@ -33,6 +34,14 @@ pub struct LogStore {
 /// Loci counts positions from 1 (0: nothing yet); openraft counts entries from 0.
 pub fn position_index(raft_index: u64) -> u64 {
     raft_index + 1
+}
+
+/// Finishes a purge that was interrupted between the fact and the deed.
+pub fn finish_purge(log: &Log) -> Result<(), LogError> {
+    let Some(fact) = log.get_meta(PURGED)? else { return Ok(()) };
+    let damaged = |cause| LogError::Fact { name: PURGED.into(), cause: FactError::Damaged(cause) };
+    let upto: LogId = codec::decode_serde(&fact).map_err(damaged)?;
+    log.purge_to(position_index(upto.index))
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> io::Error {
@@ -124,7 +133,7 @@ async fn flusher(log: Arc<Log>, mut waiting: mpsc::UnboundedReceiver<IOFlushed<T
 }
 
 /// An entry as the log stores it: its head, then its data untouched.
-fn encode_entry(entry: &Entry) -> Vec<u8> {
+pub fn encode_entry(entry: &Entry) -> Vec<u8> {
     let (tag, rest): (u8, &[u8]) = match &entry.payload {
         EntryPayload::Blank => (0, &[]),
         EntryPayload::Normal(data) => (1, &data.0),

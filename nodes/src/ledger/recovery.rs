@@ -95,6 +95,7 @@ pub fn open(
     }
     let open_log = if alone { Log::open } else { Log::open_or_cut };
     let log = Arc::new(open_log(disk.clone(), LOG, log).map_err(|e| failed("ledger", e))?);
+    log_store::finish_purge(&log).map_err(|e| failed("ledger", e))?;
     let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
     let purged = log.first_index() - 1;
     let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {

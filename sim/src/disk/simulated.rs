@@ -35,6 +35,8 @@ pub struct DiskFaults {
     pub misdirect_one_in: u32,
     /// The directory whose files' writes may be misdirected.
     pub misdirect_in: &'static str,
+    /// Syncs report success and do nothing, as a cache that lies does. No software survives that; it is for testing the tests.
+    pub syncs_lie: bool,
     /// Every operation takes for ever: whoever sleeps off its latency never wakes.
     pub stuck: bool,
     /// Cost of one read or write.
@@ -666,6 +668,9 @@ impl File for SimFile {
             state.debt += state.faults.sync_latency;
             let one_in = state.faults.sync_fail_one_in as u64;
             let failed = one_in > 0 && state.below(one_in) == 0;
+            if state.faults.syncs_lie {
+                return Ok((failed, vec![]));
+            }
             let mut writes = std::mem::take(&mut inode.pending);
             if failed {
                 state.counters.sync_failures += 1;
