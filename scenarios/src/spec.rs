@@ -102,6 +102,8 @@ pub enum FaultKind {
     Clock,
     /// A bit of what is stored flips: in the log, the views or the bases.
     BitRot,
+    /// So many bits flip in views and bases that neither can be mended from the other.
+    Ruin,
     /// A sector cannot be read any more.
     LostSector,
     /// Some writes to the log and the bases land elsewhere.
@@ -117,8 +119,9 @@ pub enum FaultKind {
 }
 
 /// What a bad disk does.
-const DISK_FAULTS: [FaultKind; 7] = [
+const DISK_FAULTS: [FaultKind; 8] = [
     FaultKind::BitRot,
+    FaultKind::Ruin,
     FaultKind::LostSector,
     FaultKind::Misdirected,
     FaultKind::SyncFailure,
@@ -136,7 +139,7 @@ pub fn disk_plan(seed: u64, workload_s: u64) -> Vec<Fault> {
     let mut at_ms = random.between([4, 14]);
     while let Some(kind) = kinds.get(random.below(kinds.len().max(1) as u64) as usize) {
         let lasts_ms = match kind {
-            FaultKind::BitRot | FaultKind::LostSector => 100,
+            FaultKind::BitRot | FaultKind::Ruin | FaultKind::LostSector => 100,
             _ => random.between([1, 6]),
         };
         if at_ms + lasts_ms + 2000 > workload_s * 1000 {

@@ -17,6 +17,7 @@ mod error;
 pub mod facts;
 mod filter;
 pub mod graph;
+pub mod inspect;
 pub mod log;
 pub mod model;
 mod query;

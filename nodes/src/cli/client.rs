@@ -4,6 +4,7 @@ use super::Failure;
 use clap::Args;
 use nodes::limits::MESSAGE_BYTES_MAX;
 use nodes::proto::v1::admin_service_client::AdminServiceClient;
+use nodes::proto::v1::graph_service_client::GraphServiceClient;
 use nodes::proto::v1::memory_service_client::MemoryServiceClient;
 use serde::{Deserialize, Serialize};
 use sim::net::Channel;
@@ -72,6 +73,11 @@ impl Client {
 
     pub fn memories(&self) -> MemoryServiceClient<Channel> {
         let client = MemoryServiceClient::new(self.channel.clone());
+        client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    pub fn graph(&self) -> GraphServiceClient<Channel> {
+        let client = GraphServiceClient::new(self.channel.clone());
         client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 

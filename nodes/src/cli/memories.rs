@@ -333,14 +333,18 @@ pub async fn status(to: &To) -> Done {
     );
     for shard in &status.shards {
         println!(
-            "shard {}: {} memories, {} vectors; leader {}, term {}, ledger at {}",
+            "shard {}: {} memories, {} vectors, {} edges; leader {}, term {}, ledger at {}",
             shard.shard,
             shard.memories,
             shard.vectors,
+            shard.edges,
             if shard.leader.is_empty() { "none" } else { &shard.leader },
             shard.term,
             shard.last_index,
         );
+        if shard.repairing {
+            println!("  its log was damaged: it does not vote until its peers have given back what it lost");
+        }
         for view in &shard.views {
             println!("  view {} at {}", view.view, view.published_index);
         }

@@ -4,10 +4,12 @@
 
 mod client;
 mod demo;
+mod graph;
 mod import;
 mod jsonl;
 mod keys;
 mod memories;
+mod operate;
 mod serve;
 mod split;
 mod time;
@@ -56,10 +58,19 @@ enum Command {
     Delete { id: String },
     /// Shows every version of a memory.
     History { id: String },
+    /// Relates one memory to another.
+    Link(graph::Link),
+    /// Walks along relations.
+    Graph(graph::Graph),
     /// Prints changes as they happen.
     Watch,
     /// Shows how the service is.
     Status,
+    /// Months of memories: what each holds, and dropping one. Needs an operator's key.
+    #[command(subcommand)]
+    Partitions(operate::Partitions),
+    /// Says what a file of a stopped node holds, and whether it is sound.
+    Inspect { file: PathBuf },
 }
 
 /// Why a command failed, in words for the person at the shell.
@@ -91,6 +102,10 @@ pub fn main() -> ExitCode {
             Command::Update(update) => memories::update(&to, update).await,
             Command::Delete { id } => memories::delete(&to, id).await,
             Command::History { id } => memories::history(&to, id).await,
+            Command::Link(link) => graph::link(&to, link).await,
+            Command::Graph(walk) => graph::graph(&to, walk).await,
+            Command::Partitions(what) => operate::partitions(&to, what).await,
+            Command::Inspect { file } => operate::inspect(&file),
             Command::Watch => memories::watch(&to).await,
             Command::Status => memories::status(&to).await,
         }

@@ -10,8 +10,10 @@ use std::sync::Arc;
 
 /// Where a replica's data lies.
 const STORED: [&str; 3] = ["views", "ledger", "bases"];
+const RUINED: [&str; 2] = ["views", "bases"];
 /// Places harmed by one fault.
-const DAMAGES: usize = 2;
+const PLACES: usize = 2;
+const RUIN_PLACES: usize = 80;
 const SLOW_SYNC: Duration = Duration::from_millis(100);
 
 /// How long to wait for a leader, or for a node, to hit.
@@ -105,14 +107,18 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             nodes.iter().for_each(|n| world.note(*n, Level::Info, "links healed"));
             running && world.links().counters().0 > stalled
         }
-        FaultKind::BitRot | FaultKind::LostSector => {
+        FaultKind::BitRot | FaultKind::Ruin | FaultKind::LostSector => {
             let mut harmed = !nodes.is_empty();
             for disk in nodes.iter().filter_map(|n| world.disk(*n)) {
-                for turn in 0..DAMAGES {
-                    let dir = STORED[(turn + fault.at_ms as usize) % STORED.len()];
+                let (dirs, places): (&[&str], _) = match fault.kind {
+                    FaultKind::Ruin => (&RUINED, RUIN_PLACES),
+                    _ => (&STORED, PLACES),
+                };
+                for turn in 0..places {
+                    let dir = dirs[(turn + fault.at_ms as usize) % dirs.len()];
                     harmed &= match fault.kind {
-                        FaultKind::BitRot => disk.flip_a_bit(dir),
-                        _ => disk.lose_a_sector(dir),
+                        FaultKind::LostSector => disk.lose_a_sector(dir),
+                        _ => disk.flip_a_bit(dir),
                     };
                 }
             }

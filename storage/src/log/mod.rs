@@ -48,7 +48,7 @@ use bincode::{Decode, Encode};
 use mark::Mark;
 pub use mark::parse as parse_mark;
 pub use segment::{
-    ENTRY_HEAD, HEAD_BYTES, MAGIC, parse_entry, parse_segment_head, read_up_to, read_what_can_be_read,
+    ENTRY_HEAD, HEAD_BYTES, MAGIC, number, parse_entry, parse_segment_head, read_up_to, read_what_can_be_read,
 };
 
 /// Largest payload of one entry, in bytes.
