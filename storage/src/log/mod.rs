@@ -40,7 +40,7 @@ use sim::disk::Disk;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use crate::codec;
 use crate::facts::{self, FACT_BYTES_MAX, FactError};
@@ -117,6 +117,7 @@ pub struct Log {
     dir: String,
     options: LogOptions,
     state: Mutex<State>,
+    synced: Condvar,
     /// Held during a sync, truncation or purge, which exclude each other but not appends.
     settling: Mutex<()>,
     /// Held while a fact is written: each has one temporary file.
@@ -145,6 +146,8 @@ struct State {
     cache: VecDeque<Arc<[u8]>>,
     cache_bytes: usize,
     poisoned: bool,
+    /// Somebody syncs; whoever waits for it is told.
+    syncing: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -173,10 +176,11 @@ impl Log {
             cache: VecDeque::new(),
             cache_bytes: 0,
             poisoned: false,
+            syncing: false,
         };
         let (state, dir) = (Mutex::new(state), dir.into());
-        let (settling, writing_fact, mark) = Default::default();
-        let log = Log { disk, dir, options, state, settling, writing_fact, mark };
+        let (synced, settling, writing_fact, mark) = Default::default();
+        let log = Log { disk, dir, options, state, synced, settling, writing_fact, mark };
         log.recover(cut)?;
         Ok(log)
     }
@@ -300,6 +304,31 @@ impl Log {
 
     /// Makes everything appended so far durable; returns the last durable index.
     pub fn sync(&self) -> Result<u64, LogError> {
+        self.sync_to(u64::MAX)
+    }
+
+    /// As [`Log::sync`], unless entries up to `index` are durable already: of many callers at once, one syncs for all.
+    pub fn sync_to(&self, index: u64) -> Result<u64, LogError> {
+        {
+            let mut state = self.live()?;
+            while state.syncing && state.durable < index {
+                state = self.synced.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+            }
+            if state.poisoned {
+                return Err(LogError::Poisoned);
+            }
+            if state.durable >= index {
+                return Ok(state.durable);
+            }
+            state.syncing = true;
+        }
+        let synced = self.sync_now();
+        lock(&self.state).syncing = false;
+        self.synced.notify_all();
+        synced
+    }
+
+    fn sync_now(&self) -> Result<u64, LogError> {
         let _settling = lock(&self.settling);
         let (file, new_name, last, durable) = {
             let state = self.live()?;

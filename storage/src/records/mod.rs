@@ -68,10 +68,10 @@ CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL
 const MOVING: &str = "moving";
 
 /// Pages that the write-ahead log may hold before it is moved into the database.
-const WAL_PAGES_MAX: i64 = 4000;
+const WAL_PAGES_MAX: i64 = 16_000;
 
 /// Pages at which writers wait for a long read to end, rather than fill the disk.
-const WAL_PAGES_FULL: i64 = 50 * WAL_PAGES_MAX;
+const WAL_PAGES_FULL: i64 = 12 * WAL_PAGES_MAX;
 
 /// Connections that read side by side.
 const READERS: usize = 4;
@@ -110,7 +110,7 @@ impl Records {
     /// Opens the database at `path`, whose directory exists, creating it if there is none.
     pub fn open(disk: Arc<dyn Disk>, path: &str) -> Result<Records, StorageError> {
         let writer = open_sqlite(&*disk, path, OpenFlags::default())?;
-        configure(&writer, 32 << 10)?;
+        configure(&writer, 64 << 10)?;
         writer.execute_batch(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;",
         )?;

@@ -76,7 +76,7 @@ pub fn create(db: &Connection, month: Month) -> Result<(), StorageError> {
            PRIMARY KEY (owner, path, kind, value, position)) WITHOUT ROWID;
          CREATE TABLE o{of} (owner INTEGER PRIMARY KEY, memories INTEGER NOT NULL, words INTEGER NOT NULL);
          CREATE VIRTUAL TABLE t{of} USING fts5(
-           words, content='', contentless_delete=1, tokenize=\"ascii tokenchars '_'\");
+           words, content='', contentless_delete=1, detail=none, tokenize=\"ascii tokenchars '_'\");
          CREATE VIRTUAL TABLE v{of} USING fts5vocab('t{of}', 'instance');"
     ))?;
     Ok(())

@@ -5,18 +5,25 @@
 //! the whole table, which would let one tenant's words move another's ranking; here the statistics are those of the very scopes
 //! that are searched, as if nothing else existed. Robertson and Zaragoza, *The Probabilistic Relevance Framework* (2009), with
 //! k₁ = 1.2, b = 0.75, and an idf that stays positive.
+//!
+//! The index keeps which memories hold a term (`detail=none`), not where: a third of the size and of the cost. How often a
+//! memory holds it is told by further terms: `OWNER_STEM_2` for those that hold it twice or more, and so on to [`TIMES_MAX`], beyond
+//! which BM25 hardly grows.
 
 use super::months::{Months, suffix};
 use crate::embed;
 use crate::error::StorageError;
 use crate::model::Month;
 use rusqlite::{Connection, OptionalExtension, params};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
 
 const K1: f64 = 1.2;
 const B: f64 = 0.75;
 /// Longer words are cut: an index of whole files in base64 helps nobody.
 const STEM_BYTES_MAX: usize = 40;
+/// More often counts as this often.
+const TIMES_MAX: u32 = 6;
 /// A query's terms beyond this are ignored.
 const TERMS_MAX: usize = 32;
 
@@ -27,13 +34,22 @@ fn stem(word: &str) -> &str {
 
 /// The text that is indexed for a memory, and how many words it has.
 pub fn document(owner: i64, text: &str) -> (String, u64) {
+    let mut times: HashMap<String, u32> = HashMap::new();
     let (mut document, mut words) = (String::with_capacity(text.len() * 2), 0);
-    let owner = format!("{owner}_");
     embed::each_word(text, |word| {
-        document.push_str(&owner);
-        document.push_str(stem(word));
-        document.push(' ');
         words += 1;
+        let stem = stem(word);
+        let times = match times.get_mut(stem) {
+            Some(times) => times,
+            None => times.entry(stem.to_string()).or_default(),
+        };
+        *times += 1;
+        // In the order of the text: the map's own is not repeatable.
+        let _ = match *times {
+            1 => write!(document, "{owner}_{stem} "),
+            more if more <= TIMES_MAX => write!(document, "{owner}_{stem}_{more} "),
+            _ => Ok(()),
+        };
     });
     (document, words)
 }
@@ -118,18 +134,22 @@ pub fn search(
     }
     let length_mean = (words as f64 / memories.max(1) as f64).max(1.0);
     let mut scores: BTreeMap<(Month, i64), (f64, f64)> = BTreeMap::new();
-    let mut postings: Vec<((Month, i64), f64)> = vec![];
     for term in terms {
-        postings.clear();
+        let mut postings: BTreeMap<(Month, i64), f64> = BTreeMap::new();
         for (month, owner) in &places {
-            let mut statement =
-                db.prepare_cached(&format!("SELECT doc FROM v{} WHERE term = ?1", suffix(*month)))?;
-            let mut found = statement.query([format!("{owner}_{term}")])?;
-            while let Some(row) = found.next()? {
-                let place = (*month, row.get(0)?);
-                match postings.last_mut() {
-                    Some((last, times)) if *last == place => *times += 1.0,
-                    _ => postings.push((place, 1.0)),
+            let sql = format!("SELECT doc FROM v{} WHERE term = ?1", suffix(*month));
+            let mut statement = db.prepare_cached(&sql)?;
+            for times in 1..=TIMES_MAX {
+                let term =
+                    if times == 1 { format!("{owner}_{term}") } else { format!("{owner}_{term}_{times}") };
+                let mut found = statement.query([term])?;
+                let mut any = false;
+                while let Some(row) = found.next()? {
+                    any = true;
+                    postings.insert((*month, row.get(0)?), times as f64);
+                }
+                if !any {
+                    break;
                 }
             }
         }
