@@ -61,7 +61,7 @@ fn added(id: u8, seed: u64) -> Memory {
     let (text, metadata, categories) = content(seed);
     let created = MONTHS[seed as usize / 2 % 2] + (seed % 1000) as i64 * 1_000_000;
     let event_time = seed.is_multiple_of(3).then_some(created - 5_000_000_000);
-    let expires = (seed % 11 == 0).then_some(MONTHS[1] + 10_000_000_000);
+    let expires = seed.is_multiple_of(11).then_some(MONTHS[1] + 10_000_000_000);
     let user = USERS[id as usize % 2].to_string();
     let scope = if id == 9 { Scope::Shared } else { Scope::Private };
     let angle = seed as f32 % 6.0;
@@ -126,11 +126,9 @@ impl Model {
                 self.versions.insert(id[0], (memory.version + 1, Month::of(memory.created)));
                 self.forget_edges(id[0]);
             }
-            Operation::UpsertEdges(edges) => {
-                if edges.iter().all(|e| !gone(self.memories.get(&e.source[0]))) {
-                    let key = |e: &Edge| (e.source[0], e.relation.clone(), e.target[0]);
-                    self.edges.extend(edges.iter().map(|e| (key(e), e.clone())));
-                }
+            Operation::UpsertEdges(edges) if edges.iter().all(|e| !gone(self.memories.get(&e.source[0]))) => {
+                let key = |e: &Edge| (e.source[0], e.relation.clone(), e.target[0]);
+                self.edges.extend(edges.iter().map(|e| (key(e), e.clone())));
             }
             Operation::DeleteEdges(edges) => {
                 for (source, relation, target) in edges {
@@ -446,7 +444,7 @@ proptest! {
                     Step::Add { id, seed } => Operation::Add(added(*id, *seed)),
                     Step::Update { id, seed } => {
                         let (text, metadata, _) = content(*seed);
-                        let status = Some(if seed % 5 == 0 { Status::Archived } else { Status::Active });
+                        let status = Some(if seed.is_multiple_of(5) { Status::Archived } else { Status::Active });
                         let patch = Patch { text: Some(text), metadata: Some(metadata), status, ..Patch::default() };
                         Operation::Update { id: [*id; 16], expected_version: None, patch }
                     }

@@ -143,12 +143,11 @@ pub fn each(
     Ok(())
 }
 
+/// Gives a memory if it is there to be seen.
+type See<'a> = dyn FnMut(&MemoryId) -> Result<Option<Arc<Memory>>, StorageError> + 'a;
+
 /// Walks breadth first. `see` gives a memory if it is there to be seen.
-pub fn walk(
-    db: &Connection,
-    walk: &Walk,
-    see: &mut dyn FnMut(&MemoryId) -> Result<Option<Arc<Memory>>, StorageError>,
-) -> Result<Walked, StorageError> {
+pub fn walk(db: &Connection, walk: &Walk, see: &mut See<'_>) -> Result<Walked, StorageError> {
     let mut walked = Walked::default();
     let tenant = tenant_number(db, &walk.tenant)?;
     let mut reached: BTreeSet<MemoryId> = BTreeSet::new();

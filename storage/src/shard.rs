@@ -69,6 +69,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// A memory by tenant and id, and its score.
+type Scored = ((String, MemoryId), f32);
+
 /// The fact that views are damaged.
 const CONDEMNED: &str = "condemned";
 
@@ -447,7 +450,7 @@ impl Shard {
         let owners = readable(&query.tenant, &query.owners);
         let reader = self.records.lazy_reader();
         let found = self.keywords_with(reader.get(), query, &owners)?;
-        let memory = |((tenant, id), score): ((String, MemoryId), f32)| {
+        let memory = |((tenant, id), score): Scored| {
             Ok(self.record(&reader, &tenant, &id)?.map(|memory| (memory, score)))
         };
         found.into_iter().filter_map(|found| memory(found).transpose()).collect()
@@ -458,7 +461,7 @@ impl Shard {
         db: &Connection,
         query: &SearchQuery,
         owners: &[&Owner],
-    ) -> Result<Vec<((String, MemoryId), f32)>, StorageError> {
+    ) -> Result<Vec<Scored>, StorageError> {
         let snapshot = db.unchecked_transaction()?;
         let numbers: Vec<i64> = owners
             .iter()

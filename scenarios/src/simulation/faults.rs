@@ -137,7 +137,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
                 match fault.kind {
                     FaultKind::Misdirected => {
                         (faults.misdirect_one_in, faults.misdirect_in) =
-                            (20, if fault.at_ms % 3 == 0 { "bases" } else { "ledger" });
+                            (20, if fault.at_ms.is_multiple_of(3) { "bases" } else { "ledger" });
                     }
                     FaultKind::SyncFailure => faults.sync_fail_one_in = 1,
                     FaultKind::FullDisk => faults.full = true,

@@ -185,7 +185,7 @@ impl World {
 
     /// How often the node's process has ended.
     pub fn boots(&self, node: NodeIndex) -> u64 {
-        self.state().nodes[node].boots as u64
+        self.state().nodes[node].boots
     }
 
     /// Adds a machine and boots it: `init` is its process, started anew at every boot.

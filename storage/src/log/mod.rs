@@ -90,6 +90,8 @@ pub enum LogError {
         "log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers"
     )]
     Corrupt { file: String, offset: u64, problem: String },
+    #[error("log {file} has format {version}, this build reads 2; start the build that wrote it")]
+    Version { file: String, version: char },
     #[error("log fact {name}: {cause}; restore this replica from its peers")]
     Fact { name: String, cause: FactError },
     #[error("log {what} of {bytes} bytes is too large; at most {bytes_max}")]
@@ -110,6 +112,9 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> LogError {
 
 /// Entries by index.
 pub type Entries = Vec<(u64, Arc<[u8]>)>;
+
+/// Takes entries one by one.
+pub type Give<'a, E> = dyn FnMut(u64, &[u8]) -> Result<(), E> + 'a;
 
 /// An append-only log of entries with consecutive indexes. All methods block.
 pub struct Log {
@@ -490,11 +495,7 @@ impl Log {
     }
 
     /// Gives entries `range` in order, also such as lie below the base. Fails at the first that is missing or damaged.
-    pub fn replay<E: From<LogError>>(
-        &self,
-        range: Range<u64>,
-        give: &mut dyn FnMut(u64, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn replay<E: From<LogError>>(&self, range: Range<u64>, give: &mut Give<'_, E>) -> Result<(), E> {
         let mut next = range.start;
         let (names, last) = {
             let state = lock(&self.state);

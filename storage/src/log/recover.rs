@@ -191,6 +191,9 @@ impl Log {
         };
         let file = self.disk.open(&self.path(name)).map_err(failed)?;
         let bytes = segment::read_what_can_be_read(&*file, u64::MAX).map_err(failed)?;
+        if let Some(version) = segment::other_version(&bytes) {
+            return Err(LogError::Version { file: name.into(), version });
+        }
         if segment::parse_segment_head(&bytes) != Some(first) {
             let lost = is_last && marked < first && durable_behind(&bytes, 0, first).is_none();
             let problem = || damage(0, first, "segment head is unreadable".into());

@@ -48,6 +48,14 @@ pub fn parse_segment_head(bytes: &[u8]) -> Option<u64> {
     sound.then(|| u64::from_le_bytes(*first))
 }
 
+/// The version of a segment that another build wrote. Its head is told from a damaged one by its checksum, which version 1 did not have.
+pub fn other_version(bytes: &[u8]) -> Option<char> {
+    let version = *bytes.first_chunk::<8>().filter(|magic| magic[..7] == MAGIC[..7])?.last()?;
+    let sum = bytes.get(16..20)?;
+    let sound = crc32c::crc32c(&bytes[..16]).to_le_bytes() == *sum;
+    (version != MAGIC[7] && (sound || version == b'1')).then_some(version as char)
+}
+
 pub fn parse_head(bytes: &[u8]) -> Option<EntryHead> {
     let head = bytes.first_chunk::<ENTRY_HEAD>()?;
     let number = |at: usize, n: usize| number(&head[at..at + n]);

@@ -299,6 +299,29 @@ fn damage_to_any_durable_byte_is_found_and_what_lies_before_it_is_kept() -> Resu
 }
 
 #[test]
+fn a_log_of_another_version_is_refused_and_left_alone() -> Result<(), LogError> {
+    for version in [b'1', b'3'] {
+        let disk = SimDisk::new(1);
+        let log = Log::open(disk.clone(), "log", LogOptions::default())?;
+        log.append(&[(1, b"one")])?;
+        log.sync()?;
+        let file = disk.open(&format!("log/{}", segment::name(1))).map_err(io_error("open"))?;
+        let mut head = [0; 16];
+        file.read_at(&mut head, 0).map_err(io_error("read"))?;
+        head[7] = version;
+        file.write_at(&head, 0).map_err(io_error("write"))?;
+        if version != b'1' {
+            file.write_at(&crc32c::crc32c(&head).to_le_bytes(), 16).map_err(io_error("write"))?;
+        }
+        let before = file.len().map_err(io_error("len"))?;
+        let opened = Log::open_or_cut(disk, "log", LogOptions::default());
+        assert!(matches!(opened, Err(LogError::Version { version: v, .. }) if v == version as char));
+        assert_eq!(file.len().map_err(io_error("len"))?, before);
+    }
+    Ok(())
+}
+
+#[test]
 fn the_last_synced_entry_is_known_to_be_durable_once_the_log_was_idle() -> Result<(), LogError> {
     for seed in 0..40 {
         let disk = SimDisk::new(seed);
