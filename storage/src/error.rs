@@ -14,10 +14,10 @@ pub enum StorageError {
     #[error("the disk is full ({0}); nothing was changed, make room and restart this node")]
     Full(rusqlite::Error),
     /// The disk gave back other bytes than it was given, or none.
-    #[error("{what} is damaged ({problem}); restart this node: it makes its views anew")]
+    #[error("{what} is damaged ({problem})")]
     Damaged { what: String, problem: String },
     /// Bytes that are sound say what cannot be.
-    #[error("{what} contradicts itself ({problem}); restart this node: it makes its views anew")]
+    #[error("{what} contradicts itself ({problem})")]
     Corrupt { what: String, problem: String },
     #[error("{0}")]
     Version(String),

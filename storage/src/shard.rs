@@ -89,7 +89,7 @@ impl Shard {
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
         if let Some(reason) = condemned(&*disk, dir)? {
-            return Err(StorageError::Damaged { what: dir.to_string(), problem: reason });
+            return Err(StorageError::Damaged { what: format!("what is stored in {dir}"), problem: reason });
         }
         Shard::open_any(disk, dir, options)
     }

@@ -5,7 +5,7 @@ use tests::{Result, root};
 
 /// Seeds that once found a defect, and what it was. A seed names one history only within a build, so a cause that can be pinned has
 /// a test of its own beside the code that it was in.
-const REGRESSIONS: [(&str, u64); 4] = [
+const REGRESSIONS: [(&str, u64); 5] = [
     // A checkpoint named entries that a received snapshot held but openraft had not yet handed over.
     ("leader-power-loss", 13),
     // A torn write over an old write-ahead log passed SQLite's checksum and took a view back in time (`storage::records`).
@@ -14,6 +14,8 @@ const REGRESSIONS: [(&str, u64); 4] = [
     ("clock-drift", 104),
     // A purge stopped between its fact and its deed; openraft then refused to start (`proofs/tests/damage.rs`).
     ("all-nodes-power-loss", 107),
+    // A leader whose views were damaged found out only when it exported them for a peer, again and again.
+    ("clock-drift", 12),
 ];
 
 fn cargo(args: &[&str]) -> Result<Output> {

@@ -1,5 +1,6 @@
 //! openraft's messages to a peer, over [`crate::proto::internal`]. Each call carries its own deadline and the cluster's secret.
 
+use super::recovery;
 use super::state_machine::SnapshotSource;
 use super::types::{Types, Vote};
 use crate::peers::Peers;
@@ -127,6 +128,7 @@ impl RaftNetworkV2<Types> for Peer {
         let SnapshotSource::Views(shard) = snapshot.snapshot else {
             return Err(unreachable("a received snapshot is not sent on").into());
         };
+        let views = shard.clone();
         sim::info!("peer {} is behind the log: sending it a snapshot", self.target);
         let send = async {
             let (disk, path) = (self.network.disk.clone(), format!("snapshot-to-{}.tmp", self.target));
@@ -138,7 +140,12 @@ impl RaftNetworkV2<Types> for Peer {
                     bases::Reader::open(&*disk, &path)
                 })
             };
-            let file = file.await.map_err(unreachable)?;
+            let file = match file.await {
+                Err(error) if recovery::is_fatal_to_views(&error) => {
+                    recovery::give_up_views(&views, error).await
+                }
+                file => file.map_err(unreachable)?,
+            };
             let first = futures::stream::iter([Body { body: head.into() }]);
             let rest = futures::stream::unfold(Some(file), |file| async move {
                 let mut file = file?;

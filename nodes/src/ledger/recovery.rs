@@ -103,13 +103,13 @@ pub fn open(
             return Ok(Opened { log, shard: Arc::new(views), bases });
         }
         Ok(views) => {
-            format!("they are at {}, but the log is purged up to {purged}", views.applied().0.index)
+            format!("the views are at {}, but the log is purged up to {purged}", views.applied().0.index)
         }
         Err(error) if is_fatal_to_views(&error) => error.to_string(),
         Err(error) => return Err(failed("views", error)),
     };
     sim::trace::probe("views: made anew");
-    sim::error!("the views are damaged: {problem}; making them anew");
+    sim::error!("{problem}; making the views anew");
     let started = Instant::now();
     let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
     from.push(None);
@@ -191,7 +191,8 @@ pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
     let (shard, reason) = (shard.clone(), error.to_string());
     let condemned = sim::task::blocking(move || shard.condemn(&reason)).await;
     let marked = condemned.map_or_else(|e| format!(" (which could not be marked: {e})"), |()| String::new());
-    sim::task::abort(&format!("{error}{marked}; restarting, to make the views anew")).await
+    sim::task::abort(&format!("{error}{marked}; this process ends, and its next start makes the views anew"))
+        .await
 }
 
 impl Ledger {
