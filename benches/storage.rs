@@ -63,10 +63,11 @@ impl Random {
     }
 }
 
+/// In the order of time, as the server makes them.
 fn id(number: u64) -> MemoryId {
     let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes());
-    bytes[8..].copy_from_slice(&number.to_be_bytes());
+    bytes[..8].copy_from_slice(&number.to_be_bytes());
+    bytes[8..].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes());
     bytes
 }
 

@@ -140,6 +140,7 @@ pub fn open(
             "neither a base nor the log can make them again, and there are no peers; restore a backup";
         return Err(failed("views", format!("{problem} ({VIEWS}, {BASES}, {LOG} in the data directory)")));
     }
+    sim::trace::probe("replica: started over");
     sim::error!(
         "neither a base nor the log can make the views again: starting over with what the peers have"
     );
