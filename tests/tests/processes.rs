@@ -93,7 +93,7 @@ fn gateway_apart_from_its_replica_serves() -> Result<()> {
     let other = run_until_ok(&dir.0, &["keys", "add", "rival", "--data", "gateway"])?.trim().to_string();
     let common = format!("cluster_secret = 'a secret of sixteen'\n[replicas]\n1 = '{}'\n", at[0]);
     let replica = format!(
-        "name = 'replica'\nid = 1\nlisten = '{}'\ndata = 'replica'\nroles = ['ledger', 'records', 'vector']\n{common}",
+        "name = 'replica'\nid = 1\nlisten = '{}'\ndata = 'replica'\nroles = ['ledger', 'records', 'graph', 'vector']\n{common}",
         at[0]
     );
     let gateway = format!(
