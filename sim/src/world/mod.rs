@@ -360,6 +360,11 @@ pub(crate) fn current_node() -> NodeIndex {
     World::current().state().index_of.get(&id).copied().unwrap_or(0)
 }
 
+/// Whether this thread is in a world.
+pub(crate) fn is_here() -> bool {
+    WORLD.with(|w| w.borrow().is_some())
+}
+
 pub(crate) fn global_ns() -> u64 {
     madsim::time::TimeHandle::current().elapsed().as_nanos() as u64
 }
