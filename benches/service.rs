@@ -269,7 +269,7 @@ async fn settled(targets: &[Target]) -> Result<()> {
             positions.push(shard.last_index);
             positions.extend(shard.views.iter().map(|v| v.published_index));
         }
-        if positions.len() == 9 && positions.iter().all(|p| *p == positions[0]) {
+        if positions.len() == 4 * targets.len() && positions.iter().all(|p| *p == positions[0]) {
             return Ok(());
         }
         sleep(Duration::from_millis(5)).await;
