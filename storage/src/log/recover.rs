@@ -136,12 +136,14 @@ impl Log {
         &self,
         segments: &mut Vec<Segment>,
         base: u64,
-        mut repair: Repair,
+        repair: Repair,
         damage: Damage,
     ) -> Result<(), LogError> {
-        if let Some(before) = self.repair()? {
-            repair = Repair { from: before.from.min(repair.from), to: before.to.max(repair.to) };
-        }
+        // What an earlier cut lost is still owed; what has come back of it is not cut again.
+        let owed = self.repair()?.map_or(repair, |before| Repair {
+            from: before.from.min(repair.from),
+            to: before.to.max(repair.to),
+        });
         sim::trace::probe("log: damage cut");
         sim::error!(
             "log {}/{} is damaged at byte {} ({}): entries from {} on are given up and must come back from peers",
@@ -151,7 +153,7 @@ impl Log {
             damage.problem,
             repair.from
         );
-        self.put_meta(REPAIR, &crate::codec::encode(&repair))?;
+        self.put_meta(REPAIR, &crate::codec::encode(&owed))?;
         self.marked(|mark| mark.reset(repair.from - 1)).map_err(io_error("synced.mark"))?;
         let names = self.disk.list(&self.dir).map_err(io_error("list"))?;
         let behind = |name: &&String| {

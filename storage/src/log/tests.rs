@@ -299,6 +299,27 @@ fn damage_to_any_durable_byte_is_found_and_what_lies_before_it_is_kept() -> Resu
 }
 
 #[test]
+fn a_second_cut_keeps_what_came_back_after_the_first() -> Result<(), LogError> {
+    let disk = SimDisk::new(1);
+    let log = Log::open(disk.clone(), "log", LogOptions::default())?;
+    for index in 1..=20 {
+        log.append(&[(index, &payload(index, 0))])?;
+    }
+    log.sync()?;
+    // An earlier repair is not done yet; a purge has gone into the segment since.
+    log.put_meta(REPAIR, &codec::encode(&Repair { from: 1, to: 9 }))?;
+    log.purge_to(10)?;
+    let at = lock(&log.state).segments[0].offset(15);
+    drop(log);
+    let file = disk.open(&format!("log/{}", segment::name(1))).map_err(io_error("open"))?;
+    file.write_at(b"!", at + 30).map_err(io_error("write"))?;
+    let log = Log::open_or_cut(disk, "log", LogOptions::default())?;
+    assert_eq!((log.first_index(), log.last_index()), (11, 14));
+    assert_eq!(log.repair()?, Some(Repair { from: 1, to: 20 }));
+    Ok(())
+}
+
+#[test]
 fn a_log_of_another_version_is_refused_and_left_alone() -> Result<(), LogError> {
     for version in [b'1', b'3'] {
         let disk = SimDisk::new(1);
