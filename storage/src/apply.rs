@@ -257,14 +257,19 @@ impl<'a> Applier<'a> {
             if let Some(old) = graph::find(self.db, number, key)? {
                 self.remove_edge(tenant, number, &old)?;
             }
-            self.put_edge(tenant, edge)?;
+            self.put_edge(tenant, number, edge)?;
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
 
-    /// Writes an edge that is not there.
-    pub fn put_edge(&mut self, tenant: &str, edge: &Edge) -> Result<(), StorageError> {
+    /// Takes over an edge of a snapshot.
+    pub fn restore_edge(&mut self, tenant: &str, edge: &Edge) -> Result<(), StorageError> {
         let number = rows::number_owner(self.db, &Owner::Shared { tenant: tenant.into() })?;
+        self.put_edge(tenant, number, edge)
+    }
+
+    /// Writes an edge that is not there.
+    fn put_edge(&mut self, tenant: &str, number: i64, edge: &Edge) -> Result<(), StorageError> {
         graph::put(self.db, number, edge)?;
         self.state.digest = self.state.digest.wrapping_add(graph::hash(tenant, edge));
         self.state.edges += 1;
@@ -369,34 +374,29 @@ impl<'a> Applier<'a> {
         let vector = std::mem::take(&mut memory.vector);
         let body = codec::encode(&memory);
         let row = Stored { epoch, position, kind, body, vector: rows::vector_bytes(&vector) };
-        let (month, has_vector) = (Month::of(memory.created), !vector.is_empty() as u64);
-        let of_month = self.month(month)?;
-        of_month.position = of_month.position.max(rows::unpack(epoch, position));
-        of_month.hold(&memory, has_vector);
-        self.state.memories += 1;
-        self.state.vectors += has_vector;
-        rows::put_memory(self.db, &row, &memory)?;
-        self.add(month, rows::memory_hash("memories", &row))?;
+        self.store(&row, &memory)?;
         self.effects.push(Effect::Put { memory, vector });
         Ok(())
+    }
+
+    /// Writes a memory's row and counts it. `memory` is what the row's body encodes.
+    fn store(&mut self, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+        let (month, has_vector) = (Month::of(memory.created), !row.vector.is_empty() as u64);
+        let of_month = self.month(month)?;
+        of_month.position = of_month.position.max(rows::unpack(row.epoch, row.position));
+        of_month.hold(memory, has_vector);
+        self.state.memories += 1;
+        self.state.vectors += has_vector;
+        rows::put_memory(self.db, row, memory)?;
+        self.add(month, rows::memory_hash("memories", row))
     }
 
     /// Takes over a row of a snapshot as it is.
     pub fn restore(&mut self, row: &Stored, version: Option<u64>) -> Result<(), StorageError> {
         let memory = rows::decode_body(&row.body)?;
-        let month = Month::of(memory.created);
         match version {
             Some(version) => self.put_history(row, &memory, version),
-            None => {
-                let of_month = self.month(month)?;
-                of_month.position = of_month.position.max(rows::unpack(row.epoch, row.position));
-                let has_vector = !row.vector.is_empty() as u64;
-                of_month.hold(&memory, has_vector);
-                self.state.memories += 1;
-                self.state.vectors += has_vector;
-                rows::put_memory(self.db, row, &memory)?;
-                self.add(month, rows::memory_hash("memories", row))
-            }
+            None => self.store(row, &memory),
         }
     }
 

@@ -55,7 +55,7 @@ pub fn put(disk: &dyn Disk, dir: &str, name: &str, bytes: &[u8]) -> io::Result<(
     file.set_len(0)?;
     // Two writes: one that goes astray leaves the other copy.
     let copies = twice(bytes);
-    let second = copies.len() - (copies.len() - 1) % COPY_ALIGN - 1;
+    let second = copies.len() - codec::FRAME_HEAD - bytes.len();
     file.write_at(&copies[..second], 0)?;
     file.write_at(&copies[second..], second as u64)?;
     file.sync()?;

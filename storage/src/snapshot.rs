@@ -141,7 +141,7 @@ fn put(applier: &mut Applier<'_>, piece: Piece) -> Result<(), StorageError> {
             applier.state.digest = applier.state.digest.wrapping_add(rows::key_hash(&row));
             applier.state.keys += 1;
         }
-        Piece::Edge(EdgeRow { tenant, edge }) => applier.put_edge(&tenant, &edge)?,
+        Piece::Edge(EdgeRow { tenant, edge }) => applier.restore_edge(&tenant, &edge)?,
         Piece::Deleted { tenant, id, place } => rows::put_place(applier.db, &tenant, &id, place)?,
         Piece::End { .. } => {}
     }

@@ -16,7 +16,7 @@
 //! A replica without peers cannot: it stops, with an error that says what is damaged.
 
 use super::log_store::{self, position_index};
-use super::state_machine::{applied_meta, apply_entries, decode_batch};
+use super::state_machine::{apply_entries, decode_batch};
 use super::{FIRST_EPOCH, Ledger};
 use crate::error::Error;
 use openraft::async_runtime::WatchReceiver;
@@ -179,8 +179,7 @@ fn replay(log: &Log, views: &Shard, to: u64) -> Result<(), String> {
         Ok(())
     })
     .map_err(|e| e.to_string())?;
-    apply(&mut waiting)?;
-    applied_meta(views).map(drop).map_err(|e| e.to_string())
+    apply(&mut waiting)
 }
 
 /// Ends the process because the views are damaged; the next start makes them anew.

@@ -95,16 +95,8 @@ pub fn add(
     position: i64,
     memory: &Memory,
 ) -> Result<(), StorageError> {
-    let rows = rows(memory);
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let mut statement =
-        db.prepare_cached(&format!("INSERT INTO f{} VALUES (?1, ?2, ?3, ?4, ?5)", suffix(month)))?;
-    for (path, kind, value) in rows {
-        statement.execute((owner, path, kind, value, position))?;
-    }
-    Ok(())
+    let sql = format!("INSERT INTO f{} VALUES (?1, ?2, ?3, ?4, ?5)", suffix(month));
+    for_each_row(db, &sql, owner, position, memory)
 }
 
 pub fn remove(
@@ -114,16 +106,21 @@ pub fn remove(
     position: i64,
     memory: &Memory,
 ) -> Result<(), StorageError> {
-    let rows = rows(memory);
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let mut statement = db.prepare_cached(&format!(
-        "DELETE FROM f{} WHERE owner = ?1 AND path = ?2 AND kind = ?3 AND value = ?4 AND position = ?5",
-        suffix(month)
-    ))?;
-    for (path, kind, value) in rows {
-        statement.execute((owner, path, kind, value, position))?;
+    let of = suffix(month);
+    let which = "owner = ?1 AND path = ?2 AND kind = ?3 AND value = ?4 AND position = ?5";
+    for_each_row(db, &format!("DELETE FROM f{of} WHERE {which}"), owner, position, memory)
+}
+
+/// Runs a statement for each of a memory's rows.
+fn for_each_row(
+    db: &Connection,
+    sql: &str,
+    owner: i64,
+    position: i64,
+    memory: &Memory,
+) -> Result<(), StorageError> {
+    for (path, kind, value) in rows(memory) {
+        db.prepare_cached(sql)?.execute((owner, path, kind, value, position))?;
     }
     Ok(())
 }
