@@ -23,6 +23,8 @@ use crate::ledger::LedgerOptions;
 use serde::{Deserialize, Serialize};
 use sim::time::Duration;
 use std::collections::BTreeMap;
+use storage::ShardOptions;
+use storage::vectors::VectorOptions;
 
 pub const EDGE_ROLES: [&str; 3] = ["gateway", "writer", "reader"];
 pub const REPLICA_ROLES: [&str; 4] = ["ledger", "records", "graph", "vector"];
@@ -60,11 +62,15 @@ pub struct Tuning {
     /// Bytes of log since the last base that a new one is worth at least.
     pub base_bytes_min: u64,
     pub access_flush_ms: u64,
+    /// Vectors in memory, in bytes, at which they become segments.
+    pub vector_buffer_bytes: usize,
+    /// A scope with so many vectors in a month gets a graph.
+    pub graph_rows_min: usize,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        let ledger = LedgerOptions::default();
+        let (ledger, vectors) = (LedgerOptions::default(), VectorOptions::default());
         Tuning {
             heartbeat_ms: ledger.heartbeat.as_millis() as u64,
             election_min_ms: ledger.election_min.as_millis() as u64,
@@ -74,6 +80,8 @@ impl Default for Tuning {
             segment_bytes_max: ledger.log.segment_bytes_max,
             base_bytes_min: ledger.base_bytes_min,
             access_flush_ms: 5000,
+            vector_buffer_bytes: vectors.buffer_bytes_max,
+            graph_rows_min: vectors.graph_rows_min,
         }
     }
 }
@@ -141,6 +149,13 @@ impl NodeConfig {
                 format!("{} live in one process: give all of them or none", group.join(", ")),
             )),
         }
+    }
+
+    pub fn shard_options(&self) -> ShardOptions {
+        let mut options = ShardOptions::default();
+        options.vectors.buffer_bytes_max = self.tuning.vector_buffer_bytes;
+        options.vectors.graph_rows_min = self.tuning.graph_rows_min.max(1);
+        options
     }
 
     pub fn ledger_options(&self) -> LedgerOptions {

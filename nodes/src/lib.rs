@@ -23,6 +23,7 @@ pub mod node;
 pub mod peers;
 pub mod proto;
 pub mod reader;
+pub mod upkeep;
 pub mod views;
 pub mod writer;
 

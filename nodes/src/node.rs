@@ -22,7 +22,6 @@ use sim::disk::Disk;
 use sim::net::Routes;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
-use storage::ShardOptions;
 use storage::model::{Command, Outcome};
 
 /// The ledger of other nodes.
@@ -63,16 +62,17 @@ impl Node {
         let ledger = match (config.has_group(&REPLICA_ROLES)?, config.id) {
             (true, Some(id)) => {
                 let (options, views_disk) = (config.ledger_options(), disk.clone());
-                let (log, alone) = (options.log.clone(), voters.len() == 1);
-                let opened = sim::task::blocking(move || {
-                    recovery::open(&views_disk, log, ShardOptions::default(), alone)
-                });
+                let (log, shard) = (options.log.clone(), config.shard_options());
+                let alone = voters.len() == 1;
+                let opened =
+                    sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone));
                 let opened = opened.await?;
                 sim::info!(
                     "views opened at {}, {:?} after start",
                     opened.shard.applied().0.index,
                     started.elapsed()
                 );
+                crate::upkeep::start(&opened.shard);
                 Some(Ledger::open(id, voters, disk.clone(), opened, peers.clone(), options).await?)
             }
             _ => None,

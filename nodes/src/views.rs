@@ -146,7 +146,7 @@ impl Views for LocalViews {
         // Read before the views are: the answer shows at least this.
         let (position, _) = shard.applied();
         let vectors = match &query.ask {
-            Ask::Search(search) => shard.vectors_of(search),
+            Ask::Search(search) => Some(shard.vectors_of(search)),
             _ => None,
         };
         sim::cpu::work(cost::SCAN_THOUSAND * (vectors.unwrap_or(0) as u32 / 1000)).await;

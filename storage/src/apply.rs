@@ -19,12 +19,14 @@ const KEYS_PURGED: usize = 64;
 
 /// What the vector view and the cache must do once the transaction is committed.
 pub enum Effect {
-    /// The memory without its vector, and the vector.
-    Put { memory: Memory, vector: Vec<f32> },
-    /// The memory as it was, and how long its vector was.
-    Remove { memory: Memory, dimension: usize },
-    /// More was removed than can be told one by one.
-    Forget,
+    /// The memory without its vector, where it is stored, and the vector.
+    Put { memory: Memory, position: i64, vector: Vec<f32> },
+    /// The memory as it was, where it was stored, and how long its vector was.
+    Remove { memory: Memory, position: i64, dimension: usize },
+    /// The memory as it is now; its version and its vector are the same.
+    Touch { memory: Memory },
+    /// All of a month was removed.
+    DropMonth(Month),
 }
 
 /// One transaction's work.
@@ -238,8 +240,7 @@ impl<'a> Applier<'a> {
             let row = Stored { body: codec::encode(&memory), ..held };
             rows::replace_body(self.db, &row, &memory)?;
             self.add(month, rows::memory_hash("memories", &row))?;
-            let vector = rows::vector_from(&row.vector);
-            self.effects.push(Effect::Put { memory, vector });
+            self.effects.push(Effect::Touch { memory });
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
@@ -342,7 +343,7 @@ impl<'a> Applier<'a> {
         self.state.digest = self.state.digest.wrapping_sub(state.digest);
         self.state.memories -= state.memories;
         self.state.vectors -= state.vectors;
-        self.effects.push(Effect::Forget);
+        self.effects.push(Effect::DropMonth(month));
         Ok(Outcome::Done { id: [0; 16], version: state.memories, position: at })
     }
 
@@ -356,7 +357,8 @@ impl<'a> Applier<'a> {
         of_month.vectors -= has_vector;
         self.state.memories -= 1;
         self.state.vectors -= has_vector;
-        self.effects.push(Effect::Remove { memory: old.clone(), dimension: held.vector.len() / 4 });
+        let (position, dimension) = (held.position, held.vector.len() / 4);
+        self.effects.push(Effect::Remove { memory: old.clone(), position, dimension });
         held.vector.clear();
         self.put_history(&held, old, old.version)
     }
@@ -375,7 +377,7 @@ impl<'a> Applier<'a> {
         let body = codec::encode(&memory);
         let row = Stored { epoch, position, kind, body, vector: rows::vector_bytes(&vector) };
         self.store(&row, &memory)?;
-        self.effects.push(Effect::Put { memory, vector });
+        self.effects.push(Effect::Put { memory, position, vector });
         Ok(())
     }
 

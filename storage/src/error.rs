@@ -28,6 +28,15 @@ pub enum StorageError {
 }
 
 impl StorageError {
+    /// Whether all that is wrong is that the disk is full.
+    pub fn is_full(&self) -> bool {
+        match self {
+            StorageError::Io(error) => error.kind() == io::ErrorKind::StorageFull,
+            StorageError::Full(_) => true,
+            _ => false,
+        }
+    }
+
     pub(crate) fn corrupt(what: impl Into<String>) -> impl FnOnce(CodecError) -> StorageError {
         let what = what.into();
         move |e| StorageError::Corrupt { what, problem: e.to_string() }

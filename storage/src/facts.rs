@@ -9,7 +9,7 @@ use sim::disk::Disk;
 use std::io;
 
 /// Largest fact, in bytes.
-pub const FACT_BYTES_MAX: usize = 1 << 20;
+pub const FACT_BYTES_MAX: usize = 16 << 20;
 /// The copies are this far apart, or a multiple of it: no sector holds a part of both.
 const COPY_ALIGN: usize = 4096;
 

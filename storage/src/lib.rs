@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ledger entries ─► log (segments, fsync before acknowledging)
-//!                └► Shard::apply ─► records (SQLite) ─► vectors (memory) ─► cache ─► position published
+//!                └► Shard::apply ─► records (SQLite) ─► vectors (buffer ─► segments) ─► cache ─► position published
 //! ```
 //!
 //! Nothing here knows of a network or of roles, and all of it blocks: callers run it through `sim::task::blocking`.
@@ -28,6 +28,7 @@ mod snapshot;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 pub mod vectors;
 
 pub use error::StorageError;

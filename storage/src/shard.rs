@@ -1,5 +1,5 @@
-//! One replica's views of a shard: records and graph in SQLite, vectors in memory, a cache of records; changed by one writer, read by
-//! many. Opening reads no rows: an owner's vectors are loaded when they are first searched.
+//! One replica's views of a shard: records and graph in SQLite, vectors in mapped segments, a cache of records; changed by one writer, read by
+//! many. Opening reads no rows but those that no segment of vectors has yet.
 //!
 //! Order of an apply: the transaction commits; the vector view and the cache change; the position is published. A
 //! reader that saw a position therefore finds at least its effects everywhere. Commit and change of the vector view are one step
@@ -17,7 +17,8 @@ use crate::records::months::{self, Months, suffix};
 use crate::records::rows::{self, HISTORY, MEMORY, State, Stored};
 use crate::records::words;
 use crate::records::{LazyReader, Records};
-use crate::vectors::{Scan, Vectors};
+use crate::upkeep::Upkeep;
+use crate::vectors::{Failed, Scan, Tree, VectorOptions};
 use rusqlite::{Connection, params};
 use sim::disk::Disk;
 use std::cell::Cell;
@@ -28,13 +29,12 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 pub struct ShardOptions {
     /// Records kept in memory, without their vectors.
     pub cache_bytes_max: usize,
-    /// Vectors kept in memory; what was not searched for longest goes first.
-    pub vector_bytes_max: usize,
+    pub vectors: VectorOptions,
 }
 
 impl Default for ShardOptions {
     fn default() -> ShardOptions {
-        ShardOptions { cache_bytes_max: 128 << 20, vector_bytes_max: 4 << 30 }
+        ShardOptions { cache_bytes_max: 128 << 20, vectors: VectorOptions::default() }
     }
 }
 
@@ -55,10 +55,12 @@ pub struct Counts {
 }
 
 pub struct Shard {
-    disk: Arc<dyn Disk>,
-    dir: String,
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) dir: String,
     pub(crate) records: Records,
-    vectors: RwLock<Vectors>,
+    vectors: RwLock<Tree>,
+    pub(crate) vector_options: VectorOptions,
+    pub(crate) upkeep: Upkeep,
     pub(crate) cache: Cache,
     pub(crate) published: Mutex<Arc<State>>,
     /// Held by whoever changes the views.
@@ -116,11 +118,15 @@ impl Shard {
     fn open_any(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         let records = Records::open(disk.clone(), &format!("{dir}/records.db"))?;
         let state = rows::load_state(&records.reader())?;
+        let (upkeep, vector_options) = (Upkeep::default(), options.vectors);
+        let tree = upkeep.open(&*disk, dir, &records, state.position, vector_options.clone())?;
         Ok(Shard {
             disk,
             dir: dir.into(),
             records,
-            vectors: RwLock::new(Vectors::new(options.vector_bytes_max)),
+            vectors: RwLock::new(tree),
+            vector_options,
+            upkeep,
             cache: Cache::new(options.cache_bytes_max),
             published: Mutex::new(Arc::new(state)),
             applying: Mutex::new(()),
@@ -136,11 +142,11 @@ impl Shard {
         Ok(())
     }
 
-    fn vectors(&self) -> RwLockReadGuard<'_, Vectors> {
+    pub(crate) fn tree(&self) -> RwLockReadGuard<'_, Tree> {
         self.vectors.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    pub(crate) fn vectors_mut(&self) -> RwLockWriteGuard<'_, Vectors> {
+    pub(crate) fn tree_mut(&self) -> RwLockWriteGuard<'_, Tree> {
         self.vectors.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
@@ -177,25 +183,30 @@ impl Shard {
             return Ok(outcomes);
         }
         let (state, effects) = applier.finish()?;
-        let mut vectors = self.vectors_mut();
+        let mut tree = self.tree_mut();
         transaction.commit()?;
+        let cache = |memory: Memory| {
+            let (tenant, id) = (memory.tenant.clone(), memory.id);
+            self.cache.store_applied(&tenant, id, Some(Arc::new(memory)));
+        };
         for effect in effects {
             match effect {
-                Effect::Put { memory, vector } => {
-                    vectors.insert(&memory, &vector);
-                    let (tenant, id) = (memory.tenant.clone(), memory.id);
-                    self.cache.store_applied(&tenant, id, Some(Arc::new(memory)));
+                Effect::Put { memory, position, vector } => {
+                    tree.put(&memory, position, &vector);
+                    cache(memory);
                 }
-                Effect::Remove { memory, dimension } => {
-                    vectors.remove(&memory, dimension);
+                Effect::Touch { memory } => cache(memory),
+                Effect::Remove { memory, position, dimension } => {
+                    tree.remove(&memory, position, dimension);
                     self.cache.store_applied(&memory.tenant, memory.id, None);
                 }
-                Effect::Forget => {
-                    vectors.forget_all();
+                Effect::DropMonth(month) => {
+                    tree.drop_month(month);
                     self.cache.clear();
                 }
             }
         }
+        tree.applied = state.position;
         *lock(&self.published) = Arc::new(state);
         Ok(outcomes)
     }
@@ -350,60 +361,48 @@ impl Shard {
         found.iter().map(change).collect()
     }
 
-    /// How many vectors a search compares at most; `None`: they are not in memory yet.
-    pub fn vectors_of(&self, query: &SearchQuery) -> Option<usize> {
+    /// How many vectors a search is about.
+    pub fn vectors_of(&self, query: &SearchQuery) -> usize {
         let owners = readable(&query.tenant, &query.owners);
-        let vectors = self.vectors();
-        let here = owners.iter().all(|owner| vectors.is_loaded(owner));
-        here.then(|| vectors.count_of(&owners, &query.space, query.vector.len()))
-    }
-
-    /// The vector view with the vectors of these owners in it.
-    fn loaded(&self, owners: &[&Owner]) -> Result<RwLockReadGuard<'_, Vectors>, StorageError> {
-        loop {
-            let vectors = self.vectors();
-            if owners.iter().all(|owner| vectors.is_loaded(owner)) {
-                vectors.note_use(owners);
-                return Ok(vectors);
-            }
-            drop(vectors);
-            // No transaction commits while this is held: what is read now is what the view shows.
-            let mut vectors = self.vectors_mut();
-            let reader = self.records.reader();
-            let snapshot = reader.unchecked_transaction()?;
-            let months = months::load(&snapshot)?;
-            for owner in owners {
-                if vectors.is_loaded(owner) {
-                    continue;
-                }
-                vectors.begin(owner, owners);
-                let Some(number) = rows::owner_number(&snapshot, owner)? else { continue };
-                let loaded = load_owner(&snapshot, &months, number, &mut vectors);
-                if loaded.is_err() {
-                    vectors.forget(owner);
-                }
-                loaded?;
-            }
-        }
+        self.tree().count_of(&owners, &query.space, query.vector.len())
     }
 
     /// The k nearest memories by cosine, and the k that fit the query's words best; by cosine, best first, equal ones by id. Filters
     /// apply before the search.
     pub fn search(&self, query: &SearchQuery) -> Result<Vec<Hit>, StorageError> {
         let owners = readable(&query.tenant, &query.owners);
-        // No transaction commits while this is held.
-        let vectors = self.loaded(&owners)?;
-        let reader = self.records.lazy_reader();
-        let allowed = match (&query.filter, &query.time) {
-            (None, None) => None,
-            _ => {
-                let months = months_in(reader.get(), &query.time)?;
-                let allowed = owners.iter().map(|owner| self.allowed(reader.get(), &months, owner, query));
-                Some(allowed.collect::<Result<Vec<_>, _>>()?)
+        loop {
+            match self.search_once(query, &owners) {
+                Ok(hits) => return Ok(hits),
+                // Damage is mended, and then the search begins again.
+                Err(failed) => self.healed(failed)?,
             }
+        }
+    }
+
+    fn search_once(&self, query: &SearchQuery, owners: &[&Owner]) -> Result<Vec<Hit>, Failed> {
+        // No transaction commits while this is held.
+        let tree = self.tree();
+        let reader = self.records.lazy_reader();
+        let (mut allowed, mut months) = (None, None);
+        if query.filter.is_some() || query.time.is_some() {
+            let within = months_in(reader.get(), &query.time)?;
+            let of = owners.iter().map(|owner| self.allowed(reader.get(), &within, owner, query));
+            allowed = Some(of.collect::<Result<Vec<_>, StorageError>>()?);
+            months = Some(within.into_keys().collect());
+        }
+        let tenant_of = |owner: &Owner| if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
+        let fetch = |id: &MemoryId| -> Result<Vec<f32>, StorageError> {
+            for owner in owners {
+                if let Some(row) = rows::find(reader.get(), tenant_of(owner), id)? {
+                    return Ok(rows::vector_from(&row.vector));
+                }
+            }
+            let problem = format!("memory {id:02x?} has a vector and no record");
+            Err(StorageError::Corrupt { what: "the vector view".into(), problem })
         };
-        let nearest = vectors.scan(&Scan {
-            owners: &owners,
+        let scan = Scan {
+            owners,
             space: &query.space,
             vector: &query.vector,
             k: query.k,
@@ -411,31 +410,40 @@ impl Shard {
             statuses: or_active(&query.statuses),
             now: query.now,
             allowed: allowed.as_deref(),
-        });
+            months: months.as_ref(),
+        };
+        let nearest = tree.search(&scan, &fetch)?;
         let mut keywords = match query.text.is_empty() {
             true => BTreeMap::new(),
-            false => self.keywords_with(reader.get(), query, &owners)?.into_iter().collect(),
+            false => self.keywords_with(reader.get(), query, owners)?.into_iter().collect(),
         };
-        let tenant_of = |owner: &Owner| if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
         let mut hits = vec![];
         for (id, similarity, whose) in nearest {
             let tenant = tenant_of(owners[whose]);
             let Some(memory) = self.record(&reader, tenant, &id)? else {
                 let problem = format!("memory {id:02x?} has a vector and no record");
-                return Err(StorageError::Corrupt { what: "the vector view".into(), problem });
+                return Err(StorageError::Corrupt { what: "the vector view".into(), problem }.into());
             };
             let keywords = keywords.remove(&(tenant.to_string(), id)).unwrap_or_default();
             hits.push(Hit { memory, similarity, keywords });
         }
+        let vector_of = |memory: &Memory| -> Result<Vec<f32>, Failed> {
+            if let Some(vector) = tree.get(memory, query.vector.len())? {
+                return Ok(vector);
+            }
+            let row = rows::find(reader.get(), &memory.tenant, &memory.id)?;
+            Ok(row.map_or(vec![], |row| rows::vector_from(&row.vector)))
+        };
         for ((tenant, id), keywords) in keywords {
             let Some(memory) = self.record(&reader, &tenant, &id)? else { continue };
-            let vector = vectors.get(&memory, query.vector.len()).filter(|_| memory.space == query.space);
-            let similarity = vector.map_or(0.0, |vector| crate::vectors::dot(&query.vector, vector));
+            let vector = if memory.space == query.space { vector_of(&memory)? } else { vec![] };
+            let same = vector.len() == query.vector.len();
+            let similarity = if same { crate::vectors::dot(&query.vector, &vector) } else { 0.0 };
             hits.push(Hit { memory, similarity, keywords });
         }
         if query.with_vector {
             for hit in &mut hits {
-                let vector = vectors.get(&hit.memory, query.vector.len()).map_or(vec![], <[f32]>::to_vec);
+                let vector = vector_of(&hit.memory)?;
                 hit.memory = Arc::new(Memory { vector, ..Memory::clone(&hit.memory) });
             }
         }
@@ -566,13 +574,12 @@ impl Shard {
     /// words, and every vector in memory. Stops applying meanwhile.
     pub fn digest_by_scan(&self) -> Result<(Position, [u8; 16]), StorageError> {
         let _applying = lock(&self.applying);
-        let vectors = self.vectors();
+        let tree = self.tree();
         let reader = self.records.reader();
         let corrupt = |what: &str, problem: String| StorageError::Corrupt { what: what.into(), problem };
         let mut digest = 0u128;
         let months = months::load(&reader)?;
         let mut counted = Months::new();
-        let mut in_memory = 0;
         let (mut memories, mut with_vector) = (0, 0);
         let mut owners: HashMap<(Month, i64), (i64, i64)> = HashMap::new();
         rows::each(&reader, &months, (&format!("{MEMORY}, owner, words"), 'm'), &mut |month, row| {
@@ -593,22 +600,19 @@ impl Shard {
             with_vector += !vector.is_empty() as u64;
             let counts = owners.entry((month, owner)).or_default();
             *counts = (counts.0 + 1, counts.1 + words);
-            if !vector.is_empty() && vectors.is_loaded(&memory.owner()) {
-                in_memory += 1;
-                if vectors.get(&memory, vector.len()) != Some(&vector[..]) {
-                    let problem = format!("it differs from the record of memory {:02x?}", memory.id);
-                    return Err(corrupt("the vector view", problem));
-                }
+            if !vector.is_empty() && !tree.holds(&memory, row.position, &vector)? {
+                let problem = format!("it differs from the record of memory {:02x?}", memory.id);
+                return Err(corrupt("the vector view", problem));
             }
             Ok(())
         })?;
         let state = self.state();
-        if vectors.count() != in_memory || (memories, with_vector) != (state.memories, state.vectors) {
+        if (memories, with_vector, tree.count()) != (state.memories, state.vectors, state.vectors) {
             let problem = format!(
-                "{memories} memories, {with_vector} with a vector, {in_memory} of them in memory, are not the {}, {}, {} that are counted",
+                "{memories} memories, {with_vector} with a vector, {} in the vector view, are not the {} and {} that are counted",
+                tree.count(),
                 state.memories,
                 state.vectors,
-                vectors.count()
             );
             return Err(corrupt("the records", problem));
         }
@@ -683,25 +687,6 @@ fn months_in(db: &Connection, range: &Option<TimeRange>) -> Result<Months, Stora
         months.retain(|month, state| state.may_hold(*month, range));
     }
     Ok(months)
-}
-
-/// Loads an owner's vectors.
-fn load_owner(
-    db: &Connection,
-    months: &Months,
-    owner: i64,
-    vectors: &mut Vectors,
-) -> Result<(), StorageError> {
-    for month in months.keys() {
-        let mut statement =
-            db.prepare_cached(&format!("SELECT body, vector FROM m{} WHERE owner = ?1", suffix(*month)))?;
-        let mut found = statement.query([owner])?;
-        while let Some(row) = found.next()? {
-            let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
-            vectors.insert(&rows::decode_body(blob(0)?)?, &rows::vector_from(blob(1)?));
-        }
-    }
-    Ok(())
 }
 
 /// Calls `work` for every row of a query.

@@ -77,12 +77,14 @@ impl Shard {
         Ok((position, digest))
     }
 
-    /// Replaces the whole state by an exported one. On any error nothing has changed.
+    /// Replaces the whole state by an exported one. On an error nothing has changed, but for one of the disk's at the very end: then the
+    /// records are the new ones, and the segments of vectors follow when the views are next opened.
     pub fn import(
         &self,
         next: &mut dyn FnMut() -> Result<Option<Vec<u8>>, StorageError>,
     ) -> Result<(), StorageError> {
         let _applying = lock(&self.applying);
+        let _sealing = self.no_seal();
         let mut writer = self.records.writer();
         let transaction = writer.transaction()?;
         for month in months::load(&transaction)?.keys() {
@@ -122,12 +124,17 @@ impl Shard {
         };
         applier.state = state;
         let (state, _) = applier.finish()?;
-        let mut vectors = self.vectors_mut();
-        transaction.commit()?;
-        vectors.forget_all();
-        self.cache.clear();
-        *lock(&self.published) = Arc::new(state);
-        Ok(())
+        let tree = self.tree_from(&transaction, state.position)?;
+        let old = {
+            let mut current = self.tree_mut();
+            transaction.commit()?;
+            self.cache.clear();
+            *lock(&self.published) = Arc::new(state);
+            std::mem::replace(&mut *current, tree)
+        };
+        drop(writer);
+        self.records.checkpoint()?;
+        self.forget_tree(&old)
     }
 }
 

@@ -75,10 +75,13 @@ impl Cluster {
             let addr = format!("{name}:{PORT}");
             let text = format!(
                 "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}\
-                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\nbase_bytes_min = 50000\n",
+                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\nbase_bytes_min = 50000\n\
+                 vector_buffer_bytes = {}\ngraph_rows_min = {}\n",
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 60 + sim::rand::below(200),
                 sim::rand::below(40),
+                20_000 + sim::rand::below(300_000),
+                20 + sim::rand::below(200),
             );
             let config = NodeConfig::parse(&text)?;
             let clock = ClockModel {

@@ -50,6 +50,16 @@ pub trait File: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Makes every write before this call durable. It says nothing about the file's directory entry.
     fn sync(&self) -> io::Result<()>;
+    /// The whole file in memory, paged in as it is touched. Only for files that are never written or cut again. In production an
+    /// unreadable sector that is touched ends the process, so whoever maps a file reads it once with [`File::read_at`], which fails as an
+    /// error, and verifies its checksum on the way.
+    fn map(&self) -> io::Result<Map> {
+        let len = self.len()? as usize;
+        Map::copied(len, |bytes| match self.read_at(bytes, 0)? {
+            read if read == len => Ok(()),
+            read => Err(io::Error::other(format!("{read} bytes of {len} could be read"))),
+        })
+    }
     /// True when the file has no bytes.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
@@ -86,9 +96,12 @@ pub struct SqliteLocation {
 }
 
 pub mod checked;
+mod map;
 pub mod real;
 pub mod simulated;
 pub mod sqlite;
+
+pub use map::Map;
 
 /// This node's disk: in simulation the machine's own, in production the directory `root`.
 pub fn open(root: &str) -> io::Result<Arc<dyn Disk>> {

@@ -46,6 +46,10 @@ impl File for RealFile {
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
     }
+    #[cfg(not(madsim))]
+    fn map(&self) -> io::Result<super::Map> {
+        super::Map::of(&self.0)
+    }
 }
 
 impl Disk for RealDisk {

@@ -1,68 +1,132 @@
-//! The vector view: vectors in memory, those of one owner and space side by side, scanned exactly.
+//! The vector view: a log-structured merge tree, keyed by (month, scope).
 //!
-//! It is derived from the records: an owner's are loaded when they are first searched, and change right after each transaction from then
-//! on; when there are too many, those of the owner that was not searched for longest go. Filters come before
-//! the scan (as a set of allowed ids), so a search never returns fewer than k while k exist. Equal scores are ordered by id.
+//! ```text
+//! apply ─► buffer (memory) ──seal──► segments of a month (mapped files) ──merge──► fewer, larger ones, with graphs
+//!            │                          │
+//!            └────────── search ────────┘    exact over codes, then f32; a graph where a scope has 10,000 in a month
+//! ```
+//!
+//! - [`buffer`]: what no segment has yet. After a restart it is filled again from the records, which have every vector too: so nothing
+//!   here is ever lost, and a disk that lies costs time.
+//! - [`segment`]: immutable, checksummed, mapped. [`manifest`]: which of them count, and which of their rows are dead.
+//! - [`codes`]: vectors as small integers with a proven bound; [`scan`]: exact search with their help; [`dot`]: what decides.
+//! - [`graph`]: approximate search in large scopes, in which every point is found.
+//!
+//! **What belongs together.** A search compares vectors of one owner, one embedding space and one dimension only ([`rows::Kind`]); of each
+//! month they lie side by side. Filters come before and during the search: never fewer than k while k exist. Equal scores are ordered by id.
+//!
+//! **A version is a row.** A memory's new version comes with its vector, as a new row, at a new position; the old row is *dead*: a bit
+//! in memory, and in the manifest with the next seal. Merging leaves the dead out. Rows are named by id and position, so what is killed
+//! twice, or replayed, is killed once.
+//!
+//! **Building stalls nobody.** Sealing freezes the buffer, which is searched on, and writes it without any lock; merging reads only files.
+//! What dies meanwhile is kept in a list (`kills`) and taken over into what was built. The upkeep is driven by [`crate::Shard`].
 
+pub mod buffer;
+pub mod codes;
+pub mod cpu;
 mod dot;
+pub mod graph;
+pub mod manifest;
+pub mod rows;
+pub mod scan;
+pub mod segment;
 
-pub use dot::dot;
+pub use dot::{dot, dot_rows};
 
-use crate::model::{Memory, MemoryId, Owner, Status, UnixMs};
-use std::cmp::Ordering;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::error::StorageError;
+use crate::model::{Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
+use buffer::Buffer;
+use codes::Query;
+use graph::{GraphOptions, Points};
+use manifest::{Manifest, Named};
+use rows::{Bitmap, Hash, Kind, Rows, Wanted};
+use scan::{Asked, Best, Fetch, Scored};
+use segment::Segment;
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
 
-/// What the scan needs to know of a memory.
-#[derive(Clone, Copy)]
-struct Row {
-    id: MemoryId,
-    status: Status,
-    expires: UnixMs,
+#[derive(Clone, Debug)]
+pub struct VectorOptions {
+    /// The buffer is sealed when it has grown to this, in bytes.
+    pub buffer_bytes_max: usize,
+    /// A scope with so many vectors in a month gets a graph.
+    pub graph_rows_min: usize,
+    pub graph: GraphOptions,
+    /// A search of a graph keeps at least so many nearest.
+    pub ef_search: usize,
+    /// So many segments of a month and about one size are merged.
+    pub merge_segments: usize,
+    /// Segments keep the vectors themselves, beside their codes. Else the few that must be compared are read from the records.
+    pub originals: bool,
 }
 
-/// The vectors of one owner in one space.
-struct Partition {
-    dimension: usize,
-    data: Vec<f32>,
-    rows: Vec<Row>,
-    place: HashMap<MemoryId, usize>,
+impl Default for VectorOptions {
+    fn default() -> VectorOptions {
+        VectorOptions {
+            buffer_bytes_max: 32 << 20,
+            graph_rows_min: 10_000,
+            graph: GraphOptions::default(),
+            ef_search: 64,
+            merge_segments: 4,
+            originals: true,
+        }
+    }
 }
 
-/// Owner, space and dimension: only vectors of the same kind are compared.
-type Key = (Owner, String, usize);
+/// A segment is merged when this share of its rows is dead.
+const DEAD_SHARE: f64 = 0.2;
+/// The list of what died since the last seal causes one at this length.
+const KILLS_MAX: usize = 100_000;
 
-pub struct Vectors {
-    partitions: BTreeMap<Key, Partition>,
+/// A segment that counts.
+pub struct Live {
+    pub number: u64,
+    pub segment: Arc<Segment>,
+    pub dead: Bitmap,
+    /// Of these, those that the manifest knows.
+    pub sealed_dead: Bitmap,
+}
+
+/// A buffer that is being sealed.
+pub struct Frozen {
+    pub buffer: Arc<Buffer>,
+    pub dead: Bitmap,
+    /// The position up to which it was filled, and the length of the list of kills then.
+    pub position: Position,
+    pub kills: u64,
+}
+
+/// What died.
+#[derive(Clone)]
+pub enum Kill {
+    Row { month: Month, hash: Hash, id: MemoryId, position: i64 },
+    Month(Month),
+}
+
+/// What is searched. Changed under a lock of its owner.
+pub struct Tree {
+    pub options: VectorOptions,
+    pub buffer: Buffer,
+    pub frozen: Option<Frozen>,
+    pub segments: Vec<Live>,
+    /// What died since the last seal, or since a merge that is under way began.
+    kills: VecDeque<Kill>,
+    /// The number of the first of them.
+    first_kill: u64,
+    /// The number of the first that the manifest does not know.
+    pub sealed_kills: u64,
+    /// The number of the first that a merge under way needs.
+    pub needed_kills: Option<u64>,
+    /// The manifest's position, and how far this is applied.
+    pub sealed: Position,
+    pub applied: Position,
+    /// Months whose segments are damaged or contradict the records.
+    pub suspects: BTreeSet<Month>,
     count: u64,
-    /// Owners whose vectors are here, and when they were last searched.
-    loaded: BTreeMap<Owner, AtomicU64>,
-    uses: AtomicU64,
-    bytes: usize,
-    bytes_max: usize,
 }
 
-/// A score, an id and whose it is (as a place in the scan's owners); the greatest is the worst, so that a heap gives it up first.
-struct Scored(f32, MemoryId, usize);
-
-impl Ord for Scored {
-    fn cmp(&self, other: &Scored) -> Ordering {
-        other.0.total_cmp(&self.0).then_with(|| (self.1, self.2).cmp(&(other.1, other.2)))
-    }
-}
-impl PartialOrd for Scored {
-    fn partial_cmp(&self, other: &Scored) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl PartialEq for Scored {
-    fn eq(&self, other: &Scored) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-impl Eq for Scored {}
-
-/// One scan.
+/// One search.
 pub struct Scan<'a> {
     /// Each once.
     pub owners: &'a [&'a Owner],
@@ -74,188 +138,437 @@ pub struct Scan<'a> {
     pub now: UnixMs,
     /// If given: of each owner only these.
     pub allowed: Option<&'a [HashSet<MemoryId>]>,
+    /// If given: only these months.
+    pub months: Option<&'a BTreeSet<Month>>,
 }
 
-impl Vectors {
-    pub fn new(bytes_max: usize) -> Vectors {
-        let (partitions, loaded, uses) = Default::default();
-        Vectors { partitions, count: 0, loaded, uses, bytes: 0, bytes_max }
+/// An error, and the month whose segments must be made anew for it, if one's.
+pub struct Failed {
+    pub month: Option<Month>,
+    pub error: StorageError,
+}
+
+impl From<StorageError> for Failed {
+    fn from(error: StorageError) -> Failed {
+        Failed { month: None, error }
+    }
+}
+
+fn of_month(month: Month) -> impl FnOnce(StorageError) -> Failed {
+    move |error| Failed { month: Some(month), error }
+}
+
+impl Live {
+    pub fn new(number: u64, segment: Arc<Segment>, dead: Bitmap) -> Live {
+        Live { number, segment, sealed_dead: dead.clone(), dead }
     }
 
-    pub fn is_loaded(&self, owner: &Owner) -> bool {
-        self.loaded.contains_key(owner)
+    /// The rows that a kill means.
+    fn killed(&self, kill: &Kill) -> impl Iterator<Item = usize> + use<> {
+        let rows = match kill {
+            Kill::Row { month, hash, id, position } if *month == self.segment.month => {
+                self.segment.row_of(hash, id, *position).map_or(0..0, |row| row..row + 1)
+            }
+            Kill::Month(month) if *month == self.segment.month => 0..self.segment.rows,
+            _ => 0..0,
+        };
+        rows.into_iter()
     }
 
-    /// An owner's vectors come next, and are kept from now on. Others, but not `needed`, may go for them.
-    pub fn begin(&mut self, owner: &Owner, needed: &[&Owner]) {
-        while self.bytes > self.bytes_max {
-            let idle = self.loaded.iter().filter(|(owner, _)| !needed.contains(owner));
-            let Some((oldest, _)) = idle.min_by_key(|(_, used)| used.load(Relaxed)) else { break };
-            let oldest = oldest.clone();
-            self.forget(&oldest);
+    /// How many were not dead yet.
+    fn kill(&mut self, kill: &Kill) -> usize {
+        self.killed(kill).filter(|row| self.dead.insert(*row)).count()
+    }
+
+    /// Marks those as known to the manifest.
+    pub fn seal_kill(&mut self, kill: &Kill) {
+        for row in self.killed(kill) {
+            self.sealed_dead.insert(row);
         }
-        self.loaded.insert(owner.clone(), AtomicU64::new(self.uses.fetch_add(1, Relaxed)));
     }
 
-    pub fn note_use(&self, owners: &[&Owner]) {
-        let now = self.uses.fetch_add(1, Relaxed);
-        owners.iter().filter_map(|owner| self.loaded.get(*owner)).for_each(|used| used.store(now, Relaxed));
+    fn due(&self) -> bool {
+        let rows = self.segment.rows;
+        self.sealed_dead.len() > 0 && self.sealed_dead.len() as f64 >= DEAD_SHARE * rows as f64
     }
+}
 
-    pub fn forget(&mut self, owner: &Owner) {
-        self.loaded.remove(owner);
-        let keys: Vec<Key> = self
-            .partitions
-            .range((owner.clone(), String::new(), 0)..)
-            .map(|(key, _)| key)
-            .take_while(|key| key.0 == *owner)
-            .cloned()
-            .collect();
-        for partition in keys.iter().filter_map(|key| self.partitions.remove(key)) {
-            self.count -= partition.rows.len() as u64;
-            self.bytes -= partition.data.len() * 4;
+impl Tree {
+    pub fn new(options: VectorOptions) -> Tree {
+        let (buffer, frozen, segments, kills, suspects) = Default::default();
+        let (sealed, applied) = Default::default();
+        Tree {
+            options,
+            buffer,
+            frozen,
+            segments,
+            kills,
+            first_kill: 0,
+            sealed_kills: 0,
+            needed_kills: None,
+            sealed,
+            applied,
+            suspects,
+            count: 0,
         }
     }
 
-    pub fn forget_all(&mut self) {
-        *self = Vectors::new(self.bytes_max);
-    }
-
+    /// How many vectors there are.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// How many vectors a scan over these owners compares.
-    pub fn count_of(&self, owners: &[&Owner], space: &str, dimension: usize) -> usize {
-        let of = |owner: &&Owner| self.partitions.get(&((*owner).clone(), space.to_string(), dimension));
-        owners.iter().filter_map(of).map(|p| p.rows.len()).sum()
+    /// Counts again, of a month, what is not dead.
+    pub fn count_of_month(&self, month: Month) -> u64 {
+        let segments = self.segments.iter().filter(|live| live.segment.month == month);
+        let sealed: usize = segments.map(|live| live.segment.rows - live.dead.len()).sum();
+        let buffered: usize = self.buffer.of_month(month).map(|(_, block)| block.rows().len()).sum();
+        let frozen = self.frozen.iter().flat_map(|frozen| {
+            let alive = |at: &usize| !frozen.dead.contains(*at);
+            let rows = |block: &buffer::Block| block.base..block.base + block.rows().len();
+            frozen.buffer.of_month(month).map(move |(_, block)| rows(block).filter(alive).count())
+        });
+        (sealed + buffered + frozen.sum::<usize>()) as u64
     }
 
-    /// Puts a memory's vector in place, if its owner's are here; without a vector it has no row.
-    pub fn insert(&mut self, memory: &Memory, vector: &[f32]) {
-        if vector.is_empty() || !self.is_loaded(&memory.owner()) {
+    pub fn recount(&mut self) {
+        let mut months = self.buffer.months();
+        months.extend(self.frozen.iter().flat_map(|frozen| frozen.buffer.months()));
+        months.extend(self.segments.iter().map(|live| live.segment.month));
+        self.count = months.into_iter().map(|month| self.count_of_month(month)).sum();
+    }
+
+    /// A memory's new version has this vector; the version before was removed.
+    pub fn put(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
+        if !vector.is_empty() {
+            self.buffer.insert(memory, position, vector);
+            self.count += 1;
+        }
+    }
+
+    /// A version of a memory is superseded; how many dimensions its vector had.
+    pub fn remove(&mut self, memory: &Memory, position: i64, dimension: usize) {
+        if dimension == 0 {
             return;
         }
-        let row =
-            Row { id: memory.id, status: memory.status, expires: memory.expires.unwrap_or(UnixMs::MAX) };
-        let key = (memory.owner(), memory.space.clone(), vector.len());
-        let partition = self.partitions.entry(key).or_insert_with(|| Partition {
-            dimension: vector.len(),
-            data: vec![],
-            rows: vec![],
-            place: HashMap::new(),
-        });
-        match partition.place.get(&memory.id) {
-            Some(&at) => {
-                partition.rows[at] = row;
-                partition.data[at * vector.len()..][..vector.len()].copy_from_slice(vector);
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension };
+        let (hash, month) = (kind.hash(), Month::of(memory.created));
+        self.count = self.count.saturating_sub(1);
+        if self.buffer.remove(&hash, month, &memory.id) {
+            return;
+        }
+        if self.kill(Kill::Row { month, hash, id: memory.id, position }) == 0 {
+            // It must have been somewhere.
+            self.suspects.insert(month);
+        }
+    }
+
+    /// A month was dropped.
+    pub fn drop_month(&mut self, month: Month) {
+        self.count -= self.count_of_month(month);
+        self.buffer.remove_month(month);
+        self.kill(Kill::Month(month));
+    }
+
+    /// How many rows died of it.
+    pub fn kill(&mut self, kill: Kill) -> usize {
+        let mut died = 0;
+        if let Some(frozen) = &mut self.frozen {
+            died += match &kill {
+                Kill::Row { month, hash, id, position } => {
+                    let block = frozen.buffer.block(hash, *month);
+                    let row = block.and_then(|block| {
+                        let (rows, base) = (block.rows(), block.base);
+                        let row = rows.find(id)? as usize;
+                        (rows.positions[row] == *position).then_some(base + row)
+                    });
+                    row.is_some_and(|row| frozen.dead.insert(row)) as usize
+                }
+                Kill::Month(month) => {
+                    let rows = frozen.buffer.of_month(*month);
+                    let rows = rows.flat_map(|(_, block)| block.base..block.base + block.rows().len());
+                    rows.filter(|row| frozen.dead.insert(*row)).count()
+                }
+            };
+        }
+        died += self.segments.iter_mut().map(|live| live.kill(&kill)).sum::<usize>();
+        self.kills.push_back(kill);
+        died
+    }
+
+    /// The number that the next kill gets.
+    pub fn next_kill(&self) -> u64 {
+        self.first_kill + self.kills.len() as u64
+    }
+
+    /// Kills from one number to another.
+    pub fn kills(&self, from: u64, to: u64) -> impl Iterator<Item = &Kill> {
+        let at = |number: u64| number.saturating_sub(self.first_kill) as usize;
+        let from = at(from).min(self.kills.len());
+        self.kills.range(from..at(to).clamp(from, self.kills.len()))
+    }
+
+    /// Forgets kills that nobody needs any more.
+    pub fn forget_kills(&mut self) {
+        let to = self.needed_kills.map_or(self.sealed_kills, |needed| needed.min(self.sealed_kills));
+        let gone = to.saturating_sub(self.first_kill) as usize;
+        self.kills.drain(..gone.min(self.kills.len()));
+        self.first_kill = self.first_kill.max(to);
+    }
+
+    /// A new segment takes its place; what died while it was built, from a number on, is dead in it.
+    pub fn adopt(&mut self, number: u64, segment: Arc<Segment>, kills_from: u64) {
+        let mut live = Live::new(number, segment, Bitmap::default());
+        for kill in self.kills(kills_from, self.next_kill()) {
+            live.kill(kill);
+        }
+        for kill in self.kills(kills_from, self.sealed_kills) {
+            live.seal_kill(kill);
+        }
+        self.segments.push(live);
+        self.segments.sort_by_key(|live| (live.segment.month, live.number));
+    }
+
+    pub fn seal_due(&self) -> bool {
+        let kills = self.next_kill() - self.sealed_kills;
+        self.frozen.is_some()
+            || self.buffer.bytes() >= self.options.buffer_bytes_max
+            || kills as usize >= KILLS_MAX
+    }
+
+    /// The segments that are to be merged next, by number: all of one month, one alone if many of its rows are dead or a scope wants a graph.
+    pub fn merge_due(&self) -> Option<Vec<u64>> {
+        let mut at = 0;
+        while at < self.segments.len() {
+            let month = self.segments[at].segment.month;
+            let of_month =
+                self.segments[at..].iter().take_while(|live| live.segment.month == month).count();
+            let segments = &self.segments[at..at + of_month];
+            at += of_month;
+            // Sizes that differ by less than four times are about the same.
+            let tier = |live: &&Live| (live.segment.rows.max(1).ilog2()) / 2;
+            let mut tiers: Vec<u32> = segments.iter().map(|live| tier(&live)).collect();
+            tiers.sort_unstable();
+            tiers.dedup();
+            for wanted in tiers {
+                // Smaller ones go with it: they would be merged into it sooner or later.
+                let together: Vec<u64> =
+                    segments.iter().filter(|live| tier(live) <= wanted).map(|live| live.number).collect();
+                let same = segments.iter().filter(|live| tier(live) == wanted).count();
+                if same >= self.options.merge_segments {
+                    return Some(together);
+                }
             }
-            None => {
-                partition.place.insert(memory.id, partition.rows.len());
-                partition.rows.push(row);
-                partition.data.extend_from_slice(vector);
-                self.count += 1;
-                self.bytes += vector.len() * 4;
+            if let Some(live) = segments.iter().find(|live| live.due() || self.wants_graph(live)) {
+                return Some(vec![live.number]);
             }
         }
+        None
     }
 
-    /// Takes a memory's vector away; `memory` is as it was, with the length of the vector that it had.
-    pub fn remove(&mut self, memory: &Memory, dimension: usize) {
-        let key = (memory.owner(), memory.space.clone(), dimension);
-        let Some(partition) = self.partitions.get_mut(&key) else { return };
-        let Some(at) = partition.place.remove(&memory.id) else { return };
-        self.count -= 1;
-        self.bytes -= dimension * 4;
-        let last = partition.rows.len() - 1;
-        partition.rows.swap_remove(at);
-        if at < last {
-            partition.data.copy_within(last * dimension..(last + 1) * dimension, at * dimension);
-            partition.place.insert(partition.rows[at].id, at);
+    fn wants_graph(&self, live: &Live) -> bool {
+        let min = self.options.graph_rows_min;
+        (0..live.segment.blocks()).any(|block| live.segment.rows_of(block) >= min && !live.segment.has_graph(block))
+    }
+
+    /// What the manifest says once the kills up to a number are in it.
+    pub fn manifest(&self, position: Position, kills_to: u64, without: &[u64]) -> Manifest {
+        let named = |live: &Live| {
+            let mut dead = live.sealed_dead.clone();
+            for kill in self.kills(self.sealed_kills, kills_to) {
+                for row in live.killed(kill) {
+                    dead.insert(row);
+                }
+            }
+            let (number, month, rows) = (live.number, live.segment.month, live.segment.rows as u64);
+            Named { number, month, rows, dead: manifest::pack(&dead) }
+        };
+        let segments = self.segments.iter().filter(|live| !without.contains(&live.number));
+        Manifest { position, segments: segments.map(named).collect() }
+    }
+
+    /// How many vectors a search over these owners compares, or has compared for it by a graph.
+    pub fn count_of(&self, owners: &[&Owner], space: &str, dimension: usize) -> usize {
+        let of = |owner: &&Owner| {
+            let hash = Kind { owner: (*owner).clone(), space: space.into(), dimension }.hash();
+            let buffers = std::iter::once(&self.buffer).chain(self.frozen.iter().map(|f| &*f.buffer));
+            let buffered: usize =
+                buffers.flat_map(|b| b.of_kind(&hash)).map(|(_, block)| block.rows().len()).sum();
+            let sealed = self.segments.iter().filter_map(|live| {
+                let block = live.segment.find(&hash)?;
+                Some(live.segment.rows_of(block))
+            });
+            buffered + sealed.sum::<usize>()
+        };
+        owners.iter().map(of).sum()
+    }
+
+    /// The vector of a memory's version, if it is here itself and not only its codes.
+    pub fn get(&self, memory: &Memory, dimension: usize) -> Result<Option<Vec<f32>>, Failed> {
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension };
+        let (hash, month) = (kind.hash(), Month::of(memory.created));
+        let here = |rows: &Rows<'_>, dead: Option<(&Bitmap, usize)>| -> Option<Vec<f32>> {
+            let row = rows.find(&memory.id)?;
+            let alive = dead.is_none_or(|(dead, base)| !dead.contains(base + row as usize));
+            rows.original(row).filter(|_| alive).map(<[f32]>::to_vec)
+        };
+        if let Some(found) = self.buffer.block(&hash, month).and_then(|block| here(&block.rows(), None)) {
+            return Ok(Some(found));
         }
-        partition.data.truncate(last * dimension);
-        if last == 0 {
-            self.partitions.remove(&key);
+        if let Some(frozen) = &self.frozen
+            && let Some(block) = frozen.buffer.block(&hash, month)
+            && let Some(found) = here(&block.rows(), Some((&frozen.dead, block.base)))
+        {
+            return Ok(Some(found));
         }
+        for live in self.segments.iter().filter(|live| live.segment.month == month) {
+            let Some(number) = live.segment.find(&hash) else { continue };
+            let block = live.segment.block(number, true).map_err(of_month(month))?;
+            if let Some(found) = here(&block.rows, Some((&live.dead, block.base))) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
-    /// The vector held for a memory; `None` if there is none of that length in its place.
-    pub fn get(&self, memory: &Memory, dimension: usize) -> Option<&[f32]> {
-        let partition = self.partitions.get(&(memory.owner(), memory.space.clone(), dimension))?;
-        let at = *partition.place.get(&memory.id)?;
-        partition.data.get(at * dimension..(at + 1) * dimension)
+    /// Whether this version of a memory is here, once, with this vector or with its codes.
+    pub fn holds(&self, memory: &Memory, position: i64, vector: &[f32]) -> Result<bool, StorageError> {
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
+        let (hash, month) = (kind.hash(), Month::of(memory.created));
+        let (mut found, mut same) = (0, 0);
+        let mut look = |rows: &Rows<'_>, dead: Option<(&Bitmap, usize)>| {
+            let Some(row) = rows.find(&memory.id) else { return };
+            if dead.is_some_and(|(dead, base)| dead.contains(base + row as usize)) {
+                return;
+            }
+            let (mut codes, mut rests) = (vec![], vec![]);
+            let (scale, _) = codes::encode(vector, &mut codes, &mut rests);
+            let coded = rows.codes_of(row) == codes && rows.rests_of(row) == rests;
+            let at = row as usize;
+            let kept = (rows.scales[at], rows.positions[at], rows.statuses[at], rows.expires[at]);
+            let expires = memory.expires.unwrap_or(UnixMs::MAX);
+            found += 1;
+            same += (coded
+                && kept == (scale, position, memory.status as u8, expires)
+                && rows.original(row).is_none_or(|original| original == vector)) as usize;
+        };
+        if let Some(block) = self.buffer.block(&hash, month) {
+            look(&block.rows(), None);
+        }
+        if let Some(frozen) = &self.frozen
+            && let Some(block) = frozen.buffer.block(&hash, month)
+        {
+            look(&block.rows(), Some((&frozen.dead, block.base)));
+        }
+        for live in self.segments.iter().filter(|live| live.segment.month == month) {
+            if let Some(number) = live.segment.find(&hash) {
+                let block = live.segment.block(number, true)?;
+                look(&block.rows, Some((&live.dead, block.base)));
+            }
+        }
+        Ok((found, same) == (1, 1))
     }
 
-    /// The k nearest, best first: id, cosine, and the place of its owner in `scan.owners`.
-    pub fn scan(&self, scan: &Scan<'_>) -> Vec<(MemoryId, f32, usize)> {
-        let mut best = BinaryHeap::with_capacity(scan.k.min(self.count as usize) + 1);
+    /// The k nearest, best first: id, cosine, and the place of its owner in `scan.owners`. Scores from a graph are by twelve-bit integers,
+    /// all others exact.
+    pub fn search(
+        &self,
+        scan: &Scan<'_>,
+        fetch: Fetch<'_>,
+    ) -> Result<Vec<(MemoryId, f32, usize)>, Failed> {
+        let asked = Asked::new(scan.vector);
+        let mut best = Best::new(scan.k, scan.threshold);
+        let wanted_month = |month: &Month| scan.months.is_none_or(|months| months.contains(month));
         for (whose, owner) in scan.owners.iter().enumerate() {
-            let allowed = scan.allowed.map(|a| &a[whose]);
-            let key = ((*owner).clone(), scan.space.to_string(), scan.vector.len());
-            let Some(partition) = self.partitions.get(&key) else { continue };
-            let vectors = partition.data.chunks_exact(partition.dimension);
-            for (row, vector) in partition.rows.iter().zip(vectors) {
-                if row.expires <= scan.now
-                    || !scan.statuses.contains(&row.status)
-                    || allowed.is_some_and(|a| !a.contains(&row.id))
-                {
-                    continue;
-                }
-                let scored = Scored(dot(scan.vector, vector), row.id, whose);
-                if scan.threshold.is_some_and(|t| scored.0 < t) {
-                    continue;
-                }
-                if best.len() < scan.k {
-                    best.push(scored);
-                } else if best.peek().is_some_and(|worst| scored < *worst) {
-                    best.pop();
-                    best.push(scored);
+            let dimension = scan.vector.len();
+            let hash = Kind { owner: (*owner).clone(), space: scan.space.into(), dimension }.hash();
+            let allowed = scan.allowed.map(|allowed| &allowed[whose]);
+            if allowed.is_some_and(HashSet::is_empty) {
+                continue;
+            }
+            let wanted = Wanted { statuses: scan.statuses, now: scan.now, allowed, dead: None };
+            for (_, block) in self.buffer.of_kind(&hash).filter(|(month, _)| wanted_month(month)) {
+                scan::scan(&asked, &block.rows(), &wanted, whose, &mut best, fetch)?;
+            }
+            if let Some(frozen) = &self.frozen {
+                for (_, block) in frozen.buffer.of_kind(&hash).filter(|(month, _)| wanted_month(month)) {
+                    let wanted = Wanted { dead: Some((&frozen.dead, block.base)), ..wanted };
+                    scan::scan(&asked, &block.rows(), &wanted, whose, &mut best, fetch)?;
                 }
             }
+            for live in self.segments.iter().filter(|live| wanted_month(&live.segment.month)) {
+                let Some(number) = live.segment.find(&hash) else { continue };
+                let month = live.segment.month;
+                let search = Search { asked: &asked, wanted, whose, fetch, ef: self.options.ef_search };
+                search.segment(live, number, &mut best).map_err(|error| {
+                    let damaged = matches!(error, StorageError::Damaged { .. } | StorageError::Corrupt { .. });
+                    Failed { month: damaged.then_some(month), error }
+                })?;
+            }
         }
-        best.into_sorted_vec().into_iter().map(|Scored(score, id, whose)| (id, score, whose)).collect()
+        Ok(best.into_sorted().into_iter().map(|Scored(score, id, whose)| (id, score, whose)).collect())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::memory;
-    use proptest::prelude::*;
+/// A search within one segment.
+struct Search<'a> {
+    asked: &'a Asked<'a>,
+    wanted: Wanted<'a>,
+    whose: usize,
+    fetch: Fetch<'a>,
+    ef: usize,
+}
 
-    fn unit(seed: u64) -> Vec<f32> {
-        let raw: Vec<f32> = (0..8).map(|i| ((seed * 31 + i * 17) % 97) as f32 / 48.5 - 1.0).collect();
-        let norm = raw.iter().map(|x| x * x).sum::<f32>().sqrt();
-        raw.into_iter().map(|x| x / norm).collect()
+impl Search<'_> {
+    fn segment(&self, live: &Live, number: usize, best: &mut Best) -> Result<(), StorageError> {
+        let Search { asked, whose, fetch, .. } = *self;
+        if live.segment.has_graph(number) {
+            let block = live.segment.block(number, false)?;
+            let wanted = Wanted { dead: Some((&live.dead, block.base)), ..self.wanted };
+            if let Some(graph) = block.graph()
+                && near(asked, &block.rows, &graph, &wanted, whose, self.ef, best)
+            {
+                return Ok(());
+            }
+        }
+        let block = live.segment.block(number, true)?;
+        let wanted = Wanted { dead: Some((&live.dead, block.base)), ..self.wanted };
+        scan::scan(asked, &block.rows, &wanted, whose, best, fetch)
     }
+}
 
-    proptest! {
-        #[test]
-        fn scan_equals_sorting_everything(ids in proptest::collection::vec(0u64..60, 1..80), gone in proptest::collection::vec(0u64..60, 0..20), k in 1usize..30) {
-            let mut vectors = Vectors::new(usize::MAX);
-            vectors.begin(&memory("t", 0, "x").owner(), &[]);
-            let mut kept = BTreeMap::new();
-            for id in ids {
-                let m = memory("t", id, "x");
-                vectors.insert(&m, &unit(id));
-                kept.insert(m.id, unit(id));
-            }
-            for id in gone {
-                let m = memory("t", id, "x");
-                vectors.remove(&m, 8);
-                kept.remove(&m.id);
-            }
-            let query = unit(1000);
-            let owner = memory("t", 0, "x").owner();
-            let scan = Scan {
-                owners: &[&owner], space: "s", vector: &query, k, threshold: None,
-                statuses: &[Status::Active], now: 0, allowed: None,
-            };
-            let mut expected: Vec<_> = kept.iter().map(|(id, v)| (*id, dot(&query, v), 0)).collect();
-            expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            expected.truncate(k);
-            prop_assert_eq!(vectors.scan(&scan), expected);
-            prop_assert_eq!(vectors.count(), kept.len() as u64);
+/// Searches a graph; false if it could not find enough of what is wanted, and the block must be scanned.
+pub fn near(
+    asked: &Asked<'_>,
+    rows: &Rows<'_>,
+    graph: &graph::View<'_>,
+    wanted: &Wanted<'_>,
+    whose: usize,
+    ef: usize,
+    best: &mut Best,
+) -> bool {
+    let k = best.k();
+    // Where few are allowed, comparing those is sooner done.
+    let share = wanted.allowed.map_or(1.0, |allowed| allowed.len() as f64 / rows.len() as f64);
+    if share < 0.125 || k > rows.len() / 4 {
+        return false;
+    }
+    let ef = (ef.max(k + k / 2) as f64 / share.min(1.0)) as usize;
+    let query: &Query = &asked.query;
+    let mut found = graph.search(&Points::of(rows), query, ef);
+    if !wanted.all(rows) {
+        found.retain(|(_, row)| wanted.has(rows, *row));
+    }
+    if found.len() < k {
+        return false;
+    }
+    // Codes are off by about a thousandth: the order among the best is found by the rests.
+    for (_, row) in found.into_iter().take(2 * k + 16) {
+        let scale = rows.scales[row as usize];
+        let score = query.refined(asked.level, rows.codes_of(row), rows.rests_of(row), scale);
+        if score >= best.floor() {
+            best.push(Scored(score, rows.ids[row as usize], whose));
         }
     }
+    true
 }

@@ -1,0 +1,599 @@
+//! Upkeep of the vector view ([`crate::vectors`]): opening it, sealing its buffer, merging and healing its segments.
+//!
+//! | step | what is locked meanwhile | durable when |
+//! |---|---|---|
+//! | *seal*: the buffer becomes segments, one a month | nothing | the manifest names them |
+//! | *merge*: some segments of a month become one, with graphs for its large scopes, without the dead | nothing | likewise |
+//! | *heal*: a month's segments are made anew from the records | seals and merges | likewise |
+//!
+//! **The order that makes it safe.** A seal freezes the buffer at position S, writes its segments, makes the *records* durable up to S,
+//! and only then replaces the manifest by one that says S. So a manifest never knows more than the records will after a power loss, and
+//! opening fills the buffer with what the records have behind S, which are at most a buffer's worth. What died behind S follows from the
+//! records' history. Merges leave out only what was dead at S.
+//!
+//! **What if it is not so.** At every start each month's live rows are counted and compared with what the records count; a month that differs, or
+//! whose segments cannot be opened, is made anew, as are all when there is no manifest. A block that fails its checksum
+//! when it is first used heals its month there and then, and the search that came upon it is answered from what was made.
+
+use crate::error::StorageError;
+use crate::model::{Memory, Month, Position};
+use crate::records::months::{self, Months, suffix};
+use crate::records::rows;
+use crate::shard::{Shard, lock};
+use crate::vectors::buffer::Buffer;
+use crate::vectors::graph::{Graph, Points};
+use crate::vectors::manifest::{self, Manifest};
+use crate::vectors::rows::{Bitmap, Hash, Kind, Rows};
+use crate::vectors::segment::{Block, Segment, Writer};
+use crate::vectors::{Failed, Frozen, Kill, Live, Tree, VectorOptions, codes};
+use rusqlite::{Connection, params};
+use sim::disk::Disk;
+use sim::time::{Duration, Instant};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A rebuild writes a segment when it has gathered so many times what a buffer may hold.
+const REBUILD_BUFFERS: usize = 4;
+
+/// Who may do what at a time.
+#[derive(Default)]
+pub(crate) struct Upkeep {
+    sealing: Mutex<()>,
+    /// Held by merges and by healing.
+    merging: Mutex<()>,
+    /// Held while a manifest is replaced.
+    changing: Mutex<()>,
+    /// The number of the next segment.
+    next: AtomicU64,
+}
+
+/// Tells of long work now and then.
+struct Progress {
+    what: String,
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn new(what: String) -> Progress {
+        Progress { what, begun: Instant::now(), told: Instant::now() }
+    }
+
+    fn at(&mut self, done: usize, all: usize) {
+        if self.told.elapsed() > Duration::from_secs(2) {
+            self.told = Instant::now();
+            sim::info!("{}: {done} of {all} after {:?}", self.what, self.begun.elapsed());
+        }
+    }
+}
+
+impl Upkeep {
+    fn path(&self, dir: &str) -> (u64, String) {
+        let number = self.next.fetch_add(1, Relaxed);
+        (number, manifest::file(dir, number))
+    }
+
+    /// Writes what a buffer has of one month, but for `dead` rows, as a segment without graphs.
+    fn write(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        buffer: &Buffer,
+        month: Month,
+        options: &VectorOptions,
+    ) -> Result<(u64, Arc<Segment>), StorageError> {
+        let (number, path) = self.path(dir);
+        let mut writer = Writer::create(disk, &path, month)?;
+        for (_, block) in buffer.of_month(month) {
+            let rows = block.rows();
+            let mut order: Vec<(u32, u32)> = (0..rows.len() as u32).map(|row| (0, row)).collect();
+            order.sort_by_key(|(_, row)| rows.ids[*row as usize]);
+            writer.add(&block.kind, &[rows], &order, None, options.originals)?;
+        }
+        Ok((number, Arc::new(writer.finish(disk)?)))
+    }
+
+    /// Makes a month's segments from the records: the vectors that memories got up to a position.
+    fn rebuild(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        db: &Connection,
+        month: Month,
+        up_to: Position,
+        options: &VectorOptions,
+    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+        let mut progress = Progress::new(format!("making the vectors of {month} anew"));
+        let sql = format!(
+            "SELECT body, vector, position FROM m{} WHERE position <= ?1 AND vector != x'' ORDER BY owner, id",
+            suffix(month)
+        );
+        let mut statement = db.prepare_cached(&sql)?;
+        let mut found = statement.query([rows::pack(up_to)])?;
+        let (mut made, mut buffer, mut done) = (vec![], Buffer::default(), 0);
+        while let Some(row) = found.next()? {
+            let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
+            let memory = rows::decode_body(blob(0)?)?;
+            buffer.insert(&memory, row.get(2)?, &rows::vector_from(blob(1)?));
+            done += 1;
+            if buffer.bytes() >= options.buffer_bytes_max.saturating_mul(REBUILD_BUFFERS) {
+                made.push(self.write(disk, dir, &buffer, month, options)?);
+                buffer = Buffer::default();
+                sim::info!("{}: {done} so far", progress.what);
+                progress.told = Instant::now();
+            }
+        }
+        if buffer.rows() > 0 {
+            made.push(self.write(disk, dir, &buffer, month, options)?);
+        }
+        disk.sync_dir(dir)?;
+        Ok(made)
+    }
+
+    /// All months' segments, from the records as `db` shows them.
+    pub(crate) fn rebuild_all(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        db: &Connection,
+        position: Position,
+        options: &VectorOptions,
+    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+        let mut made = vec![];
+        for month in months::load(db)?.keys() {
+            made.extend(self.rebuild(disk, dir, db, *month, position, options)?);
+        }
+        Ok(made)
+    }
+
+    /// A tree with these segments alone, all of which are durable and as the records are at a position.
+    pub(crate) fn tree(
+        options: VectorOptions,
+        segments: Vec<(u64, Arc<Segment>)>,
+        position: Position,
+    ) -> Tree {
+        let mut tree = Tree::new(options);
+        (tree.sealed, tree.applied) = (position, position);
+        for (number, segment) in segments {
+            tree.adopt(number, segment, 0);
+        }
+        tree.recount();
+        tree
+    }
+
+    /// Opens the view; what is not there, or cannot be right, is made from the records.
+    pub(crate) fn open(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        records: &crate::records::Records,
+        applied: Position,
+        options: VectorOptions,
+    ) -> Result<Tree, StorageError> {
+        let names = disk.list(dir)?;
+        let last = names.iter().filter_map(|name| manifest::number(name)).max();
+        self.next.store(last.map_or(1, |last| last + 1), Relaxed);
+        let reader = records.reader();
+        let months = months::load(&reader)?;
+        let loaded = manifest::load(disk, dir)?;
+        let manifest = loaded.clone().filter(|manifest| manifest.position <= applied);
+        let behind = match &manifest {
+            Some(manifest) => rows_behind(&reader, &months, manifest.position)?,
+            None => usize::MAX,
+        };
+        let mut tree = match manifest {
+            Some(manifest) if behind <= rows_in(&options) => {
+                self.open_named(disk, dir, &reader, &months, manifest, options, applied)?
+            }
+            manifest => {
+                if manifest.is_some() || months.values().any(|of| of.vectors > 0) {
+                    sim::trace::probe("vectors: made anew at the start");
+                    sim::warn!("{dir}: making all segments of vectors anew from the records");
+                }
+                drop(reader);
+                // What the manifest is about to say must hold after a power loss.
+                records.checkpoint()?;
+                let reader = records.reader();
+                let made = self.rebuild_all(disk, dir, &reader, applied, &options)?;
+                Upkeep::tree(options, made, applied)
+            }
+        };
+        tree.applied = applied;
+        let manifest = tree.manifest(tree.sealed, tree.sealed_kills, &[]);
+        if loaded.as_ref() != Some(&manifest) {
+            manifest::store(disk, dir, &manifest)?;
+        }
+        let named: BTreeSet<u64> = tree.segments.iter().map(|live| live.number).collect();
+        for name in disk.list(dir)? {
+            if manifest::number(&name).is_some_and(|number| !named.contains(&number)) {
+                disk.remove(&format!("{dir}/{name}"))?;
+            }
+        }
+        Ok(tree)
+    }
+
+    /// Opens what a manifest names and follows the records from there.
+    #[expect(clippy::too_many_arguments, reason = "one call, of what `open` has found")]
+    fn open_named(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        db: &Connection,
+        months: &Months,
+        manifest: Manifest,
+        options: VectorOptions,
+        applied: Position,
+    ) -> Result<Tree, StorageError> {
+        let mut tree = Tree::new(options);
+        (tree.sealed, tree.applied) = (manifest.position, applied);
+        let mut suspects = BTreeSet::new();
+        for named in manifest.segments.iter().filter(|named| months.contains_key(&named.month)) {
+            let path = manifest::file(dir, named.number);
+            match Segment::open(disk, &path) {
+                Ok(segment) if (segment.month, segment.rows as u64) == (named.month, named.rows) => {
+                    let dead = manifest::unpack(&named.dead);
+                    tree.segments.push(Live::new(named.number, Arc::new(segment), dead));
+                }
+                Ok(_) => {
+                    sim::error!("{path} is not the segment that the manifest names");
+                    suspects.insert(named.month);
+                }
+                Err(error) => {
+                    sim::error!("{error}");
+                    suspects.insert(named.month);
+                }
+            }
+        }
+        catch_up(&mut tree, db, months)?;
+        for (month, state) in months {
+            let counted = tree.count_of_month(*month);
+            if counted != state.vectors && !suspects.contains(month) {
+                sim::trace::probe("vectors: a month was counted wrongly");
+                sim::warn!("{dir}: {counted} vectors of {month}, the records have {}", state.vectors);
+                suspects.insert(*month);
+            }
+        }
+        for month in suspects {
+            sim::trace::probe("vectors: a month made anew");
+            sim::warn!("{dir}: making the vectors of {month} anew from the records");
+            tree.segments.retain(|live| live.segment.month != month);
+            let made = self.rebuild(disk, dir, db, month, tree.sealed, &tree.options)?;
+            // What they hold is alive now.
+            let kills = tree.next_kill();
+            made.into_iter().for_each(|(number, segment)| tree.adopt(number, segment, kills));
+        }
+        tree.recount();
+        Ok(tree)
+    }
+}
+
+/// About how many rows a buffer holds; twice that, since a seal under way needs its time.
+fn rows_in(options: &VectorOptions) -> usize {
+    2 * options.buffer_bytes_max / 512 + 1024
+}
+
+fn rows_behind(db: &Connection, months: &Months, position: Position) -> Result<usize, StorageError> {
+    let mut behind = 0;
+    for month in months.keys() {
+        let sql = format!("SELECT count(*) FROM m{} WHERE position > ?1", suffix(*month));
+        behind += db.prepare_cached(&sql)?.query_row([rows::pack(position)], |row| row.get::<_, i64>(0))? as usize;
+    }
+    Ok(behind)
+}
+
+/// Brings a tree from its manifest's position to where the records are.
+fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), StorageError> {
+    let from = rows::pack(tree.sealed);
+    let dimensions: BTreeSet<usize> =
+        tree.segments.iter().flat_map(|live| live.segment.dimensions()).collect();
+    let superseded = |memory: &Memory, months: &mut dyn Iterator<Item = &Month>, tree: &mut Tree| {
+        for month in months {
+            let sql = format!("SELECT position, body FROM h{} WHERE tenant = ?1 AND id = ?2", suffix(*month));
+            let mut statement = db.prepare_cached(&sql)?;
+            let mut found = statement.query(params![memory.tenant, &memory.id[..]])?;
+            while let Some(row) = found.next()? {
+                let (id, position): (_, i64) = (memory.id, row.get(0)?);
+                let old = rows::decode_body(row.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?)?;
+                for dimension in &dimensions {
+                    let kind =
+                        Kind { owner: old.owner(), space: old.space.clone(), dimension: *dimension };
+                    tree.kill(Kill::Row { month: *month, hash: kind.hash(), id, position });
+                }
+            }
+        }
+        Ok::<(), StorageError>(())
+    };
+    for month in months.keys() {
+        let sql = format!("SELECT body, vector, position FROM m{} WHERE position > ?1", suffix(*month));
+        let mut statement = db.prepare_cached(&sql)?;
+        let mut found = statement.query([from])?;
+        while let Some(row) = found.next()? {
+            let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
+            let memory = rows::decode_body(blob(0)?)?;
+            tree.put(&memory, row.get(2)?, &rows::vector_from(blob(1)?));
+            if memory.version > 1 {
+                // It may have been in another month before it was deleted, or had expired.
+                superseded(&memory, &mut months.keys(), tree)?;
+            }
+        }
+        let sql = format!("SELECT body FROM h{} WHERE position > ?1 AND kind = 3", suffix(*month));
+        let mut statement = db.prepare_cached(&sql)?;
+        let mut found = statement.query([from])?;
+        while let Some(row) = found.next()? {
+            let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
+            superseded(&memory, &mut std::iter::once(month), tree)?;
+        }
+    }
+    Ok(())
+}
+
+impl Shard {
+    /// Replaces the manifest by one without some segments, and with what was made. `kills_from`: what died since then is dead in that.
+    /// Called with the lock of changes held.
+    fn commit(
+        &self,
+        made: Vec<(u64, Arc<Segment>)>,
+        without: &[u64],
+        kills_from: u64,
+        sealed: Option<(Position, u64)>,
+    ) -> Result<(), StorageError> {
+        let next = {
+            let tree = self.tree();
+            let (position, kills_to) = sealed.unwrap_or((tree.sealed, tree.sealed_kills));
+            let mut next = tree.manifest(position, kills_to, without);
+            for (number, segment) in &made {
+                // What of it died between its beginning and the manifest's position.
+                let mut live = Live::new(*number, segment.clone(), Bitmap::default());
+                tree.kills(kills_from, kills_to).for_each(|kill| live.seal_kill(kill));
+                let (number, month, rows) = (*number, live.segment.month, live.segment.rows as u64);
+                let dead = manifest::pack(&live.sealed_dead);
+                next.segments.push(manifest::Named { number, month, rows, dead });
+            }
+            next
+        };
+        manifest::store(&*self.disk, &self.dir, &next)?;
+        let mut tree = self.tree_mut();
+        if let Some((position, kills_to)) = sealed {
+            let kills: Vec<Kill> = tree.kills(tree.sealed_kills, kills_to).cloned().collect();
+            for live in &mut tree.segments {
+                kills.iter().for_each(|kill| live.seal_kill(kill));
+            }
+            (tree.sealed, tree.sealed_kills) = (position, kills_to);
+            tree.frozen = None;
+        }
+        tree.segments.retain(|live| !without.contains(&live.number));
+        made.into_iter().for_each(|(number, segment)| tree.adopt(number, segment, kills_from));
+        tree.forget_kills();
+        drop(tree);
+        for number in without {
+            self.disk.remove(&manifest::file(&self.dir, *number))?;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Shard::seal`] has something to do that should not wait.
+    pub fn seal_due(&self) -> bool {
+        self.tree().seal_due()
+    }
+
+    /// Writes the vectors that are in memory as segments. Searches and applying go on meanwhile. After an error all is as before, and it can be
+    /// tried again.
+    pub fn seal(&self) -> Result<(), StorageError> {
+        let _sealing = lock(&self.upkeep.sealing);
+        let (buffer, position, kills) = {
+            let mut tree = self.tree_mut();
+            if tree.frozen.is_none() {
+                if tree.buffer.rows() == 0 && tree.next_kill() == tree.sealed_kills {
+                    return Ok(());
+                }
+                let mut buffer = std::mem::take(&mut tree.buffer);
+                buffer.freeze();
+                let (position, kills) = (tree.applied, tree.next_kill());
+                let dead = Bitmap::default();
+                tree.frozen = Some(Frozen { buffer: Arc::new(buffer), dead, position, kills });
+            }
+            let Some(frozen) = &tree.frozen else { return Ok(()) };
+            (frozen.buffer.clone(), frozen.position, frozen.kills)
+        };
+        let mut made = vec![];
+        for month in buffer.months() {
+            made.push(self.upkeep.write(&*self.disk, &self.dir, &buffer, month, &self.vector_options)?);
+        }
+        self.disk.sync_dir(&self.dir)?;
+        self.records.checkpoint()?;
+        let _changing = lock(&self.upkeep.changing);
+        let (rows, count) = (buffer.rows(), made.len());
+        self.commit(made, &[], kills, Some((position, kills)))?;
+        sim::trace::probe("vectors: sealed");
+        sim::debug!("{rows} vectors sealed up to {} in {count} segments", position.index);
+        Ok(())
+    }
+
+    /// Merges some segments, if that is due; says whether it was. Searches and applying go on meanwhile.
+    pub fn merge(&self) -> Result<bool, StorageError> {
+        let suspect = self.tree().suspects.first().copied();
+        if let Some(month) = suspect {
+            self.heal(month, "it contradicts the records")?;
+            return Ok(true);
+        }
+        let _merging = lock(&self.upkeep.merging);
+        let (inputs, kills_from, month) = {
+            let mut tree = self.tree_mut();
+            let Some(numbers) = tree.merge_due() else { return Ok(false) };
+            tree.needed_kills = Some(tree.sealed_kills);
+            let chosen = tree.segments.iter().filter(|live| numbers.contains(&live.number));
+            let inputs: Vec<_> =
+                chosen.map(|live| (live.number, live.segment.clone(), live.sealed_dead.clone())).collect();
+            let month = inputs[0].1.month;
+            (inputs, tree.sealed_kills, month)
+        };
+        let merged = self.merged(&inputs, month);
+        let numbers: Vec<u64> = inputs.iter().map(|(number, ..)| *number).collect();
+        let outcome = merged.and_then(|made| {
+            let _changing = lock(&self.upkeep.changing);
+            // An import, or a dropped month, takes segments away.
+            let all_there = {
+                let tree = self.tree();
+                numbers.iter().all(|number| tree.segments.iter().any(|live| live.number == *number))
+            };
+            if all_there { self.commit(made, &numbers, kills_from, None) } else { Ok(()) }
+        });
+        let mut tree = self.tree_mut();
+        tree.needed_kills = None;
+        tree.forget_kills();
+        drop(tree);
+        match outcome {
+            Err(StorageError::Damaged { what, problem }) => {
+                drop(_merging);
+                self.heal(month, &format!("{what}: {problem}"))?;
+            }
+            outcome => outcome?,
+        }
+        sim::trace::probe("vectors: merged");
+        sim::debug!("{} segments of {month} merged", numbers.len());
+        Ok(true)
+    }
+
+    /// One segment, or none if nothing is alive, from several of a month.
+    fn merged(
+        &self,
+        inputs: &[(u64, Arc<Segment>, Bitmap)],
+        month: Month,
+    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+        let options = &self.vector_options;
+        let hashes: BTreeSet<Hash> =
+            inputs.iter().flat_map(|(_, segment, _)| segment.hashes().copied()).collect();
+        let (number, path) = self.upkeep.path(&self.dir);
+        let mut writer = Writer::create(&*self.disk, &path, month)?;
+        let mut progress = Progress::new(format!("merging {} segments of {month}", inputs.len()));
+        let all: usize = inputs.iter().map(|(_, segment, dead)| segment.rows - dead.len()).sum();
+        for hash in hashes {
+            let mut blocks: Vec<(Block<'_>, &Bitmap)> = vec![];
+            let mut originals = options.originals;
+            for (_, segment, dead) in inputs {
+                if let Some(at) = segment.find(&hash) {
+                    originals &= segment.has_originals(at);
+                    blocks.push((segment.block(at, true)?, dead));
+                }
+            }
+            let sources: Vec<Rows<'_>> = blocks.iter().map(|(block, _)| block.rows).collect();
+            let mut order: Vec<(u32, u32)> = vec![];
+            for (source, (block, dead)) in (0..).zip(&blocks) {
+                let alive = |row: &u32| !dead.contains(block.base + *row as usize);
+                order.extend((0..block.rows.len() as u32).filter(alive).map(|row| (source, row)));
+            }
+            order.sort_by_key(|(source, row)| sources[*source as usize].ids[*row as usize]);
+            let Some((first, _)) = blocks.first().filter(|_| !order.is_empty()) else { continue };
+            let kind = &first.kind;
+            let graph = (order.len() >= options.graph_rows_min).then(|| {
+                let stride = codes::stride(kind.dimension);
+                let mut codes = Vec::with_capacity(order.len() * stride);
+                let mut scales = Vec::with_capacity(order.len());
+                for (source, row) in &order {
+                    codes.extend_from_slice(sources[*source as usize].codes_of(*row));
+                    scales.push(sources[*source as usize].scales[*row as usize]);
+                }
+                let level = crate::vectors::cpu::Level::best();
+                let points = Points { codes: &codes, scales: &scales, stride, level };
+                let before = writer.rows();
+                Graph::build(&points, options.graph, &mut |done| progress.at(before + done, all))
+            });
+            let graph = graph.map(|(graph, renumbered, repair)| {
+                sim::debug!(
+                    "a graph of {} vectors: {} linked in, {} beside it",
+                    order.len(),
+                    repair.missed - repair.left,
+                    repair.left
+                );
+                order = renumbered.iter().map(|row| order[*row as usize]).collect();
+                graph
+            });
+            writer.add(kind, &sources, &order, graph.as_ref(), originals)?;
+            progress.at(writer.rows(), all);
+        }
+        if writer.rows() == 0 {
+            self.disk.remove(&path)?;
+            return Ok(vec![]);
+        }
+        let segment = Arc::new(writer.finish(&*self.disk)?);
+        self.disk.sync_dir(&self.dir)?;
+        Ok(vec![(number, segment)])
+    }
+
+    /// Makes a month's segments anew from the records. Searches and applying go on meanwhile, but for what waits for it.
+    pub(crate) fn heal(&self, month: Month, reason: &str) -> Result<(), StorageError> {
+        let state = || {
+            let tree = self.tree();
+            let of = tree.segments.iter().filter(|live| live.segment.month == month);
+            (tree.sealed, tree.sealed_kills, of.map(|live| live.number).collect::<Vec<_>>())
+        };
+        let (_, _, damaged) = state();
+        let _merging = lock(&self.upkeep.merging);
+        let _changing = lock(&self.upkeep.changing);
+        let (sealed, kills, without) = state();
+        if without != damaged {
+            // Someone else came upon it too.
+            return Ok(());
+        }
+        sim::trace::probe("vectors: a month healed");
+        sim::error!("{}: making the vectors of {month} anew from the records ({reason})", self.dir);
+        let reader = self.records.reader();
+        let snapshot = reader.unchecked_transaction()?;
+        let made = match months::load(&snapshot)?.contains_key(&month) {
+            true => self.upkeep.rebuild(&*self.disk, &self.dir, &snapshot, month, sealed, &self.vector_options)?,
+            false => vec![],
+        };
+        drop(snapshot);
+        // Searches hold the tree and wait for a reader.
+        drop(reader);
+        self.commit(made, &without, kills, None)?;
+        let mut tree = self.tree_mut();
+        tree.suspects.remove(&month);
+        tree.recount();
+        Ok(())
+    }
+
+    /// While it is held, nothing is sealed.
+    pub(crate) fn no_seal(&self) -> MutexGuard<'_, ()> {
+        lock(&self.upkeep.sealing)
+    }
+
+    /// A tree of what a transaction is about to commit.
+    pub(crate) fn tree_from(&self, db: &Connection, position: Position) -> Result<Tree, StorageError> {
+        let made = self.upkeep.rebuild_all(&*self.disk, &self.dir, db, position, &self.vector_options)?;
+        Ok(Upkeep::tree(self.vector_options.clone(), made, position))
+    }
+
+    /// Names the segments that took the place of others, and removes those.
+    pub(crate) fn forget_tree(&self, old: &Tree) -> Result<(), StorageError> {
+        let _changing = lock(&self.upkeep.changing);
+        let manifest = {
+            let tree = self.tree();
+            tree.manifest(tree.sealed, tree.sealed_kills, &[])
+        };
+        manifest::store(&*self.disk, &self.dir, &manifest)?;
+        for live in &old.segments {
+            self.disk.remove(&manifest::file(&self.dir, live.number))?;
+        }
+        Ok(())
+    }
+
+    /// Heals what a read of the vectors came upon; what cannot be healed is its error.
+    pub(crate) fn healed(&self, failed: Failed) -> Result<(), StorageError> {
+        match failed.month {
+            Some(month) => self.heal(month, &failed.error.to_string()),
+            None => Err(failed.error),
+        }
+    }
+
+    /// What the view consists of, for inspection: of each month its segments with rows and dead rows.
+    pub fn segments(&self) -> BTreeMap<Month, Vec<(u64, usize, usize)>> {
+        let mut found: BTreeMap<Month, Vec<(u64, usize, usize)>> = BTreeMap::new();
+        for live in &self.tree().segments {
+            let of = found.entry(live.segment.month).or_default();
+            of.push((live.number, live.segment.rows, live.dead.len()));
+        }
+        found
+    }
+}

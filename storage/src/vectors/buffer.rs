@@ -1,0 +1,184 @@
+//! Vectors that no segment has yet, in memory. What they are is in the records too, so nothing is lost with them.
+
+use super::codes::{self, Loss};
+use super::rows::{Hash, Index, Kind, Rows};
+use crate::model::{Memory, MemoryId, Month, Status, UnixMs};
+use std::collections::{BTreeMap, HashMap};
+
+/// The vectors of one kind and month.
+pub struct Block {
+    pub kind: Kind,
+    codes: Vec<u8>,
+    rests: Vec<u8>,
+    scales: Vec<f32>,
+    ids: Vec<MemoryId>,
+    positions: Vec<i64>,
+    expires: Vec<UnixMs>,
+    statuses: Vec<u8>,
+    originals: Vec<f32>,
+    loss: Loss,
+    plain: bool,
+    place: HashMap<MemoryId, u32>,
+    /// The number of its first row among all of a buffer that was frozen.
+    pub base: usize,
+}
+
+impl Block {
+    fn new(kind: Kind) -> Block {
+        let (codes, rests, originals) = Default::default();
+        let (scales, ids, positions, expires, statuses, loss, place) = Default::default();
+        let (plain, base) = (true, 0);
+        Block {
+            kind,
+            codes,
+            rests,
+            scales,
+            ids,
+            positions,
+            expires,
+            statuses,
+            originals,
+            loss,
+            plain,
+            place,
+            base,
+        }
+    }
+
+    pub fn rows(&self) -> Rows<'_> {
+        Rows {
+            dimension: self.kind.dimension,
+            codes: &self.codes,
+            rests: &self.rests,
+            scales: &self.scales,
+            ids: &self.ids,
+            positions: &self.positions,
+            expires: &self.expires,
+            statuses: &self.statuses,
+            originals: &self.originals,
+            loss: self.loss,
+            plain: self.plain,
+            index: Index::Map(&self.place),
+        }
+    }
+
+    fn push(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
+        let (scale, loss) = codes::encode(vector, &mut self.codes, &mut self.rests);
+        self.place.insert(memory.id, self.ids.len() as u32);
+        self.scales.push(scale);
+        self.ids.push(memory.id);
+        self.positions.push(position);
+        self.expires.push(memory.expires.unwrap_or(UnixMs::MAX));
+        self.statuses.push(memory.status as u8);
+        self.originals.extend_from_slice(vector);
+        self.loss = self.loss.max(loss);
+        self.plain &= memory.status == Status::Active && memory.expires.is_none();
+    }
+
+    fn remove(&mut self, id: &MemoryId) -> bool {
+        let Some(at) = self.place.remove(id) else { return false };
+        let (at, last) = (at as usize, self.ids.len() - 1);
+        fn swap_out<T: Copy>(column: &mut Vec<T>, at: usize, last: usize, width: usize) {
+            column.copy_within(last * width..(last + 1) * width, at * width);
+            column.truncate(last * width);
+        }
+        let stride = codes::stride(self.kind.dimension);
+        swap_out(&mut self.codes, at, last, stride);
+        swap_out(&mut self.rests, at, last, stride / 2);
+        swap_out(&mut self.originals, at, last, self.kind.dimension);
+        self.scales.swap_remove(at);
+        self.ids.swap_remove(at);
+        self.positions.swap_remove(at);
+        self.expires.swap_remove(at);
+        self.statuses.swap_remove(at);
+        if at < last {
+            self.place.insert(self.ids[at], at as u32);
+        }
+        true
+    }
+
+    /// Bytes of one row in memory, about.
+    fn row_bytes(&self) -> usize {
+        self.kind.dimension * 4 + codes::stride(self.kind.dimension) * 3 / 2 + 80
+    }
+}
+
+#[derive(Default)]
+pub struct Buffer {
+    blocks: BTreeMap<(Hash, Month), Block>,
+    rows: usize,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn block(&self, hash: &Hash, month: Month) -> Option<&Block> {
+        self.blocks.get(&(*hash, month))
+    }
+
+    /// The blocks of a kind, by month.
+    pub fn of_kind(&self, hash: &Hash) -> impl Iterator<Item = (Month, &Block)> {
+        let range = self.blocks.range((*hash, Month(i32::MIN))..=(*hash, Month(i32::MAX)));
+        range.map(|((_, month), block)| (*month, block))
+    }
+
+    /// The blocks of a month, by kind.
+    pub fn of_month(&self, month: Month) -> impl Iterator<Item = (&Hash, &Block)> {
+        self.blocks.iter().filter(move |((_, of), _)| *of == month).map(|((hash, _), block)| (hash, block))
+    }
+
+    pub fn months(&self) -> std::collections::BTreeSet<Month> {
+        self.blocks.keys().map(|(_, month)| *month).collect()
+    }
+
+    /// Puts a memory's vector here, in the place of one that it had here.
+    pub fn insert(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
+        let (hash, month) = (kind.hash(), Month::of(memory.created));
+        self.remove(&hash, month, &memory.id);
+        let block = self.blocks.entry((hash, month)).or_insert_with(|| Block::new(kind));
+        block.push(memory, position, vector);
+        self.rows += 1;
+        self.bytes += block.row_bytes();
+    }
+
+    /// Whether there was one.
+    pub fn remove(&mut self, hash: &Hash, month: Month, id: &MemoryId) -> bool {
+        let Some(block) = self.blocks.get_mut(&(*hash, month)) else { return false };
+        if !block.remove(id) {
+            return false;
+        }
+        self.rows -= 1;
+        self.bytes -= block.row_bytes();
+        if block.ids.is_empty() {
+            self.blocks.remove(&(*hash, month));
+        }
+        true
+    }
+
+    pub fn remove_month(&mut self, month: Month) {
+        self.blocks.retain(|(_, of), block| {
+            if *of == month {
+                self.rows -= block.ids.len();
+                self.bytes -= block.ids.len() * block.row_bytes();
+            }
+            *of != month
+        });
+    }
+
+    /// Numbers the rows: nothing changes here any more.
+    pub fn freeze(&mut self) {
+        let mut base = 0;
+        for block in self.blocks.values_mut() {
+            block.base = base;
+            base += block.ids.len();
+        }
+    }
+}
