@@ -3,6 +3,8 @@
 use sim::disk::Disk;
 use std::sync::Arc;
 use storage::model::*;
+use storage::vectors::VectorOptions;
+use storage::vectors::graph::GraphOptions;
 use storage::{Entry, Shard, ShardOptions, StorageError};
 
 /// 2026-11-01 and 2026-12-01, in milliseconds: memories of two months.
@@ -90,8 +92,22 @@ pub fn meta(index: u64) -> Vec<u8> {
     index.to_le_bytes().to_vec()
 }
 
+/// Options with which few vectors make many segments, and a handful a graph.
+pub fn options() -> ShardOptions {
+    let graph = GraphOptions { m: 4, ef_construction: 16 };
+    let vectors = VectorOptions {
+        buffer_bytes_max: 2000,
+        graph_rows_min: 4,
+        graph,
+        ef_search: 32,
+        merge_segments: 2,
+        originals: true,
+    };
+    ShardOptions { vectors, ..ShardOptions::default() }
+}
+
 pub fn open(disk: &Arc<dyn Disk>, dir: &str) -> Result<Shard, StorageError> {
-    Shard::open(disk.clone(), dir, ShardOptions::default())
+    Shard::open(disk.clone(), dir, options())
 }
 
 /// Applies entry `index`, counted from 1.

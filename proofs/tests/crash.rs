@@ -1,4 +1,5 @@
-//! Power is lost at every single operation of a workload over the log, the views and the bases, and again while they recover.
+//! Power is lost at every single operation of a workload over the log, the views (their vectors' buffer, seals, merges and manifest among
+//! them) and the bases, and again while they recover.
 //!
 //! After each: the log has everything that was synced, the views stand at a position no older than their last checkpoint and hold exactly
 //! the logical state of that position, SQLite's structures are sound, every base gives back the state of its position, and what
@@ -40,6 +41,13 @@ fn work(disk: &Arc<dyn Disk>, entries: &[Batch], told: &mut Told) -> Result<(), 
         }
         // Applied before it is synced here, as on a replica whose peers have it.
         apply(&views, index, batch)?;
+        // The vectors' buffer, now and then, becomes segments, and those become one.
+        if index % 3 == 0 {
+            views.seal()?;
+        }
+        if index % 4 == 0 {
+            while views.merge()? {}
+        }
         if index % 5 == 0 {
             told.checkpoint = views.checkpoint()?.index;
         }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use storage::graph::Walk;
 use storage::log::LogOptions;
 use storage::model::*;
-use storage::{SearchQuery, Shard, ShardOptions, StorageError, codec};
+use storage::{SearchQuery, Shard, StorageError, codec};
 
 const ENTRIES: u64 = 40;
 
@@ -33,7 +33,7 @@ fn entries() -> Vec<Entry> {
 
 fn open(disk: &Arc<dyn Disk>, alone: bool) -> Result<Opened, String> {
     let log = LogOptions { segment_bytes_max: 4000, cache_bytes_max: 0 };
-    recovery::open(disk, log, ShardOptions::default(), alone).map_err(|e| e.to_string())
+    recovery::open(disk, log, proofs::options(), alone).map_err(|e| e.to_string())
 }
 
 /// A replica that has lived: purged segments, two bases, a checkpoint, and entries behind it.
@@ -47,6 +47,12 @@ fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
         let batch = decode_batch(&entry)?;
         apply_entries(&shard, 1, &[(entry, batch)])?;
         digests.push(shard.digest().1);
+        if index % 5 == 0 {
+            shard.seal()?;
+        }
+        if index % 10 == 0 {
+            while shard.merge()? {}
+        }
         if index % 12 == 0 {
             shard.checkpoint()?;
             log.purge_to(index - 3)?;
@@ -56,6 +62,8 @@ fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
     log.put_meta("vote", b"a vote")?;
     log.settle()?;
     shard.checkpoint()?;
+    let segments = shard.segments();
+    assert!(segments.values().map(Vec::len).sum::<usize>() > 1, "{segments:?}");
     assert!(
         keeper.bases.held().len() == 2 && disk.list(LOG)?.iter().filter(|n| n.ends_with(".log")).count() > 2
     );

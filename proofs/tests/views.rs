@@ -1,5 +1,5 @@
 //! The views against a model that is too simple to be wrong: maps in memory, every question answered by looking at everything. Commands
-//! come in random order; in between the power fails, the shard is opened again, or its state is carried over in a snapshot.
+//! come in random order; in between the power fails, the shard is opened again, its vectors are sealed or merged, or its state is carried over in a snapshot.
 
 use proofs::{MONTHS, command, edge};
 use proptest::prelude::*;
@@ -25,6 +25,8 @@ enum Step {
     PowerLoss,
     Reopen,
     Carry,
+    Seal,
+    Merge,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -39,6 +41,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::PowerLoss),
         1 => Just(Step::Reopen),
         1 => Just(Step::Carry),
+        3 => Just(Step::Seal),
+        2 => Just(Step::Merge),
     ]
 }
 
@@ -468,6 +472,14 @@ proptest! {
                         for (index, batch) in batches.iter().enumerate().skip(position) {
                             proofs::apply(&shard, index as u64 + 1, batch)?;
                         }
+                        continue;
+                    }
+                    Step::Seal => {
+                        shard.seal()?;
+                        continue;
+                    }
+                    Step::Merge => {
+                        while shard.merge()? {}
                         continue;
                     }
                     Step::Reopen => {
