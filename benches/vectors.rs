@@ -3,8 +3,8 @@ use sim::time::{Duration, Instant};
 use std::error::Error;
 use storage::vectors::codes::{self, Query};
 use storage::vectors::cpu::Level;
-use storage::vectors::graph::{Graph, GraphOptions, Points};
 use storage::vectors::dot_rows;
+use storage::vectors::graph::{Graph, GraphOptions, Points};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -70,7 +70,11 @@ fn main() -> Result<()> {
     let mut out = vec![0.0; 1000];
     let best = |f: &mut dyn FnMut()| {
         let mut best = Duration::MAX;
-        for _ in 0..200 { let t = Instant::now(); f(); best = best.min(t.elapsed()); }
+        for _ in 0..200 {
+            let t = Instant::now();
+            f();
+            best = best.min(t.elapsed());
+        }
         best
     };
     let q = Query::new(&queries[..DIM]);
@@ -90,10 +94,11 @@ fn main() -> Result<()> {
         order.truncate(10);
         truth.push(order);
     }
-    let points = Points { codes: &c, scales: &scales, stride: DIM, level };
+    let points = Points { codes: &c, rests: &r, scales: &scales, stride: DIM, level };
     let t = Instant::now();
     let efc = std::env::var("EFC").ok().map_or(200, |n| n.parse().unwrap());
-    let (graph, order, repair) = Graph::build(&points, GraphOptions { m: 16, ef_construction: efc }, &mut |_| {});
+    let (graph, order, repair) =
+        Graph::build(&points, GraphOptions { m: 16, ef_construction: efc }, &mut |_| {});
     println!("build {:?} {repair:?} links/row {:.1}", t.elapsed(), graph.links.len() as f64 / n as f64);
     let (mut c2, mut r2, mut s2) = (vec![], vec![], vec![]);
     for o in &order {
@@ -102,7 +107,7 @@ fn main() -> Result<()> {
         r2.extend_from_slice(&r[o * DIM / 2..][..DIM / 2]);
         s2.push(scales[o]);
     }
-    let points = Points { codes: &c2, scales: &s2, stride: DIM, level };
+    let points = Points { codes: &c2, rests: &r2, scales: &s2, stride: DIM, level };
     for ef in [32, 48, 64, 80, 100, 128, 200] {
         let mut found = 0;
         let t = Instant::now();
@@ -110,10 +115,17 @@ fn main() -> Result<()> {
         for q in queries.chunks_exact(DIM) {
             let query = Query::new(q);
             let near = graph.view().search(&points, &query, ef);
-            let mut near: Vec<(f32, u32)> = near.into_iter().take(36).map(|(_, row)| {
-                let o = row as usize;
-                (query.refined(level, &c2[o * DIM..][..DIM], &r2[o * DIM / 2..][..DIM / 2], s2[o]), order[o])
-            }).collect();
+            let mut near: Vec<(f32, u32)> = near
+                .into_iter()
+                .take(36)
+                .map(|(_, row)| {
+                    let o = row as usize;
+                    (
+                        query.refined(level, &c2[o * DIM..][..DIM], &r2[o * DIM / 2..][..DIM / 2], s2[o]),
+                        order[o],
+                    )
+                })
+                .collect();
             near.sort_by(|a, b| b.0.total_cmp(&a.0));
             near.truncate(10);
             all.push(near);
@@ -122,8 +134,14 @@ fn main() -> Result<()> {
         for (near, truth) in all.iter().zip(&truth) {
             found += near.iter().filter(|(_, o)| truth.contains(o)).count();
         }
-        println!("ef {ef}: recall {:.4} {:.0}/s", found as f64 / (10.0 * truth.len() as f64), 1000.0 / t.as_secs_f64());
+        println!(
+            "ef {ef}: recall {:.4} {:.0}/s",
+            found as f64 / (10.0 * truth.len() as f64),
+            1000.0 / t.as_secs_f64()
+        );
     }
     Ok(())
 }
-fn bytemuck(v: &[f32]) -> Vec<u8> { v.iter().flat_map(|x| x.to_le_bytes()).collect() }
+fn bytemuck(v: &[f32]) -> Vec<u8> {
+    v.iter().flat_map(|x| x.to_le_bytes()).collect()
+}

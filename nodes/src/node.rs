@@ -64,8 +64,7 @@ impl Node {
                 let (options, views_disk) = (config.ledger_options(), disk.clone());
                 let (log, shard) = (options.log.clone(), config.shard_options());
                 let alone = voters.len() == 1;
-                let opened =
-                    sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone));
+                let opened = sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone));
                 let opened = opened.await?;
                 sim::info!(
                     "views opened at {}, {:?} after start",

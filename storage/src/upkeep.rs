@@ -277,7 +277,8 @@ fn rows_behind(db: &Connection, months: &Months, position: Position) -> Result<u
     let mut behind = 0;
     for month in months.keys() {
         let sql = format!("SELECT count(*) FROM m{} WHERE position > ?1", suffix(*month));
-        behind += db.prepare_cached(&sql)?.query_row([rows::pack(position)], |row| row.get::<_, i64>(0))? as usize;
+        behind +=
+            db.prepare_cached(&sql)?.query_row([rows::pack(position)], |row| row.get::<_, i64>(0))? as usize;
     }
     Ok(behind)
 }
@@ -296,8 +297,7 @@ fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), Sto
                 let (id, position): (_, i64) = (memory.id, row.get(0)?);
                 let old = rows::decode_body(row.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?)?;
                 for dimension in &dimensions {
-                    let kind =
-                        Kind { owner: old.owner(), space: old.space.clone(), dimension: *dimension };
+                    let kind = Kind { owner: old.owner(), space: old.space.clone(), dimension: *dimension };
                     tree.kill(Kill::Row { month: *month, hash: kind.hash(), id, position });
                 }
             }
@@ -489,13 +489,15 @@ impl Shard {
             let graph = (order.len() >= options.graph_rows_min).then(|| {
                 let stride = codes::stride(kind.dimension);
                 let mut codes = Vec::with_capacity(order.len() * stride);
+                let mut rests = Vec::with_capacity(order.len() * stride / 2);
                 let mut scales = Vec::with_capacity(order.len());
                 for (source, row) in &order {
                     codes.extend_from_slice(sources[*source as usize].codes_of(*row));
+                    rests.extend_from_slice(sources[*source as usize].rests_of(*row));
                     scales.push(sources[*source as usize].scales[*row as usize]);
                 }
                 let level = crate::vectors::cpu::Level::best();
-                let points = Points { codes: &codes, scales: &scales, stride, level };
+                let points = Points { codes: &codes, rests: &rests, scales: &scales, stride, level };
                 let before = writer.rows();
                 Graph::build(&points, options.graph, &mut |done| progress.at(before + done, all))
             });
@@ -541,7 +543,9 @@ impl Shard {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
         let made = match months::load(&snapshot)?.contains_key(&month) {
-            true => self.upkeep.rebuild(&*self.disk, &self.dir, &snapshot, month, sealed, &self.vector_options)?,
+            true => {
+                self.upkeep.rebuild(&*self.disk, &self.dir, &snapshot, month, sealed, &self.vector_options)?
+            }
             false => vec![],
         };
         drop(snapshot);

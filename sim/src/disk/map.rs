@@ -13,7 +13,10 @@ pub struct Map(Kind);
 enum Kind {
     #[cfg(not(madsim))]
     Mapped(memmap2::Mmap),
-    Copied { lines: Vec<Line>, len: usize },
+    Copied {
+        lines: Vec<Line>,
+        len: usize,
+    },
 }
 
 impl Map {

@@ -114,6 +114,16 @@ impl Query {
         Query { high, low, wide, sum, scale, norm, lost, dimension: vector.len() }
     }
 
+    /// A row as a query: the same that [`Query::new`] makes of its vector.
+    pub fn of_row(codes: &[u8], rests: &[u8], scale: f32) -> Query {
+        let rest = |at: usize| (rests[at / LINE * 32 + at % 32] >> (at % LINE / 32 * 4) & 15) as i8 - 8;
+        let low: Vec<i8> = (0..codes.len()).map(rest).collect();
+        let mut query = Query::of_codes(codes, scale);
+        query.wide.iter_mut().zip(&low).for_each(|(wide, rest)| *wide += *rest as i16);
+        query.sum = query.wide.iter().map(|v| *v as i32).sum();
+        Query { low, ..query }
+    }
+
     /// A row of codes as a query, for comparing rows with each other.
     pub fn of_codes(codes: &[u8], scale: f32) -> Query {
         let high: Vec<i8> = codes.iter().map(|c| (*c ^ 128) as i8).collect();
@@ -435,6 +445,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_row_is_the_query_of_its_vector() {
+        let vector: Vec<f32> = (0..100).map(|i| ((i * 37 % 101) as f32 - 50.0) / 300.0).collect();
+        let (mut codes, mut rests) = (vec![], vec![]);
+        let (scale, _) = encode(&vector, &mut codes, &mut rests);
+        let (row, query) = (Query::of_row(&codes, &rests, scale), Query::new(&vector));
+        assert_eq!((&row.high, &row.low, &row.wide), (&query.high, &query.low, &query.wide));
+        assert_eq!((row.sum, row.scale), (query.sum, query.scale));
     }
 
     #[test]

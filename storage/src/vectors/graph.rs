@@ -10,16 +10,19 @@
 //! that was found instead a link is added, and the search repeated; what is still missed after [`ROUNDS`] is in the *side list*, which
 //! every search compares. The same is true for a graph that another library built ([`Graph::from_levels`]).
 //!
+//! **Equal vectors are one point.** Texts that are embedded twice give vectors that no distance tells apart; in a graph they would link to
+//! each other only, and fill a search's list with one place. So the first of them stands for all, and a search that finds it finds its *twins*.
+//!
 //! Row 0 is where each search begins. Rows with a higher level come first, so those of each level are the first so many rows, and
-//! neighbours come near each other. Building is sequential and draws nothing: the same rows give the same graph, bit by bit.
+//! neighbours come near each other; twins come last. Building is sequential and draws nothing: the same rows give the same graph, bit by bit.
 
 use super::codes::{self, Query};
 use super::cpu::{Level, prefetch};
 use super::rows::Rows;
 use std::cell::RefCell;
 
-/// Searches of the verification keep so many nearest; every other search keeps more.
-const VERIFY_EF: usize = 32;
+/// Searches of the verification keep so many nearest; no other search keeps fewer.
+const VERIFY_EF: usize = 48;
 /// Rounds of repair before a point goes to the side list.
 const ROUNDS: usize = 6;
 const LEVELS_MAX: usize = 16;
@@ -41,13 +44,15 @@ impl Default for GraphOptions {
 /// A frozen graph over the rows of a block.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Graph {
-    /// How many rows have each level; the first is all of them.
+    /// How many rows have each level; the first is all of them but the twins.
     pub levels: Vec<u32>,
     /// Where the links of each row begin and end: of level 0 one more than rows, then of level 1, …
     pub starts: Vec<u32>,
     pub links: Vec<u32>,
     /// Rows that no search comes to, in order.
     pub side: Vec<u32>,
+    /// Of each row behind those, the row that stands for it; in order.
+    pub twins: Vec<u32>,
 }
 
 /// The same, wherever it lies.
@@ -57,6 +62,7 @@ pub struct View<'a> {
     pub starts: &'a [u32],
     pub links: &'a [u32],
     pub side: &'a [u32],
+    pub twins: &'a [u32],
 }
 
 /// What a verification found.
@@ -108,10 +114,11 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// What is compared: the codes of the block's rows.
+/// What is compared: the codes of the block's rows. Their rests make the queries of the verification.
 #[derive(Clone, Copy)]
 pub struct Points<'a> {
     pub codes: &'a [u8],
+    pub rests: &'a [u8],
     pub scales: &'a [f32],
     pub stride: usize,
     pub level: Level,
@@ -120,7 +127,7 @@ pub struct Points<'a> {
 impl<'a> Points<'a> {
     pub fn of(rows: &Rows<'a>) -> Points<'a> {
         let stride = codes::stride(rows.dimension);
-        Points { codes: rows.codes, scales: rows.scales, stride, level: Level::best() }
+        Points { codes: rows.codes, rests: rows.rests, scales: rows.scales, stride, level: Level::best() }
     }
 
     fn len(&self) -> usize {
@@ -131,8 +138,18 @@ impl<'a> Points<'a> {
         &self.codes[row as usize * self.stride..][..self.stride]
     }
 
+    fn rests(&self, row: u32) -> &'a [u8] {
+        &self.rests[row as usize * self.stride / 2..][..self.stride / 2]
+    }
+
+    /// For building: coarse, and so done sooner.
     fn query(&self, row: u32) -> Query {
         Query::of_codes(self.row(row), self.scales[row as usize])
+    }
+
+    /// What a search for the row's own vector asks.
+    fn own_query(&self, row: u32) -> Query {
+        Query::of_row(self.row(row), self.rests(row), self.scales[row as usize])
     }
 
     fn prefetch(&self, row: u32) {
@@ -200,14 +217,16 @@ impl View<'_> {
     /// Whether it is a graph over `rows` rows, all of whose links lead somewhere.
     pub fn sound(&self, rows: usize) -> bool {
         let counts: usize = self.levels.iter().map(|count| *count as usize + 1).sum();
-        self.levels.first() == Some(&(rows as u32))
+        let Some(points) = rows.checked_sub(self.twins.len()) else { return false };
+        self.levels.first() == Some(&(points as u32))
+            && self.twins.windows(2).all(|two| two[0] <= two[1])
             && self.levels.len() <= LEVELS_MAX
             && self.levels.windows(2).all(|two| two[0] >= two[1])
             && self.levels.last().is_some_and(|top| *top > 0)
             && self.starts.len() == counts
             && self.starts.windows(2).all(|two| two[0] <= two[1])
             && self.starts.last().is_none_or(|end| *end as usize == self.links.len())
-            && self.links.iter().chain(self.side).all(|row| (*row as usize) < rows)
+            && self.links.iter().chain(self.side).chain(self.twins).all(|row| (*row as usize) < points)
     }
 
     /// The nearest rows by estimate, best first, at most `ef`, without the side list.
@@ -225,7 +244,7 @@ impl View<'_> {
         scratch.begin(points.len());
         scratch.seen[at.1 as usize] = scratch.turn;
         scratch.offer(at.0, at.1, ef);
-        let starts = &self.starts[..points.len() + 1];
+        let starts = &self.starts[..self.levels[0] as usize + 1];
         explore(points, query, ef, scratch, |row| {
             &self.links[starts[row as usize] as usize..starts[row as usize + 1] as usize]
         });
@@ -242,7 +261,19 @@ impl View<'_> {
             found.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             found.dedup_by_key(|(_, row)| *row);
         }
+        if !self.twins.is_empty() {
+            found = found
+                .into_iter()
+                .flat_map(|(estimate, row)| self.with_twins(row).map(move |r| (estimate, r)))
+                .collect();
+        }
         found
+    }
+
+    /// A row, and those that it stands for.
+    fn with_twins(&self, row: u32) -> impl Iterator<Item = u32> + use<> {
+        let at = |end: u32| self.levels[0] + self.twins.partition_point(|of| *of < end) as u32;
+        std::iter::once(row).chain(at(row)..at(row + 1))
     }
 
     /// Of `rows` those that a search for them does not find, each with what it finds instead. One whose place is taken by others that are
@@ -251,7 +282,7 @@ impl View<'_> {
         let mut missed = vec![];
         SCRATCH.with_borrow_mut(|scratch| {
             for row in rows {
-                let query = points.query(row);
+                let query = points.own_query(row);
                 self.nearest(points, &query, VERIFY_EF, scratch);
                 let own = points.one(&query, row);
                 let found = scratch.pool.iter().any(|(_, found, _)| *found == row)
@@ -407,7 +438,13 @@ impl Builder<'_> {
 
 impl Graph {
     pub fn view(&self) -> View<'_> {
-        View { levels: &self.levels, starts: &self.starts, links: &self.links, side: &self.side }
+        View {
+            levels: &self.levels,
+            starts: &self.starts,
+            links: &self.links,
+            side: &self.side,
+            twins: &self.twins,
+        }
     }
 
     /// Builds the graph over some rows, verified and repaired. Its rows are numbered anew: the list says which row each was.
@@ -417,7 +454,8 @@ impl Graph {
         progress: &mut dyn FnMut(usize),
     ) -> (Graph, Vec<u32>, Repair) {
         let rows = points.len();
-        let mut order: Vec<u32> = (0..rows as u32).collect();
+        let first = firsts(points);
+        let mut order: Vec<u32> = (0..rows as u32).filter(|row| first[*row as usize] == *row).collect();
         // Not in the order of their times: neighbours that come one after the other make a poor graph.
         order.sort_by_key(|row| mixed(*row as u64));
         let mut builder = Builder {
@@ -438,44 +476,94 @@ impl Graph {
         let entry = builder.entry;
         let plain = |list: Vec<(f32, u32)>| list.into_iter().map(|(_, row)| row).collect();
         let of_levels = |levels: Vec<Vec<_>>| levels.into_iter().map(plain).collect();
-        Graph::from_levels(points, builder.lists.into_iter().map(of_levels).collect(), entry)
+        freeze(points, builder.lists.into_iter().map(of_levels).collect(), entry, &first)
     }
 
     /// Freezes a graph that was built elsewhere: of each point, for each of its levels, the points that it leads to. Verified and
     /// repaired as one of our own.
     pub fn from_levels(
         points: &Points<'_>,
-        lists: Vec<Vec<Vec<u32>>>,
-        entry: u32,
+        mut lists: Vec<Vec<Vec<u32>>>,
+        mut entry: u32,
     ) -> (Graph, Vec<u32>, Repair) {
-        let rows = lists.len();
-        if rows == 0 {
-            return (Graph { levels: vec![0], starts: vec![0], ..Graph::default() }, vec![], Repair::default());
+        let first = firsts(points);
+        // What leads to one of equal points, or away from it, leads to the first of them.
+        for row in 0..lists.len() {
+            let to = first[row] as usize;
+            let of_row = std::mem::take(&mut lists[row]);
+            let height = of_row.len().max(lists[to].len());
+            lists[to].resize(height, vec![]);
+            for (level, links) in of_row.into_iter().enumerate() {
+                for link in links {
+                    let link = first[link as usize];
+                    if link as usize != to && !lists[to][level].contains(&link) {
+                        lists[to][level].push(link);
+                    }
+                }
+            }
         }
-        let order = visiting_order(&lists, entry);
-        let mut place = vec![0u32; rows];
-        order.iter().enumerate().for_each(|(new, old)| place[*old as usize] = new as u32);
-        let highest = lists[entry as usize].len();
-        let count = |level: usize| lists.iter().filter(|of| of.len() > level).count() as u32;
-        let levels: Vec<u32> = (0..highest).map(count).collect();
-        let mut frozen: Vec<Vec<Vec<u32>>> = vec![];
-        for (level, count) in levels.iter().enumerate() {
-            let of = |old: &u32| {
-                let links = lists[*old as usize][level].iter();
-                // A link to where this level does not reach leads nowhere.
-                links.filter(|to| lists[**to as usize].len() > level).map(|to| place[*to as usize]).collect()
-            };
-            frozen.push(order[..*count as usize].iter().map(of).collect());
+        if let Some(of_entry) = first.get(entry as usize) {
+            entry = *of_entry;
         }
-        drop(lists);
-        // The points in their new order, as the graph will be searched.
-        let mut codes = Vec::with_capacity(points.codes.len());
-        order.iter().for_each(|old| codes.extend_from_slice(points.row(*old)));
-        let scales: Vec<f32> = order.iter().map(|old| points.scales[*old as usize]).collect();
-        let points = Points { codes: &codes, scales: &scales, ..*points };
-        let (graph, repair) = repaired(&points, levels, frozen);
-        (graph, order, repair)
+        freeze(points, lists, entry, &first)
     }
+}
+
+/// Of each point the first that has the same codes.
+fn firsts(points: &Points<'_>) -> Vec<u32> {
+    let mut known = std::collections::HashMap::with_capacity(points.len());
+    let row =
+        |row: u32| *known.entry((points.row(row), points.scales[row as usize].to_bits())).or_insert(row);
+    (0..points.len() as u32).map(row).collect()
+}
+
+/// Lists of links, each row's by level, in their final order and shape.
+fn freeze(
+    points: &Points<'_>,
+    lists: Vec<Vec<Vec<u32>>>,
+    entry: u32,
+    first: &[u32],
+) -> (Graph, Vec<u32>, Repair) {
+    let rows = lists.len();
+    if rows == 0 {
+        return (Graph { levels: vec![0], starts: vec![0], ..Graph::default() }, vec![], Repair::default());
+    }
+    let mut order = visiting_order(&lists, entry, first);
+    let distinct = order.len();
+    let mut place = vec![0u32; rows];
+    order.iter().enumerate().for_each(|(new, old)| place[*old as usize] = new as u32);
+    let mut twins: Vec<(u32, u32)> = (0..)
+        .zip(first)
+        .filter(|(row, first)| row != *first)
+        .map(|(row, first)| (place[*first as usize], row))
+        .collect();
+    twins.sort_unstable();
+    order.extend(twins.iter().map(|(_, row)| *row));
+    let highest = lists[entry as usize].len();
+    let count =
+        |level: usize| order[..distinct].iter().filter(|row| lists[**row as usize].len() > level).count();
+    let levels: Vec<u32> =
+        (0..highest.max(1)).map(|level| if level == 0 { distinct } else { count(level) } as u32).collect();
+    let mut frozen: Vec<Vec<Vec<u32>>> = vec![];
+    for (level, count) in levels.iter().enumerate() {
+        let of = |old: &u32| {
+            let links = lists[*old as usize].get(level).into_iter().flatten();
+            // A link to where this level does not reach leads nowhere.
+            let there = links.filter(|to| level == 0 || lists[**to as usize].len() > level);
+            there.map(|to| place[*to as usize]).collect()
+        };
+        frozen.push(order[..*count as usize].iter().map(of).collect());
+    }
+    drop(lists);
+    // The points in their new order, as the graph will be searched.
+    let mut codes = Vec::with_capacity(points.codes.len());
+    order[..distinct].iter().for_each(|old| codes.extend_from_slice(points.row(*old)));
+    let mut rests = Vec::with_capacity(points.rests.len());
+    order[..distinct].iter().for_each(|old| rests.extend_from_slice(points.rests(*old)));
+    let scales: Vec<f32> = order[..distinct].iter().map(|old| points.scales[*old as usize]).collect();
+    let points = Points { codes: &codes, rests: &rests, scales: &scales, ..*points };
+    let (graph, repair) = repaired(&points, levels, frozen);
+    (Graph { twins: twins.into_iter().map(|(of, _)| of).collect(), ..graph }, order, repair)
 }
 
 /// Links in what searches do not find.
@@ -518,13 +606,13 @@ fn flat(levels: Vec<u32>, lists: &[Vec<Vec<u32>>]) -> Graph {
         }
         starts.push(links.len() as u32);
     }
-    Graph { levels, starts, links, side: vec![] }
+    Graph { levels, starts, links, side: vec![], twins: vec![] }
 }
 
-/// Higher levels first, the entry before all; within a level as a search comes to them.
-fn visiting_order(lists: &[Vec<Vec<u32>>], entry: u32) -> Vec<u32> {
+/// Points but for the twins: higher levels first, the entry before all; within a level as a search comes to them.
+fn visiting_order(lists: &[Vec<Vec<u32>>], entry: u32, first: &[u32]) -> Vec<u32> {
     let mut order = Vec::with_capacity(lists.len());
-    let mut seen = vec![false; lists.len()];
+    let mut seen: Vec<bool> = first.iter().enumerate().map(|(row, first)| row != *first as usize).collect();
     let roots = std::iter::once(entry).chain(0..lists.len() as u32);
     for root in roots {
         if std::mem::replace(&mut seen[root as usize], true) {

@@ -2,10 +2,10 @@
 //! point; a segment that it does not name was never finished, or is no longer needed, and is removed.
 
 use super::rows::Bitmap;
+use crate::codec;
 use crate::error::StorageError;
 use crate::facts::{self, FactError};
 use crate::model::{Month, Position};
-use crate::codec;
 use bincode::{Decode, Encode};
 use sim::disk::Disk;
 

@@ -67,7 +67,7 @@ impl Default for VectorOptions {
             buffer_bytes_max: 32 << 20,
             graph_rows_min: 10_000,
             graph: GraphOptions::default(),
-            ef_search: 64,
+            ef_search: 48,
             merge_segments: 4,
             originals: true,
         }
@@ -341,8 +341,7 @@ impl Tree {
         let mut at = 0;
         while at < self.segments.len() {
             let month = self.segments[at].segment.month;
-            let of_month =
-                self.segments[at..].iter().take_while(|live| live.segment.month == month).count();
+            let of_month = self.segments[at..].iter().take_while(|live| live.segment.month == month).count();
             let segments = &self.segments[at..at + of_month];
             at += of_month;
             // Sizes that differ by less than four times are about the same.
@@ -368,7 +367,8 @@ impl Tree {
 
     fn wants_graph(&self, live: &Live) -> bool {
         let min = self.options.graph_rows_min;
-        (0..live.segment.blocks()).any(|block| live.segment.rows_of(block) >= min && !live.segment.has_graph(block))
+        (0..live.segment.blocks())
+            .any(|block| live.segment.rows_of(block) >= min && !live.segment.has_graph(block))
     }
 
     /// What the manifest says once the kills up to a number are in it.
@@ -471,11 +471,7 @@ impl Tree {
 
     /// The k nearest, best first: id, cosine, and the place of its owner in `scan.owners`. Scores from a graph are by twelve-bit integers,
     /// all others exact.
-    pub fn search(
-        &self,
-        scan: &Scan<'_>,
-        fetch: Fetch<'_>,
-    ) -> Result<Vec<(MemoryId, f32, usize)>, Failed> {
+    pub fn search(&self, scan: &Scan<'_>, fetch: Fetch<'_>) -> Result<Vec<(MemoryId, f32, usize)>, Failed> {
         let asked = Asked::new(scan.vector);
         let mut best = Best::new(scan.k, scan.threshold);
         let wanted_month = |month: &Month| scan.months.is_none_or(|months| months.contains(month));
@@ -501,7 +497,8 @@ impl Tree {
                 let month = live.segment.month;
                 let search = Search { asked: &asked, wanted, whose, fetch, ef: self.options.ef_search };
                 search.segment(live, number, &mut best).map_err(|error| {
-                    let damaged = matches!(error, StorageError::Damaged { .. } | StorageError::Corrupt { .. });
+                    let damaged =
+                        matches!(error, StorageError::Damaged { .. } | StorageError::Corrupt { .. });
                     Failed { month: damaged.then_some(month), error }
                 })?;
             }

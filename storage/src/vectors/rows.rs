@@ -153,8 +153,7 @@ impl Wanted<'_> {
         let at = row as usize;
         !self.dead.is_some_and(|(dead, base)| dead.contains(base + at))
             && (rows.plain && self.statuses.contains(&Status::Active)
-                || rows.expires[at] > self.now
-                    && self.statuses.iter().any(|s| *s as u8 == rows.statuses[at]))
+                || rows.expires[at] > self.now && self.statuses.iter().any(|s| *s as u8 == rows.statuses[at]))
             && self.allowed.is_none_or(|allowed| allowed.contains(&rows.ids[at]))
     }
 }

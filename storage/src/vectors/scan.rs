@@ -202,8 +202,7 @@ pub fn decide(
             Some(vector) => asked.exact(vector),
             None => {
                 let scale = rows.scales[row as usize];
-                let refined =
-                    asked.query.refined(asked.level, rows.codes_of(row), rows.rests_of(row), scale);
+                let refined = asked.query.refined(asked.level, rows.codes_of(row), rows.rests_of(row), scale);
                 if refined + bound < best.floor() {
                     continue;
                 }

@@ -75,13 +75,13 @@ struct Head {
     /// Norm and what was lost by codes and by rests, at most.
     loss: [f32; 3],
     plain: bool,
-    /// Of its graph: levels, links, side list.
-    graph: Option<(Vec<u32>, u32, u32)>,
+    /// Of its graph: levels, and the lengths of links, side list and twins.
+    graph: Option<(Vec<u32>, [u32; 3])>,
 }
 
 /// Where a block's sections are, from its beginning.
 struct Layout {
-    sections: [Range<usize>; 11],
+    sections: [Range<usize>; 12],
     end: usize,
 }
 
@@ -90,13 +90,14 @@ impl Layout {
     fn of(head_len: usize, head: &Head) -> Option<Layout> {
         let rows = head.rows as usize;
         let stride = codes::stride(head.kind.dimension);
-        let (order, starts, links, side) = match &head.graph {
-            None => (0, 0, 0, 0),
-            Some((levels, links, side)) => {
+        let (order, starts, lengths) = match &head.graph {
+            None => (0, 0, [0; 3]),
+            Some((levels, lengths)) => {
                 let starts: usize = levels.iter().map(|count| *count as usize + 1).sum();
-                (rows, starts, *links as usize, *side as usize)
+                (rows, starts, lengths.map(|length| length as usize))
             }
         };
+        let [links, side, twins] = lengths;
         let sizes = [
             rows.checked_mul(stride)?,
             rows.checked_mul(stride)? / 2,
@@ -109,6 +110,7 @@ impl Layout {
             starts * 4,
             links * 4,
             side * 4,
+            twins * 4,
         ];
         let mut at = head_len.next_multiple_of(ALIGN);
         let sections = sizes.map(|size| {
@@ -128,6 +130,7 @@ pub struct Block<'a> {
     starts: &'a [u32],
     links: &'a [u32],
     side: &'a [u32],
+    twins: &'a [u32],
     /// Its first row among the segment's.
     pub base: usize,
 }
@@ -135,7 +138,7 @@ pub struct Block<'a> {
 impl Block<'_> {
     pub fn graph(&self) -> Option<View<'_>> {
         let levels = self.levels.as_deref()?;
-        Some(View { levels, starts: self.starts, links: self.links, side: self.side })
+        Some(View { levels, starts: self.starts, links: self.links, side: self.side, twins: self.twins })
     }
 }
 
@@ -204,9 +207,8 @@ impl Segment {
     pub fn find(&self, hash: &Hash) -> Option<usize> {
         let entries = self.entries();
         // Hashes are spread evenly, so a guess is near; from there by doubling steps.
-        let key = u64::from_be_bytes([
-            hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7],
-        ]);
+        let key =
+            u64::from_be_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]]);
         let guess = ((key as u128 * entries.len() as u128) >> 64) as usize;
         let (mut low, mut high) = (guess, guess);
         let mut step = 1;
@@ -259,11 +261,13 @@ impl Segment {
         let (head, rest) = codec::unframe(bytes).map_err(|e| problem(&e.to_string()))?;
         let head_len = len - rest.len();
         let head: Head = codec::decode(head).map_err(|e| problem(&e.to_string()))?;
-        let layout = Layout::of(head_len, &head).filter(|layout| layout.end == len && head.rows == entry.rows);
+        let layout =
+            Layout::of(head_len, &head).filter(|layout| layout.end == len && head.rows == entry.rows);
         let Some(Layout { sections, .. }) = layout else {
             return Err(problem("the block's sections do not fit it"));
         };
-        let [codes, rests, scales, ids, positions, expires, statuses, order, starts, links, side] = sections;
+        let [codes, rests, scales, ids, positions, expires, statuses, order, starts, links, side, twins] =
+            sections;
         fn column<T: Pod>(bytes: &[u8], at: Range<usize>) -> &[T] {
             bytemuck::cast_slice(&bytes[at])
         }
@@ -300,10 +304,11 @@ impl Segment {
         let block = Block {
             kind: head.kind,
             rows,
-            levels: head.graph.map(|(levels, _, _)| levels),
+            levels: head.graph.map(|(levels, _)| levels),
             starts: column(bytes, starts),
             links: column(bytes, links),
             side: column(bytes, side),
+            twins: column(bytes, twins),
             base: entry.first as usize,
         };
         if verified & 1 == 0 {
@@ -312,7 +317,9 @@ impl Segment {
                 || !in_range
                 || block.graph().is_some_and(|graph| !graph.sound(entry.rows as usize))
             {
-                return Err(problem("the block is not the one that its directory tells, or its graph leads nowhere"));
+                return Err(problem(
+                    "the block is not the one that its directory tells, or its graph leads nowhere",
+                ));
             }
             self.verified[number].fetch_or(1, Relaxed);
         }
@@ -434,7 +441,8 @@ impl Writer {
                 || source.statuses[row as usize] == Status::Active as u8
                     && source.expires[row as usize] == UnixMs::MAX
         });
-        let shape = graph.map(|g| (g.levels.clone(), g.links.len() as u32, g.side.len() as u32));
+        let lengths = |g: &Graph| [&g.links, &g.side, &g.twins].map(|list| list.len() as u32);
+        let shape = graph.map(|g| (g.levels.clone(), lengths(g)));
         let head = Head {
             kind: kind.clone(),
             rows: rows.len() as u32,
@@ -468,7 +476,7 @@ impl Writer {
                 source.ids[row as usize]
             };
             order.sort_by_key(id);
-            for numbers in [&order, &graph.starts, &graph.links, &graph.side] {
+            for numbers in [&order, &graph.starts, &graph.links, &graph.side, &graph.twins] {
                 self.push(bytemuck::cast_slice(numbers))?;
                 self.align()?;
             }
