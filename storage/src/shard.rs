@@ -573,6 +573,17 @@ impl Shard {
     /// The same, recomputed from every row; what is derived from rows is compared with them: the directory, the counts, the owners'
     /// words, and every vector in memory. Stops applying meanwhile.
     pub fn digest_by_scan(&self) -> Result<(Position, [u8; 16]), StorageError> {
+        loop {
+            let damaged = Cell::new(None);
+            match (self.scan_all(&damaged), damaged.get()) {
+                (Err(error), Some(month)) => self.healed(Failed { month: Some(month), error })?,
+                (scanned, _) => return scanned,
+            }
+        }
+    }
+
+    /// Tells a month whose vectors are damaged.
+    fn scan_all(&self, damaged: &Cell<Option<Month>>) -> Result<(Position, [u8; 16]), StorageError> {
         let _applying = lock(&self.applying);
         let tree = self.tree();
         let reader = self.records.reader();
@@ -600,7 +611,12 @@ impl Shard {
             with_vector += !vector.is_empty() as u64;
             let counts = owners.entry((month, owner)).or_default();
             *counts = (counts.0 + 1, counts.1 + words);
-            if !vector.is_empty() && !tree.holds(&memory, row.position, &vector)? {
+            let held = |vector: &[f32]| tree.holds(&memory, row.position, vector);
+            let note = |failed: Failed| {
+                damaged.set(failed.month);
+                failed.error
+            };
+            if !vector.is_empty() && !held(&vector).map_err(note)? {
                 let problem = format!("it differs from the record of memory {:02x?}", memory.id);
                 return Err(corrupt("the vector view", problem));
             }

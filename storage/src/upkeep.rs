@@ -36,6 +36,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// A rebuild writes a segment when it has gathered so many times what a buffer may hold.
 const REBUILD_BUFFERS: usize = 4;
 
+/// A segment and its number.
+type Numbered = (u64, Arc<Segment>);
+
 /// Who may do what at a time.
 #[derive(Default)]
 pub(crate) struct Upkeep {
@@ -69,12 +72,40 @@ impl Progress {
 }
 
 impl Upkeep {
-    fn path(&self, dir: &str) -> (u64, String) {
+    /// Writes a segment; `None` if nothing was put in. What cannot be finished is removed.
+    fn segment(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        month: Month,
+        put: impl FnOnce(&mut Writer) -> Result<(), StorageError>,
+    ) -> Result<Option<Numbered>, StorageError> {
         let number = self.next.fetch_add(1, Relaxed);
-        (number, manifest::file(dir, number))
+        let path = manifest::file(dir, number);
+        let write = || {
+            let mut writer = Writer::create(disk, &path, month)?;
+            put(&mut writer)?;
+            Ok(if writer.rows() > 0 { Some((number, Arc::new(writer.finish(disk)?))) } else { None })
+        };
+        let written = write();
+        if !matches!(written, Ok(Some(_)))
+            && let Err(error) = disk.remove(&path)
+        {
+            sim::debug!("{path}, which is not needed, stays until the next start: {error}");
+        }
+        written
     }
 
-    /// Writes what a buffer has of one month, but for `dead` rows, as a segment without graphs.
+    /// Removes segments that no manifest names.
+    fn discard(&self, disk: &dyn Disk, made: &[Numbered]) {
+        for (_, segment) in made {
+            if let Err(error) = disk.remove(&segment.path) {
+                sim::debug!("{}, which is not needed, stays until the next start: {error}", segment.path);
+            }
+        }
+    }
+
+    /// Writes what a buffer has of one month as a segment without graphs.
     fn write(
         &self,
         disk: &dyn Disk,
@@ -82,16 +113,16 @@ impl Upkeep {
         buffer: &Buffer,
         month: Month,
         options: &VectorOptions,
-    ) -> Result<(u64, Arc<Segment>), StorageError> {
-        let (number, path) = self.path(dir);
-        let mut writer = Writer::create(disk, &path, month)?;
-        for (_, block) in buffer.of_month(month) {
-            let rows = block.rows();
-            let mut order: Vec<(u32, u32)> = (0..rows.len() as u32).map(|row| (0, row)).collect();
-            order.sort_by_key(|(_, row)| rows.ids[*row as usize]);
-            writer.add(&block.kind, &[rows], &order, None, options.originals)?;
-        }
-        Ok((number, Arc::new(writer.finish(disk)?)))
+    ) -> Result<Option<Numbered>, StorageError> {
+        self.segment(disk, dir, month, |writer| {
+            for (_, block) in buffer.of_month(month) {
+                let rows = block.rows();
+                let mut order: Vec<(u32, u32)> = (0..rows.len() as u32).map(|row| (0, row)).collect();
+                order.sort_by_key(|(_, row)| rows.ids[*row as usize]);
+                writer.add(&block.kind, &[rows], &order, None, options.originals)?;
+            }
+            Ok(())
+        })
     }
 
     /// Makes a month's segments from the records: the vectors that memories got up to a position.
@@ -103,7 +134,28 @@ impl Upkeep {
         month: Month,
         up_to: Position,
         options: &VectorOptions,
-    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+    ) -> Result<Vec<Numbered>, StorageError> {
+        let mut made = vec![];
+        match self.gather(disk, dir, db, month, up_to, options, &mut made) {
+            Ok(()) => Ok(made),
+            Err(error) => {
+                self.discard(disk, &made);
+                Err(error)
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what `rebuild` was given, and where to put what is made")]
+    fn gather(
+        &self,
+        disk: &dyn Disk,
+        dir: &str,
+        db: &Connection,
+        month: Month,
+        up_to: Position,
+        options: &VectorOptions,
+        made: &mut Vec<Numbered>,
+    ) -> Result<(), StorageError> {
         let mut progress = Progress::new(format!("making the vectors of {month} anew"));
         let sql = format!(
             "SELECT body, vector, position FROM m{} WHERE position <= ?1 AND vector != x'' ORDER BY owner, id",
@@ -111,24 +163,23 @@ impl Upkeep {
         );
         let mut statement = db.prepare_cached(&sql)?;
         let mut found = statement.query([rows::pack(up_to)])?;
-        let (mut made, mut buffer, mut done) = (vec![], Buffer::default(), 0);
+        let (mut buffer, mut done) = (Buffer::default(), 0);
         while let Some(row) = found.next()? {
             let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
             let memory = rows::decode_body(blob(0)?)?;
             buffer.insert(&memory, row.get(2)?, &rows::vector_from(blob(1)?));
             done += 1;
             if buffer.bytes() >= options.buffer_bytes_max.saturating_mul(REBUILD_BUFFERS) {
-                made.push(self.write(disk, dir, &buffer, month, options)?);
+                made.extend(self.write(disk, dir, &buffer, month, options)?);
                 buffer = Buffer::default();
                 sim::info!("{}: {done} so far", progress.what);
                 progress.told = Instant::now();
             }
         }
         if buffer.rows() > 0 {
-            made.push(self.write(disk, dir, &buffer, month, options)?);
+            made.extend(self.write(disk, dir, &buffer, month, options)?);
         }
-        disk.sync_dir(dir)?;
-        Ok(made)
+        Ok(disk.sync_dir(dir)?)
     }
 
     /// All months' segments, from the records as `db` shows them.
@@ -139,7 +190,7 @@ impl Upkeep {
         db: &Connection,
         position: Position,
         options: &VectorOptions,
-    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+    ) -> Result<Vec<Numbered>, StorageError> {
         let mut made = vec![];
         for month in months::load(db)?.keys() {
             made.extend(self.rebuild(disk, dir, db, *month, position, options)?);
@@ -148,11 +199,7 @@ impl Upkeep {
     }
 
     /// A tree with these segments alone, all of which are durable and as the records are at a position.
-    pub(crate) fn tree(
-        options: VectorOptions,
-        segments: Vec<(u64, Arc<Segment>)>,
-        position: Position,
-    ) -> Tree {
+    pub(crate) fn tree(options: VectorOptions, segments: Vec<Numbered>, position: Position) -> Tree {
         let mut tree = Tree::new(options);
         (tree.sealed, tree.applied) = (position, position);
         for (number, segment) in segments {
@@ -333,7 +380,7 @@ impl Shard {
     /// Called with the lock of changes held.
     fn commit(
         &self,
-        made: Vec<(u64, Arc<Segment>)>,
+        made: Vec<Numbered>,
         without: &[u64],
         kills_from: u64,
         sealed: Option<(Position, u64)>,
@@ -397,11 +444,23 @@ impl Shard {
             (frozen.buffer.clone(), frozen.position, frozen.kills)
         };
         let mut made = vec![];
-        for month in buffer.months() {
-            made.push(self.upkeep.write(&*self.disk, &self.dir, &buffer, month, &self.vector_options)?);
+        let mut write = || {
+            for month in buffer.months() {
+                made.extend(self.upkeep.write(
+                    &*self.disk,
+                    &self.dir,
+                    &buffer,
+                    month,
+                    &self.vector_options,
+                )?);
+            }
+            self.disk.sync_dir(&self.dir)?;
+            self.records.checkpoint()
+        };
+        if let Err(error) = write() {
+            self.upkeep.discard(&*self.disk, &made);
+            return Err(error);
         }
-        self.disk.sync_dir(&self.dir)?;
-        self.records.checkpoint()?;
         let _changing = lock(&self.upkeep.changing);
         let (rows, count) = (buffer.rows(), made.len());
         self.commit(made, &[], kills, Some((position, kills)))?;
@@ -437,7 +496,12 @@ impl Shard {
                 let tree = self.tree();
                 numbers.iter().all(|number| tree.segments.iter().any(|live| live.number == *number))
             };
-            if all_there { self.commit(made, &numbers, kills_from, None) } else { Ok(()) }
+            if all_there {
+                self.commit(made, &numbers, kills_from, None)
+            } else {
+                self.upkeep.discard(&*self.disk, made.as_slice());
+                Ok(())
+            }
         });
         let mut tree = self.tree_mut();
         tree.needed_kills = None;
@@ -460,67 +524,63 @@ impl Shard {
         &self,
         inputs: &[(u64, Arc<Segment>, Bitmap)],
         month: Month,
-    ) -> Result<Vec<(u64, Arc<Segment>)>, StorageError> {
+    ) -> Result<Vec<Numbered>, StorageError> {
         let options = &self.vector_options;
         let hashes: BTreeSet<Hash> =
             inputs.iter().flat_map(|(_, segment, _)| segment.hashes().copied()).collect();
-        let (number, path) = self.upkeep.path(&self.dir);
-        let mut writer = Writer::create(&*self.disk, &path, month)?;
         let mut progress = Progress::new(format!("merging {} segments of {month}", inputs.len()));
         let all: usize = inputs.iter().map(|(_, segment, dead)| segment.rows - dead.len()).sum();
-        for hash in hashes {
-            let mut blocks: Vec<(Block<'_>, &Bitmap)> = vec![];
-            let mut originals = options.originals;
-            for (_, segment, dead) in inputs {
-                if let Some(at) = segment.find(&hash) {
-                    originals &= segment.has_originals(at);
-                    blocks.push((segment.block(at, true)?, dead));
+        let made = self.upkeep.segment(&*self.disk, &self.dir, month, |writer| {
+            for hash in hashes {
+                let mut blocks: Vec<(Block<'_>, &Bitmap)> = vec![];
+                let mut originals = options.originals;
+                for (_, segment, dead) in inputs {
+                    if let Some(at) = segment.find(&hash) {
+                        originals &= segment.has_originals(at);
+                        blocks.push((segment.block(at, true)?, dead));
+                    }
                 }
-            }
-            let sources: Vec<Rows<'_>> = blocks.iter().map(|(block, _)| block.rows).collect();
-            let mut order: Vec<(u32, u32)> = vec![];
-            for (source, (block, dead)) in (0..).zip(&blocks) {
-                let alive = |row: &u32| !dead.contains(block.base + *row as usize);
-                order.extend((0..block.rows.len() as u32).filter(alive).map(|row| (source, row)));
-            }
-            order.sort_by_key(|(source, row)| sources[*source as usize].ids[*row as usize]);
-            let Some((first, _)) = blocks.first().filter(|_| !order.is_empty()) else { continue };
-            let kind = &first.kind;
-            let graph = (order.len() >= options.graph_rows_min).then(|| {
-                let stride = codes::stride(kind.dimension);
-                let mut codes = Vec::with_capacity(order.len() * stride);
-                let mut rests = Vec::with_capacity(order.len() * stride / 2);
-                let mut scales = Vec::with_capacity(order.len());
-                for (source, row) in &order {
-                    codes.extend_from_slice(sources[*source as usize].codes_of(*row));
-                    rests.extend_from_slice(sources[*source as usize].rests_of(*row));
-                    scales.push(sources[*source as usize].scales[*row as usize]);
+                let sources: Vec<Rows<'_>> = blocks.iter().map(|(block, _)| block.rows).collect();
+                let mut order: Vec<(u32, u32)> = vec![];
+                for (source, (block, dead)) in (0..).zip(&blocks) {
+                    let alive = |row: &u32| !dead.contains(block.base + *row as usize);
+                    order.extend((0..block.rows.len() as u32).filter(alive).map(|row| (source, row)));
                 }
-                let level = crate::vectors::cpu::Level::best();
-                let points = Points { codes: &codes, rests: &rests, scales: &scales, stride, level };
-                let before = writer.rows();
-                Graph::build(&points, options.graph, &mut |done| progress.at(before + done, all))
-            });
-            let graph = graph.map(|(graph, renumbered, repair)| {
-                sim::debug!(
-                    "a graph of {} vectors: {} linked in, {} beside it",
-                    order.len(),
-                    repair.missed - repair.left,
-                    repair.left
-                );
-                order = renumbered.iter().map(|row| order[*row as usize]).collect();
-                graph
-            });
-            writer.add(kind, &sources, &order, graph.as_ref(), originals)?;
-            progress.at(writer.rows(), all);
-        }
-        if writer.rows() == 0 {
-            self.disk.remove(&path)?;
-            return Ok(vec![]);
-        }
-        let segment = Arc::new(writer.finish(&*self.disk)?);
+                order.sort_by_key(|(source, row)| sources[*source as usize].ids[*row as usize]);
+                let Some((first, _)) = blocks.first().filter(|_| !order.is_empty()) else { continue };
+                let kind = &first.kind;
+                let graph = (order.len() >= options.graph_rows_min).then(|| {
+                    let stride = codes::stride(kind.dimension);
+                    let mut codes = Vec::with_capacity(order.len() * stride);
+                    let mut rests = Vec::with_capacity(order.len() * stride / 2);
+                    let mut scales = Vec::with_capacity(order.len());
+                    for (source, row) in &order {
+                        codes.extend_from_slice(sources[*source as usize].codes_of(*row));
+                        rests.extend_from_slice(sources[*source as usize].rests_of(*row));
+                        scales.push(sources[*source as usize].scales[*row as usize]);
+                    }
+                    let level = crate::vectors::cpu::Level::best();
+                    let points = Points { codes: &codes, rests: &rests, scales: &scales, stride, level };
+                    let before = writer.rows();
+                    Graph::build(&points, options.graph, &mut |done| progress.at(before + done, all))
+                });
+                let graph = graph.map(|(graph, renumbered, repair)| {
+                    sim::debug!(
+                        "a graph of {} vectors: {} linked in, {} beside it",
+                        order.len(),
+                        repair.missed - repair.left,
+                        repair.left
+                    );
+                    order = renumbered.iter().map(|row| order[*row as usize]).collect();
+                    graph
+                });
+                writer.add(kind, &sources, &order, graph.as_ref(), originals)?;
+                progress.at(writer.rows(), all);
+            }
+            Ok(())
+        })?;
         self.disk.sync_dir(&self.dir)?;
-        Ok(vec![(number, segment)])
+        Ok(made.into_iter().collect())
     }
 
     /// Makes a month's segments anew from the records. Searches and applying go on meanwhile, but for what waits for it.

@@ -432,7 +432,7 @@ impl Tree {
     }
 
     /// Whether this version of a memory is here, once, with this vector or with its codes.
-    pub fn holds(&self, memory: &Memory, position: i64, vector: &[f32]) -> Result<bool, StorageError> {
+    pub fn holds(&self, memory: &Memory, position: i64, vector: &[f32]) -> Result<bool, Failed> {
         let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
         let (hash, month) = (kind.hash(), Month::of(memory.created));
         let (mut found, mut same) = (0, 0);
@@ -462,7 +462,7 @@ impl Tree {
         }
         for live in self.segments.iter().filter(|live| live.segment.month == month) {
             if let Some(number) = live.segment.find(&hash) {
-                let block = live.segment.block(number, true)?;
+                let block = live.segment.block(number, true).map_err(of_month(month))?;
                 look(&block.rows, Some((&live.dead, block.base)));
             }
         }

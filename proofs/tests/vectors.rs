@@ -1,0 +1,417 @@
+//! The vector view against a list that is searched by looking at everything, across seals, merges, reopening, power loss and snapshots;
+//! and its files against whatever bytes they may hold.
+
+use proofs::{MONTHS, command};
+use proptest::prelude::*;
+use sim::disk::Disk;
+use sim::disk::simulated::SimDisk;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use storage::model::*;
+use storage::vectors::dot;
+use storage::vectors::manifest::{self, MANIFEST};
+use storage::vectors::segment::Segment;
+use storage::{Entry, SearchQuery, Shard, ShardOptions, StorageError};
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// Several at once, from an id on.
+    Add {
+        id: u8,
+        count: u8,
+        seed: u64,
+    },
+    Update {
+        id: u8,
+        seed: u64,
+    },
+    Delete(u8),
+    DropMonth(usize),
+    Seal,
+    Merge,
+    Reopen,
+    PowerLoss,
+    Carry,
+    /// Damages a byte of a segment.
+    Rot(u16),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let id = || 0u8..60;
+    prop_oneof![
+        10 => (id(), 1u8..20, any::<u64>()).prop_map(|(id, count, seed)| Step::Add { id, count, seed }),
+        6 => (id(), any::<u64>()).prop_map(|(id, seed)| Step::Update { id, seed }),
+        4 => id().prop_map(Step::Delete),
+        1 => (0usize..2).prop_map(Step::DropMonth),
+        6 => Just(Step::Seal),
+        4 => Just(Step::Merge),
+        1 => Just(Step::Reopen),
+        2 => Just(Step::PowerLoss),
+        1 => Just(Step::Carry),
+        1 => any::<u16>().prop_map(Step::Rot),
+    ]
+}
+
+/// Few directions and many that are equal, of two dimensions and in two spaces.
+fn vector(seed: u64) -> (Vec<f32>, String) {
+    let angle = |i: u64| ((seed / 4 % 23) * (i + 1)) as f32;
+    let dimension = if seed.is_multiple_of(7) { 5 } else { 70 };
+    let raw: Vec<f32> = (0..dimension).map(|i| angle(i).sin() + 0.01).collect();
+    let norm = dot(&raw, &raw).sqrt();
+    let space = if seed.is_multiple_of(5) { "other" } else { "s" };
+    (raw.into_iter().map(|x| x / norm).collect(), space.into())
+}
+
+fn added(id: u8, seed: u64) -> Memory {
+    let (vector, space) = vector(seed);
+    let vector = if seed.is_multiple_of(13) { vec![] } else { vector };
+    let created = MONTHS[seed as usize / 2 % 2];
+    let expires = seed.is_multiple_of(11).then_some(MONTHS[1] + 10_000_000_000);
+    let scope = if id.is_multiple_of(3) { Scope::Shared } else { Scope::Private };
+    let base = proofs::memory(id, format!("memory {id}"));
+    Memory { created, updated: created, expires, scope, vector, space, ..base }
+}
+
+type List = BTreeMap<u8, Memory>;
+
+fn operations(step: &Step) -> Vec<Operation> {
+    match step {
+        Step::Add { id, count, seed } => {
+            let one = |i: u8| Operation::Add(added((id + i) % 60, seed.rotate_left(i as u32) ^ i as u64));
+            (0..*count).map(one).collect()
+        }
+        Step::Update { id, seed } => {
+            let vector = (seed % 3 > 0).then(|| vector(*seed));
+            let status = Some(if seed.is_multiple_of(4) { Status::Archived } else { Status::Active });
+            let patch = Patch { vector, status, ..Patch::default() };
+            vec![Operation::Update { id: [*id; 16], expected_version: None, patch }]
+        }
+        Step::Delete(id) => vec![Operation::Delete { id: [*id; 16], expected_version: None }],
+        Step::DropMonth(month) => vec![Operation::DropMonth(Month::of(MONTHS[*month]))],
+        _ => vec![],
+    }
+}
+
+/// What an operation makes of the list, at a time that is now the latest.
+fn apply(list: &mut List, operation: &Operation, now: UnixMs) {
+    let alive = |list: &List, id: &MemoryId| list.get(&id[0]).is_some_and(|m| !m.expired(now));
+    match operation {
+        Operation::Add(memory) if !alive(list, &memory.id) => {
+            list.insert(memory.id[0], memory.clone());
+        }
+        Operation::Update { id, patch, .. } if alive(list, id) => {
+            let Some(memory) = list.get_mut(&id[0]) else { return };
+            memory.status = patch.status.unwrap_or(memory.status);
+            if let Some((vector, space)) = &patch.vector {
+                (memory.vector, memory.space) = (vector.clone(), space.clone());
+            }
+        }
+        Operation::Delete { id, .. } if alive(list, id) => {
+            list.remove(&id[0]);
+        }
+        Operation::DropMonth(month) => list.retain(|_, m| Month::of(m.created) != *month),
+        _ => {}
+    }
+}
+
+/// Searches of every kind, compared with looking at everything: the same memories, the same scores, in the same order. With graphs, whose
+/// scores are by twelve bits: as many, and each score as near as those are.
+fn compare(shard: &Shard, list: &List, now: UnixMs, graphs: bool) -> Result<(), StorageError> {
+    let owners = [Owner::User { tenant: "t".into(), user: "u".into() }, Owner::Shared { tenant: "t".into() }];
+    for seed in 0..30u64 {
+        let (vector, space) = vector(seed * 9 + 1);
+        let statuses =
+            if seed % 3 == 0 { vec![Status::Archived] } else { vec![Status::Active, Status::Archived] };
+        let created = (seed % 4 == 0).then_some(MONTHS[1]);
+        let query = SearchQuery {
+            tenant: "t".into(),
+            owners: owners[..1 + seed as usize % 2].to_vec(),
+            vector: vector.clone(),
+            space: space.clone(),
+            text: String::new(),
+            k: [1, 3, 10, 200][seed as usize % 4],
+            threshold: (seed % 5 == 0 && !graphs).then_some(0.2),
+            filter: created.map(|from| Filter::Compare {
+                field: Field::Created,
+                op: CompareOp::Ge,
+                value: Value::Number(from as f64),
+            }),
+            statuses: statuses.clone(),
+            time: None,
+            now,
+            with_vector: true,
+        };
+        let mut expected: Vec<(f32, u8)> = list
+            .values()
+            .filter(|m| query.owners.contains(&m.owner()) && !m.expired(now) && statuses.contains(&m.status))
+            .filter(|m| m.space == space && m.vector.len() == vector.len())
+            .filter(|m| created.is_none_or(|from| m.created >= from))
+            .map(|m| (dot(&vector, &m.vector), m.id[0]))
+            .filter(|(score, _)| query.threshold.is_none_or(|least| *score >= least))
+            .collect();
+        expected.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        expected.truncate(query.k);
+        let found = shard.search(&query)?;
+        let scores: Vec<(f32, u8)> = found.iter().map(|hit| (hit.similarity, hit.memory.id[0])).collect();
+        if graphs {
+            assert_eq!(scores.len(), expected.len(), "search {seed}");
+            for (found, expected) in scores.iter().zip(&expected) {
+                let own = dot(&vector, &list[&found.1].vector);
+                assert!((found.0 - own).abs() < 1e-3 && (found.0 - expected.0).abs() < 1e-3, "search {seed}");
+            }
+        } else {
+            assert_eq!(scores, expected, "search {seed}");
+        }
+        assert!(found.iter().all(|hit| hit.memory.vector == list[&hit.memory.id[0]].vector));
+    }
+    assert_eq!(shard.counts()?.vectors, list.values().filter(|m| !m.vector.is_empty()).count() as u64);
+    shard.verify()
+}
+
+fn run(steps: &[Step], seed: u64) -> Result<(), StorageError> {
+    let mut options = proofs::options();
+    options.vectors.originals = seed.is_multiple_of(2);
+    options.vectors.buffer_bytes_max = 20_000;
+    let graphs = seed.is_multiple_of(3);
+    options.vectors.graph_rows_min = if graphs { 12 } else { 10_000 };
+    options.vectors.ef_search = 1000;
+    let open = |disk: &Arc<dyn Disk>| {
+        Shard::open(disk.clone(), "views", ShardOptions { cache_bytes_max: 5000, ..options.clone() })
+    };
+    let mut power = SimDisk::new(seed);
+    let mut disk: Arc<dyn Disk> = power.clone();
+    let mut shard = open(&disk)?;
+    let mut history = vec![List::new()];
+    let mut batches: Vec<Batch> = vec![];
+    let time = |at: usize| MONTHS[0] + at as i64 * 100_000_000;
+    let apply_batch = |shard: &Shard, index: usize, batch: &Batch| {
+        shard.apply(&[Entry { epoch: 1, index: index as u64 + 1, batch: Some(batch) }], b"").map(drop)
+    };
+    for (at, step) in steps.iter().enumerate() {
+        match step {
+            Step::Seal => shard.seal()?,
+            Step::Merge => while shard.merge()? {},
+            Step::Reopen => {
+                drop(shard);
+                shard = open(&disk)?;
+            }
+            Step::PowerLoss => {
+                power.power_off();
+                drop(shard);
+                power.power_on();
+                shard = open(&disk)?;
+                let position = shard.applied().0.index as usize;
+                compare(&shard, &history[position], time(at), graphs)?;
+                for (index, batch) in batches.iter().enumerate().skip(position) {
+                    apply_batch(&shard, index, batch)?;
+                }
+            }
+            Step::Carry => {
+                let mut frames = vec![];
+                shard.export(&mut |frame| {
+                    frames.push(frame.to_vec());
+                    Ok(())
+                })?;
+                // Half of the time over what another replica already had.
+                power = SimDisk::new(seed + at as u64);
+                disk = power.clone();
+                let copy = open(&disk)?;
+                for (index, batch) in batches.iter().enumerate().take(batches.len() / 2) {
+                    apply_batch(&copy, index, batch)?;
+                }
+                copy.seal()?;
+                let mut frames = frames.into_iter();
+                copy.import(&mut || Ok(frames.next()))?;
+                shard = copy;
+                shard.checkpoint()?;
+            }
+            Step::Rot(place) => {
+                let names = disk.list("views")?;
+                let segments: Vec<&String> = names.iter().filter(|name| name.ends_with(".seg")).collect();
+                if segments.is_empty() {
+                    continue;
+                }
+                let file = disk.open(&format!("views/{}", segments[*place as usize % segments.len()]))?;
+                let at = *place as u64 * 7 % file.len()?;
+                let mut byte = [0];
+                file.read_at(&mut byte, at)?;
+                file.write_at(&[byte[0] ^ (1 << (place % 8))], at)?;
+                file.sync()?;
+                // What was read before is not read again; the next start finds it.
+                drop(shard);
+                shard = open(&disk)?;
+            }
+            step => {
+                let mut list = history.last().cloned().unwrap_or_default();
+                let operations = operations(step);
+                operations.iter().for_each(|operation| apply(&mut list, operation, time(at)));
+                history.push(list);
+                let timed = |o| Command { now: time(at), ..command(String::new(), o) };
+                batches.push(Batch { commands: operations.into_iter().map(timed).collect() });
+                apply_batch(&shard, batches.len() - 1, &batches[batches.len() - 1])?;
+            }
+        }
+    }
+    compare(&shard, &history[history.len() - 1], time(steps.len()), graphs)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn searches_agree_with_a_plain_list(steps in prop::collection::vec(step(), 1..60), seed in 0u64..10_000) {
+        run(&steps, seed).map_err(|e| TestCaseError::fail(e.to_string()))?;
+    }
+}
+
+/// A disk with a few segments, one with a graph, and a manifest.
+fn sealed() -> Result<Arc<SimDisk>, StorageError> {
+    let sim = SimDisk::new(1);
+    let disk: Arc<dyn Disk> = sim.clone();
+    let shard = Shard::open(disk, "views", proofs::options())?;
+    for turn in 0..4u64 {
+        let step = Step::Add { id: turn as u8 * 15, count: 15, seed: turn * 12_345 };
+        let commands = operations(&step).into_iter().map(|o| command(String::new(), o)).collect();
+        shard.apply(&[Entry { epoch: 1, index: turn + 1, batch: Some(&Batch { commands }) }], b"")?;
+        shard.seal()?;
+        if turn == 2 {
+            while shard.merge()? {}
+        }
+    }
+    shard.apply(
+        &[Entry {
+            epoch: 1,
+            index: 5,
+            batch: Some(&Batch {
+                commands: vec![command(
+                    String::new(),
+                    Operation::Delete { id: [1; 16], expected_version: None },
+                )],
+            }),
+        }],
+        b"",
+    )?;
+    shard.seal()?;
+    Ok(sim)
+}
+
+fn content(disk: &dyn Disk, path: &str) -> Result<Vec<u8>, StorageError> {
+    let file = disk.open(path)?;
+    let mut bytes = vec![0; file.len()? as usize];
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Makes all checksums of a segment right, whatever it says.
+fn resummed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let number = |bytes: &[u8], at: usize, width: usize| {
+        let mut number = [0; 8];
+        number[..width].copy_from_slice(&bytes[at..at + width]);
+        u64::from_le_bytes(number) as usize
+    };
+    let Some(foot) = bytes.len().checked_sub(64) else { return bytes };
+    let directory = number(&bytes, foot + 8, 8);
+    if directory > foot {
+        return bytes;
+    }
+    for entry in (directory..foot.saturating_sub(63)).step_by(64) {
+        let (offset, len) = (number(&bytes, entry + 16, 8), number(&bytes, entry + 24, 8));
+        let originals = number(&bytes, entry + 32, 8);
+        if let Some(part) = bytes.get(offset..offset.saturating_add(len)) {
+            // Its head is a frame.
+            let head = part.get(1..5).map_or(0, |_| number(part, 1, 4));
+            if let Some(payload) = part.get(9..9usize.saturating_add(head)) {
+                let sum = crc32c_of(&[&part[..5], payload]);
+                bytes[offset + 5..offset + 9].copy_from_slice(&sum.to_le_bytes());
+            }
+            let sum = crc32c_of(&[&bytes[offset..offset + len]]);
+            bytes[entry + 48..entry + 52].copy_from_slice(&sum.to_le_bytes());
+        }
+        if let Some(part) =
+            bytes.get(offset.saturating_add(len)..offset.saturating_add(len).saturating_add(originals))
+        {
+            let sum = crc32c_of(&[part]);
+            bytes[entry + 52..entry + 56].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+    let sum = crc32c_of(&[&bytes[directory..foot]]);
+    bytes[foot + 32..foot + 36].copy_from_slice(&sum.to_le_bytes());
+    let sum = crc32c_of(&[&bytes[foot..foot + 36]]);
+    bytes[foot + 36..foot + 40].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+fn crc32c_of(parts: &[&[u8]]) -> u32 {
+    parts.iter().fold(0, |sum, part| crc32c::crc32c_append(sum, part))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    /// Segments whose checksums are right and whose content is not, as no disk makes them: refused, or searched, without a panic.
+    #[test]
+    fn a_garbled_segment_never_panics(
+        which in any::<prop::sample::Index>(),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 1..8),
+        cut in prop::option::weighted(0.2, any::<prop::sample::Index>()),
+        sums in any::<bool>(),
+    ) {
+        let fail = |e: StorageError| TestCaseError::fail(e.to_string());
+        let disk = sealed().map_err(fail)?;
+        let names = disk.list("views").map_err(|e| fail(e.into()))?;
+        let segments: Vec<&String> = names.iter().filter(|name| name.ends_with(".seg")).collect();
+        let path = format!("views/{}", which.get(&segments));
+        let mut bytes = content(&*disk, &path).map_err(fail)?;
+        let whole = bytes.len();
+        for (at, value, heads) in edits {
+            // Heads and the directory are where the meaning is.
+            let at = if heads { whole - 1 - at.index(whole.min(700)) } else { at.index(whole.min(4096)) };
+            bytes[at] = value;
+        }
+        if let Some(end) = cut {
+            bytes.truncate(end.index(whole));
+        }
+        let bytes = if sums { resummed(bytes) } else { bytes };
+        let file = disk.create("views/garbled").map_err(|e| fail(e.into()))?;
+        file.write_at(&bytes, 0).map_err(|e| fail(e.into()))?;
+        let Ok(segment) = Segment::open(&*disk, "views/garbled") else { return Ok(()) };
+        for hash in segment.hashes().copied().collect::<Vec<_>>() {
+            let _ = segment.row_of(&hash, &[1; 16], 5);
+            let _ = segment.find(&hash);
+        }
+        for number in 0..segment.blocks() {
+            if let Ok(block) = segment.block(number, true) {
+                let _ = block.rows.find(&[3; 16]);
+                let _ = block.graph().map(|graph| graph.sound(block.rows.len()));
+                let vector = vec![0.1; block.rows.dimension];
+                let asked = storage::vectors::scan::Asked::new(&vector);
+                let wanted = storage::vectors::rows::Wanted { statuses: &[Status::Active], now: 0, allowed: None, dead: None };
+                let mut best = storage::vectors::scan::Best::new(3, None);
+                let _ = storage::vectors::scan::scan(&asked, &block.rows, &wanted, 0, &mut best, &|_| Ok(vector.clone()));
+                if let Some(graph) = block.graph() {
+                    storage::vectors::near(&asked, &block.rows, &graph, &wanted, 0, 10, &mut best);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_garbled_manifest_never_panics(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5)) {
+        let fail = |e: StorageError| TestCaseError::fail(e.to_string());
+        let sim = sealed().map_err(fail)?;
+        let disk: Arc<dyn Disk> = sim.clone();
+        let fact = storage::facts::get(&*disk, "views", MANIFEST).ok().flatten().unwrap_or_default();
+        let mut bytes = fact.clone();
+        for (at, value) in edits {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        storage::facts::put(&*disk, "views", MANIFEST, &bytes).map_err(|e| fail(e.into()))?;
+        let _ = manifest::load(&*disk, "views");
+        // Whatever it says, the view is right.
+        let shard = Shard::open(disk, "views", proofs::options()).map_err(fail)?;
+        let alive: HashSet<u64> = shard.segments().values().flatten().map(|(number, ..)| *number).collect();
+        prop_assert!(!alive.is_empty());
+        shard.verify().map_err(fail)?;
+    }
+}
