@@ -326,7 +326,7 @@ impl Builder<'_> {
     fn level_of(&self, row: u32) -> usize {
         let mut random = mixed(row as u64 ^ 0x10c1) | 1;
         let mut level = 0;
-        while random % self.options.m as u64 == 0 && level + 1 < LEVELS_MAX {
+        while random.is_multiple_of(self.options.m as u64) && level + 1 < LEVELS_MAX {
             random = mixed(random);
             level += 1;
         }

@@ -189,7 +189,7 @@ impl Live {
 
     fn due(&self) -> bool {
         let rows = self.segment.rows;
-        self.sealed_dead.len() > 0 && self.sealed_dead.len() as f64 >= DEAD_SHARE * rows as f64
+        !self.sealed_dead.is_empty() && self.sealed_dead.len() as f64 >= DEAD_SHARE * rows as f64
     }
 }
 

@@ -64,6 +64,10 @@ impl<'a> Rows<'a> {
         self.ids.len()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
     pub fn find(&self, id: &MemoryId) -> Option<u32> {
         match self.index {
             Index::Sorted => self.ids.binary_search(id).ok().map(|at| at as u32),
@@ -119,6 +123,10 @@ impl Bitmap {
         self.count
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         let bits = |(at, word): (usize, &u64)| {
             let word = *word;
@@ -146,7 +154,7 @@ impl Wanted<'_> {
         rows.plain
             && self.statuses.contains(&Status::Active)
             && self.allowed.is_none()
-            && self.dead.is_none_or(|(dead, _)| dead.len() == 0)
+            && self.dead.is_none_or(|(dead, _)| dead.is_empty())
     }
 
     pub fn has(&self, rows: &Rows<'_>, row: u32) -> bool {
