@@ -9,8 +9,10 @@ use crate::graph;
 use crate::model::*;
 use crate::records::months::{self, MonthState, Months};
 use crate::records::rows::{self, KeyRow, Place, State, Stored};
+use crate::vectors::Coded;
 use rusqlite::Connection;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// How long an idempotency key is remembered, in milliseconds of ledger time.
 pub const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
@@ -19,12 +21,12 @@ const KEYS_PURGED: usize = 64;
 
 /// What the vector view and the cache must do once the transaction is committed.
 pub enum Effect {
-    /// The memory without its vector, where it is stored, and the vector.
-    Put { memory: Memory, position: i64, vector: Vec<f32> },
+    /// The memory without its vector, and that, if it has one.
+    Put { memory: Arc<Memory>, coded: Option<Coded> },
     /// The memory as it was, where it was stored, and how long its vector was.
     Remove { memory: Memory, position: i64, dimension: usize },
     /// The memory as it is now; its version and its vector are the same.
-    Touch { memory: Memory },
+    Touch { memory: Arc<Memory> },
     /// All of a month was removed.
     DropMonth(Month),
 }
@@ -240,7 +242,7 @@ impl<'a> Applier<'a> {
             let row = Stored { body: codec::encode(&memory), ..held };
             rows::replace_body(self.db, &row, &memory)?;
             self.add(month, rows::memory_hash("memories", &row))?;
-            self.effects.push(Effect::Touch { memory });
+            self.effects.push(Effect::Touch { memory: Arc::new(memory) });
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
@@ -377,7 +379,8 @@ impl<'a> Applier<'a> {
         let body = codec::encode(&memory);
         let row = Stored { epoch, position, kind, body, vector: rows::vector_bytes(&vector) };
         self.store(&row, &memory)?;
-        self.effects.push(Effect::Put { memory, position, vector });
+        let coded = (!vector.is_empty()).then(|| Coded::new(&memory, position, vector));
+        self.effects.push(Effect::Put { memory: Arc::new(memory), coded });
         Ok(())
     }
 

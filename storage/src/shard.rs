@@ -183,25 +183,28 @@ impl Shard {
             return Ok(outcomes);
         }
         let (state, effects) = applier.finish()?;
+        // Searches wait for the commit, which is short if the pages are in the log before.
+        transaction.cache_flush()?;
         let mut tree = self.tree_mut();
         transaction.commit()?;
-        let cache = |memory: Memory| {
-            let (tenant, id) = (memory.tenant.clone(), memory.id);
-            self.cache.store_applied(&tenant, id, Some(Arc::new(memory)));
+        let cache = |memory: &Arc<Memory>| {
+            self.cache.store_applied(&memory.tenant, memory.id, Some(memory.clone()));
         };
-        for effect in effects {
+        for effect in &effects {
             match effect {
-                Effect::Put { memory, position, vector } => {
-                    tree.put(&memory, position, &vector);
+                Effect::Put { memory, coded } => {
+                    if let Some(coded) = coded {
+                        tree.put(coded);
+                    }
                     cache(memory);
                 }
                 Effect::Touch { memory } => cache(memory),
                 Effect::Remove { memory, position, dimension } => {
-                    tree.remove(&memory, position, dimension);
+                    tree.remove(memory, *position, *dimension);
                     self.cache.store_applied(&memory.tenant, memory.id, None);
                 }
                 Effect::DropMonth(month) => {
-                    tree.drop_month(month);
+                    tree.drop_month(*month);
                     self.cache.clear();
                 }
             }

@@ -25,7 +25,7 @@ use crate::vectors::graph::{Graph, Points};
 use crate::vectors::manifest::{self, Manifest};
 use crate::vectors::rows::{Bitmap, Hash, Kind, Rows};
 use crate::vectors::segment::{Block, Segment, Writer};
-use crate::vectors::{Failed, Frozen, Kill, Live, Tree, VectorOptions, codes};
+use crate::vectors::{Coded, Failed, Frozen, Kill, Live, Tree, VectorOptions, codes};
 use rusqlite::{Connection, params};
 use sim::disk::Disk;
 use sim::time::{Duration, Instant};
@@ -85,7 +85,15 @@ impl Upkeep {
         let write = || {
             let mut writer = Writer::create(disk, &path, month)?;
             put(&mut writer)?;
-            Ok(if writer.rows() > 0 { Some((number, Arc::new(writer.finish(disk)?))) } else { None })
+            if writer.rows() == 0 {
+                return Ok(None);
+            }
+            let segment = writer.finish(disk)?;
+            // What cannot be read now is made again when a search finds the same.
+            if let Err(error) = segment.warm() {
+                sim::error!("{error}");
+            }
+            Ok(Some((number, Arc::new(segment))))
         };
         let written = write();
         if !matches!(written, Ok(Some(_)))
@@ -167,7 +175,7 @@ impl Upkeep {
         while let Some(row) = found.next()? {
             let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
             let memory = rows::decode_body(blob(0)?)?;
-            buffer.insert(&memory, row.get(2)?, &rows::vector_from(blob(1)?));
+            buffer.insert(&Coded::new(&memory, row.get(2)?, rows::vector_from(blob(1)?)));
             done += 1;
             if buffer.bytes() >= options.buffer_bytes_max.saturating_mul(REBUILD_BUFFERS) {
                 made.extend(self.write(disk, dir, &buffer, month, options)?);
@@ -358,7 +366,10 @@ fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), Sto
         while let Some(row) = found.next()? {
             let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
             let memory = rows::decode_body(blob(0)?)?;
-            tree.put(&memory, row.get(2)?, &rows::vector_from(blob(1)?));
+            let vector = rows::vector_from(blob(1)?);
+            if !vector.is_empty() {
+                tree.put(&Coded::new(&memory, row.get(2)?, vector));
+            }
             if memory.version > 1 {
                 // It may have been in another month before it was deleted, or had expired.
                 superseded(&memory, &mut months.keys(), tree)?;

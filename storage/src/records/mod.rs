@@ -110,7 +110,7 @@ impl Records {
     /// Opens the database at `path`, whose directory exists, creating it if there is none.
     pub fn open(disk: Arc<dyn Disk>, path: &str) -> Result<Records, StorageError> {
         let writer = open_sqlite(&*disk, path, OpenFlags::default())?;
-        configure(&writer, 64 << 10)?;
+        configure(&writer, 16 << 10)?;
         writer.execute_batch(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;",
         )?;

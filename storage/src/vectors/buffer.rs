@@ -5,6 +5,44 @@ use super::rows::{Hash, Index, Kind, Rows};
 use crate::model::{Memory, MemoryId, Month, Status, UnixMs};
 use std::collections::{BTreeMap, HashMap};
 
+/// A memory's vector, its codes, and where it belongs: all that can be computed before anything is locked.
+pub struct Coded {
+    kind: Kind,
+    hash: Hash,
+    month: Month,
+    id: MemoryId,
+    position: i64,
+    expires: UnixMs,
+    status: Status,
+    codes: Vec<u8>,
+    rests: Vec<u8>,
+    scale: f32,
+    loss: Loss,
+    vector: Vec<f32>,
+}
+
+impl Coded {
+    pub fn new(memory: &Memory, position: i64, vector: Vec<f32>) -> Coded {
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
+        let (mut codes, mut rests) = (vec![], vec![]);
+        let (scale, loss) = codes::encode(&vector, &mut codes, &mut rests);
+        Coded {
+            hash: kind.hash(),
+            month: Month::of(memory.created),
+            id: memory.id,
+            position,
+            expires: memory.expires.unwrap_or(UnixMs::MAX),
+            status: memory.status,
+            kind,
+            codes,
+            rests,
+            scale,
+            loss,
+            vector,
+        }
+    }
+}
+
 /// The vectors of one kind and month.
 pub struct Block {
     pub kind: Kind,
@@ -62,17 +100,18 @@ impl Block {
         }
     }
 
-    fn push(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
-        let (scale, loss) = codes::encode(vector, &mut self.codes, &mut self.rests);
-        self.place.insert(memory.id, self.ids.len() as u32);
-        self.scales.push(scale);
-        self.ids.push(memory.id);
-        self.positions.push(position);
-        self.expires.push(memory.expires.unwrap_or(UnixMs::MAX));
-        self.statuses.push(memory.status as u8);
-        self.originals.extend_from_slice(vector);
-        self.loss = self.loss.max(loss);
-        self.plain &= memory.status == Status::Active && memory.expires.is_none();
+    fn push(&mut self, coded: &Coded) {
+        self.place.insert(coded.id, self.ids.len() as u32);
+        self.codes.extend_from_slice(&coded.codes);
+        self.rests.extend_from_slice(&coded.rests);
+        self.scales.push(coded.scale);
+        self.ids.push(coded.id);
+        self.positions.push(coded.position);
+        self.expires.push(coded.expires);
+        self.statuses.push(coded.status as u8);
+        self.originals.extend_from_slice(&coded.vector);
+        self.loss = self.loss.max(coded.loss);
+        self.plain &= coded.status == Status::Active && coded.expires == UnixMs::MAX;
     }
 
     fn remove(&mut self, id: &MemoryId) -> bool {
@@ -139,12 +178,11 @@ impl Buffer {
     }
 
     /// Puts a memory's vector here, in the place of one that it had here.
-    pub fn insert(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
-        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
-        let (hash, month) = (kind.hash(), Month::of(memory.created));
-        self.remove(&hash, month, &memory.id);
-        let block = self.blocks.entry((hash, month)).or_insert_with(|| Block::new(kind));
-        block.push(memory, position, vector);
+    pub fn insert(&mut self, coded: &Coded) {
+        let (hash, month) = (coded.hash, coded.month);
+        self.remove(&hash, month, &coded.id);
+        let block = self.blocks.entry((hash, month)).or_insert_with(|| Block::new(coded.kind.clone()));
+        block.push(coded);
         self.rows += 1;
         self.bytes += block.row_bytes();
     }

@@ -37,6 +37,7 @@ pub use dot::{dot, dot_rows};
 use crate::error::StorageError;
 use crate::model::{Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
 use buffer::Buffer;
+pub use buffer::Coded;
 use codes::Query;
 use graph::{GraphOptions, Points};
 use manifest::{Manifest, Named};
@@ -239,11 +240,9 @@ impl Tree {
     }
 
     /// A memory's new version has this vector; the version before was removed.
-    pub fn put(&mut self, memory: &Memory, position: i64, vector: &[f32]) {
-        if !vector.is_empty() {
-            self.buffer.insert(memory, position, vector);
-            self.count += 1;
-        }
+    pub fn put(&mut self, coded: &Coded) {
+        self.buffer.insert(coded);
+        self.count += 1;
     }
 
     /// A version of a memory is superseded; how many dimensions its vector had.
