@@ -342,7 +342,7 @@ impl Bench {
             assert!(near(&asked, &block.rows, &view, &wanted, 0, ef, &mut best), "too few were found");
             Ok(best.into_sorted().iter().map(|found| number(&found.1) as u32).collect())
         };
-        for ef in [48, 64, 96, 128] {
+        for ef in [24, 32, 48, 64, 96, 128] {
             let mut found = vec![];
             let time = best_of(3, || {
                 let ask = |query| ask(query, ef).unwrap_or_default();
@@ -362,7 +362,7 @@ impl Bench {
         );
         let step = (rows / 100_000).max(1);
         let lost = (0..rows).step_by(step).filter(|at| {
-            let found = ask(row(&base, *at), 48).unwrap_or_default();
+            let found = ask(row(&base, *at), 24).unwrap_or_default();
             !found.contains(&(*at as u32))
         });
         println!(

@@ -8,9 +8,12 @@ use crate::model::{Memory, MemoryId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-type Key = (String, MemoryId);
-/// Ids are nearly unique across tenants, so each has a short list.
-type Slots = HashMap<MemoryId, Vec<(String, Option<Arc<Memory>>)>>;
+/// Few lines of memory are touched by a lookup: most of them are far away.
+#[derive(Default)]
+struct Slots {
+    tenants: HashMap<String, u32>,
+    memories: HashMap<(u32, MemoryId), Option<Arc<Memory>>>,
+}
 
 /// Two generations: when the young one is full, it becomes the old one, and the old one goes.
 #[derive(Default)]
@@ -39,18 +42,25 @@ fn size(memory: &Option<Arc<Memory>>) -> usize {
     memory.as_ref().map_or(0, |m| m.text.len() + m.metadata.len()) + 400
 }
 
-fn get(map: &Slots, tenant: &str, id: &MemoryId) -> Option<Option<Arc<Memory>>> {
-    map.get(id)?.iter().find(|(t, _)| t == tenant).map(|(_, m)| m.clone())
+impl Slots {
+    fn get(&self, tenant: &str, id: &MemoryId) -> Option<Option<Arc<Memory>>> {
+        self.memories.get(&(*self.tenants.get(tenant)?, *id)).cloned()
+    }
+
+    fn put(&mut self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>) {
+        let next = self.tenants.len() as u32;
+        let number = match self.tenants.get(tenant) {
+            Some(number) => *number,
+            None => *self.tenants.entry(tenant.to_string()).or_insert(next),
+        };
+        self.memories.insert((number, id), memory);
+    }
 }
 
 impl Generations {
-    fn put(&mut self, (tenant, id): Key, memory: Option<Arc<Memory>>, bytes_max: usize) {
+    fn put(&mut self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>, bytes_max: usize) {
         self.young_bytes += size(&memory);
-        let held = self.young.entry(id).or_default();
-        match held.iter_mut().find(|(t, _)| *t == tenant) {
-            Some((_, slot)) => *slot = memory,
-            None => held.push((tenant, memory)),
-        }
+        self.young.put(tenant, id, memory);
         if self.young_bytes > bytes_max / 2 {
             self.old = std::mem::take(&mut self.young);
             self.young_bytes = 0;
@@ -70,12 +80,12 @@ impl Cache {
 
     pub fn get(&self, tenant: &str, id: &MemoryId) -> Lookup {
         let mut state = self.lock();
-        let found = match get(&state.young, tenant, id) {
+        let found = match state.young.get(tenant, id) {
             Some(found) => Some(found),
             None => {
-                let found = get(&state.old, tenant, id);
+                let found = state.old.get(tenant, id);
                 if let Some(memory) = &found {
-                    state.put((tenant.to_string(), *id), memory.clone(), self.bytes_max);
+                    state.put(tenant, *id, memory.clone(), self.bytes_max);
                 }
                 found
             }
@@ -90,16 +100,17 @@ impl Cache {
     /// Stores what a reader read after a lookup that gave `evictions`.
     pub fn store_read(&self, memory: Arc<Memory>, evictions: u64) {
         let mut state = self.lock();
-        let known = get(&state.young, &memory.tenant, &memory.id).is_some()
-            || get(&state.old, &memory.tenant, &memory.id).is_some();
+        let known = state.young.get(&memory.tenant, &memory.id).is_some()
+            || state.old.get(&memory.tenant, &memory.id).is_some();
         if !known && state.evictions == evictions {
-            state.put((memory.tenant.clone(), memory.id), Some(memory), self.bytes_max);
+            let (tenant, id) = (memory.tenant.clone(), memory.id);
+            state.put(&tenant, id, Some(memory), self.bytes_max);
         }
     }
 
     /// Stores what apply changed; `None`: deleted.
     pub fn store_applied(&self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>) {
-        self.lock().put((tenant.to_string(), id), memory, self.bytes_max);
+        self.lock().put(tenant, id, memory, self.bytes_max);
     }
 
     pub fn clear(&self) {
@@ -135,6 +146,6 @@ mod tests {
             cache.store_applied("t", memory("t", id, "x").id, Some(Arc::new(memory("t", id, "some text"))));
         }
         let state = cache.lock();
-        assert!((state.young.len() + state.old.len()) * 400 <= 101_000);
+        assert!((state.young.memories.len() + state.old.memories.len()) * 400 <= 101_000);
     }
 }

@@ -125,7 +125,7 @@ fn for_each_row(
     Ok(())
 }
 
-/// A filter as a condition of SQL on rows of one owner in one month.
+/// What a filter asks of the index, for rows of one owner in one month: a query for their positions.
 pub struct Condition {
     sql: String,
     values: Vec<Sql>,
@@ -134,18 +134,18 @@ pub struct Condition {
 /// What the index can say of a filter; `None`: nothing, every memory is a candidate.
 pub fn condition(filter: &Filter) -> Option<Condition> {
     let joined = |parts: Vec<Condition>, with: &str| {
-        let sql: Vec<String> = parts.iter().map(|p| p.sql.clone()).collect();
+        let sql: Vec<String> = parts.iter().map(|p| format!("SELECT position FROM ({})", p.sql)).collect();
         let values = parts.into_iter().flat_map(|p| p.values).collect();
-        Condition { sql: format!("({})", sql.join(with)), values }
+        Condition { sql: sql.join(with), values }
     };
     match filter {
         Filter::And(all) => {
             let parts: Vec<Condition> = all.iter().filter_map(condition).collect();
-            (!parts.is_empty()).then(|| joined(parts, " AND "))
+            (!parts.is_empty()).then(|| joined(parts, " INTERSECT "))
         }
         Filter::Or(any) => {
             let parts: Option<Vec<Condition>> = any.iter().map(condition).collect();
-            parts.filter(|p| !p.is_empty()).map(|parts| joined(parts, " OR "))
+            parts.filter(|p| !p.is_empty()).map(|parts| joined(parts, " UNION "))
         }
         Filter::Not(_) => None,
         Filter::Compare { field, op, value } => {
@@ -159,7 +159,7 @@ pub fn condition(filter: &Filter) -> Option<Condition> {
         }
         Filter::In { field, values } => {
             let parts: Option<Vec<Condition>> = values.iter().map(|v| at(field, Some(("=", v)))).collect();
-            parts.filter(|p| !p.is_empty()).map(|parts| joined(parts, " OR "))
+            parts.filter(|p| !p.is_empty()).map(|parts| joined(parts, " UNION "))
         }
         Filter::Contains { field: Field::Categories, value } => at(&Field::Categories, Some(("=", value))),
         // Part of a text, or one of a list.
@@ -176,7 +176,7 @@ fn at(field: &Field, compare: Option<(&str, &Value)>) -> Option<Condition> {
     };
     let mut values = vec![Sql::Text(path)];
     let sql: String = match compare {
-        None => "position IN (SELECT position FROM f WHERE owner = ?1 AND path = ?)".into(),
+        None => "SELECT position FROM f WHERE owner = ?1 AND path = ?".into(),
         // Cut texts cannot be ordered.
         Some(("<=" | ">=", Value::Text(long))) if long.len() > TEXT_BYTES_MAX - 4 => return at(field, None),
         Some((op, value)) => {
@@ -186,9 +186,7 @@ fn at(field: &Field, compare: Option<(&str, &Value)>) -> Option<Condition> {
                 Value::Bool(flag) => (FLAG, Sql::Integer(*flag as i64)),
             };
             values.extend([Sql::Integer(kind), value]);
-            format!(
-                "position IN (SELECT position FROM f WHERE owner = ?1 AND path = ? AND kind = ? AND value {op} ?)"
-            )
+            format!("SELECT position FROM f WHERE owner = ?1 AND path = ? AND kind = ? AND value {op} ?")
         }
     };
     Some(Condition { sql, values })
@@ -200,8 +198,9 @@ impl Condition {
         // `?1` is the owner; the others count on from there in their order.
         let condition = self.sql.replace("FROM f ", &format!("FROM f{of} "));
         let every = format!("SELECT position FROM f{of} WHERE owner = ?1 AND path = '{EVERY}'");
+        // The index knows the owner: rows are looked up by nothing but their positions.
         let sql = format!(
-            "SELECT {columns} FROM m{of} WHERE owner = ?1 AND ({condition} OR position IN ({every}))"
+            "SELECT {columns} FROM m{of} WHERE position IN (SELECT position FROM ({condition}) UNION {every})"
         );
         let mut values = vec![Sql::Integer(owner)];
         values.extend(self.values.iter().cloned());

@@ -22,7 +22,7 @@ use super::rows::Rows;
 use std::cell::RefCell;
 
 /// Searches of the verification keep so many nearest; no other search keeps fewer.
-const VERIFY_EF: usize = 48;
+const VERIFY_EF: usize = 24;
 /// Rounds of repair before a point goes to the side list.
 const ROUNDS: usize = 6;
 const LEVELS_MAX: usize = 16;

@@ -327,13 +327,16 @@ impl Segment {
         Ok(block)
     }
 
-    /// Reads everything once, so that no search has to wait for that: whoever made it does this before it counts.
+    /// Reads what searches use once, so that none has to wait for that: whoever made it does this before it counts.
     pub fn warm(&self) -> Result<(), StorageError> {
-        for number in 0..self.blocks() {
-            self.block(number, true)?;
+        for (number, entry) in self.entries().iter().enumerate() {
+            let originals = !self.has_graph(number);
+            self.block(number, originals)?;
+            let (from, len) = (entry.offset as usize, entry.len as usize);
+            let end = from + len + if originals { entry.originals_len as usize } else { 0 };
+            let pages = self.map[from..end].iter().step_by(PAGE);
+            std::hint::black_box(pages.fold(0, |sum, byte| sum ^ byte));
         }
-        let pages = self.map.iter().step_by(PAGE);
-        std::hint::black_box(pages.fold(0u8, |sum, byte| sum ^ byte));
         Ok(())
     }
 
