@@ -390,7 +390,7 @@ impl Shard {
         let (mut allowed, mut months) = (None, None);
         if query.filter.is_some() || query.time.is_some() {
             let within = months_in(reader.get(), &query.time)?;
-            let of = owners.iter().map(|owner| self.allowed(reader.get(), &within, owner, query));
+            let of = owners.iter().map(|owner| self.allowed(&reader, &within, owner, query));
             allowed = Some(of.collect::<Result<Vec<_>, StorageError>>()?);
             months = Some(within.into_keys().collect());
         }
@@ -499,32 +499,36 @@ impl Shard {
     /// Ids of an owner's memories that meet a search's conditions.
     fn allowed(
         &self,
-        db: &Connection,
+        reader: &LazyReader<'_>,
         months: &Months,
         owner: &Owner,
         query: &SearchQuery,
     ) -> Result<HashSet<MemoryId>, StorageError> {
         let mut allowed = HashSet::new();
-        let snapshot = db.unchecked_transaction()?;
+        let snapshot = reader.get().unchecked_transaction()?;
         let Some(number) = rows::owner_number(&snapshot, owner)? else { return Ok(allowed) };
         let condition = query.filter.as_ref().and_then(fields::condition);
-        let mut look = |row: &rusqlite::Row<'_>| -> Result<(), StorageError> {
-            let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
-            if meets(&query.filter, &query.time, &memory) {
-                allowed.insert(memory.id);
-            }
-            Ok(())
-        };
+        let tenant = if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
         for month in months.keys() {
             if let Some(condition) = &condition {
-                condition.each(&snapshot, *month, "body", number, &mut look)?;
+                condition.each(&snapshot, *month, "id", number, &mut |row| {
+                    let id: MemoryId = row.get(0)?;
+                    let memory = self.record(reader, tenant, &id)?;
+                    if memory.is_some_and(|memory| meets(&query.filter, &query.time, &memory)) {
+                        allowed.insert(id);
+                    }
+                    Ok(())
+                })?;
                 continue;
             }
             let sql = format!("SELECT body FROM m{} WHERE owner = ?1", suffix(*month));
             let mut statement = snapshot.prepare_cached(&sql)?;
             let mut found = statement.query([number])?;
             while let Some(row) = found.next()? {
-                look(row)?;
+                let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
+                if meets(&query.filter, &query.time, &memory) {
+                    allowed.insert(memory.id);
+                }
             }
         }
         Ok(allowed)

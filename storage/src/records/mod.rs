@@ -41,6 +41,7 @@ pub mod words;
 use crate::codec;
 use crate::error::StorageError;
 use crate::facts;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -101,6 +102,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn configure(connection: &Connection, cache_kib: u32) -> Result<(), rusqlite::Error> {
     connection.set_prepared_statement_cache_capacity(1024);
+    // Statements are planned once, not again for each value that is bound to them.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.execute_batch(&format!(
         "PRAGMA page_size=4096; PRAGMA cache_size=-{cache_kib}; PRAGMA temp_store=MEMORY; PRAGMA mmap_size=0;"
     ))
