@@ -121,6 +121,10 @@ fn open(disk: &Arc<dyn Disk>) -> Result<Shard> {
 fn apply(shard: &Shard, index: &mut u64, batch: &Batch) -> Result<()> {
     *index += 1;
     shard.apply(&[Entry { epoch: 1, index: *index, batch: Some(batch) }], b"")?;
+    // What a node does beside it.
+    if shard.seal_due() {
+        shard.seal()?;
+    }
     Ok(())
 }
 

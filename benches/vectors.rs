@@ -5,6 +5,7 @@
 //! - `graph`: 50,000 and 100,000 × 384, to a recall of ten of at least 0.99: searches a second, time to build, bytes touched;
 //! - `scoped`: searches of one user's 1,000 of 50,000, through the whole store, also with a filter on metadata that one in a hundred meets;
 //! - `scale`: 100,000, 1,000,000 and 10,000,000 vectors at 1,000 a scope, codes only: bytes, opening, searches;
+//! - `product`: 50,000 × 384 of 50 users and of one, with the vectors, with codes alone and with product codes: bytes, recall, searches;
 //! - `writing`: searches while 5,000 vectors a second are written, sealed and merged, against the same without.
 //!
 //! Peers (`benches/peers/requirements.txt`) run if `LOCI_BENCH_PYTHON` names a Python that has them; hnsw_rs always does. Everything is on one
@@ -24,7 +25,7 @@ use storage::vectors::cpu::Level;
 use storage::vectors::graph::{Graph, GraphOptions, Points};
 use storage::vectors::rows::{Index, Kind, Rows, Wanted};
 use storage::vectors::scan::{Asked, Best, scan};
-use storage::vectors::segment::{Segment, Writer};
+use storage::vectors::segment::{Precision, Segment, Writer};
 use storage::vectors::{VectorOptions, dot, dot_rows, near};
 use storage::{Entry, SearchQuery, Shard, ShardOptions};
 
@@ -327,7 +328,7 @@ impl Bench {
         let kind = Kind { owner: Owner::Global, space: "s".into(), dimension: DIMENSION };
         let listed: Vec<(u32, u32)> = order.iter().map(|row| (0, *row)).collect();
         let mut writer = Writer::create(&*self.disk, &path, Month::of(START))?;
-        writer.add(&kind, &[coded.rows(&base)], &listed, Some(&graph), true)?;
+        writer.add(&kind, &[coded.rows(&base)], &listed, Some(&graph), Precision::Full)?;
         drop(writer.finish(&*self.disk)?);
         drop((graph, coded));
         let before = resident()?;
@@ -460,7 +461,7 @@ impl Bench {
                 let mut coded = Coded::new(base.chunks_exact(DIMENSION));
                 coded.ids = (0..SCOPE).map(|at| id((scope * SCOPE + at) as u64)).collect();
                 let listed: Vec<(u32, u32)> = (0..SCOPE as u32).map(|row| (0, row)).collect();
-                writer.add(kind, &[coded.rows(&base)], &listed, None, false)?;
+                writer.add(kind, &[coded.rows(&base)], &listed, None, Precision::Codes)?;
                 vectors.write_at(bytemuck::cast_slice(&base), (scope * SCOPE * DIMENSION * 4) as u64)?;
                 if told.elapsed() > Duration::from_secs(10) {
                     told = Instant::now();
@@ -522,6 +523,60 @@ impl Bench {
             drop(segment);
             self.disk.remove(&path)?;
             self.disk.remove("vectors.f32")?;
+        }
+        Ok(())
+    }
+
+    fn product(&self) -> Result<()> {
+        let rows = self.count(50_000);
+        let clusters = Clusters::new(rows);
+        let (base, queries) = (clusters.many(rows, 2), clusters.many(QUERIES, 3));
+        for users in [50, 1] {
+            println!("\nproduct: {rows} x {DIMENSION} of {users} users, k {K}, whole memories answered");
+            let truth = truth(&base, &queries, |query, row| row % users == query % users);
+            let mut full = 0.0;
+            for (name, originals, compressed) in
+                [("vectors and codes", true, false), ("codes", false, false), ("product codes", false, true)]
+            {
+                let dir = self.dir.join("product");
+                let options = VectorOptions { originals, ..VectorOptions::default() };
+                let shard = self.shard("product", options)?;
+                fill(&shard, &base, users)?;
+                shard.seal()?;
+                while shard.merge()? {}
+                let begun = Instant::now();
+                while compressed && shard.compress(Month(i32::MAX))? {}
+                let took = begun.elapsed().as_secs_f64();
+                let mut bytes = 0;
+                for entry in std::fs::read_dir(&dir)? {
+                    let entry = entry?;
+                    if entry.path().extension().is_some_and(|ext| ext == "seg") {
+                        bytes += entry.metadata()?.len();
+                    }
+                }
+                let bytes = bytes as f64 / rows as f64;
+                full = if originals { bytes } else { full };
+                let (mut times, mut found) = (vec![], vec![]);
+                for at in (0..QUERIES).chain(0..QUERIES) {
+                    let query = search(at % users, row(&queries, at), None);
+                    let begun = Instant::now();
+                    let hits = shard.search(&query)?;
+                    times.push(begun.elapsed());
+                    found.push(hits.iter().map(|hit| number(&hit.memory.id) as u32).collect::<Vec<_>>());
+                }
+                // The first time reads the records from the disk.
+                let (times, found) = (&mut times[QUERIES..], &found[QUERIES..]);
+                println!(
+                    "  {name:18} {bytes:6.0} bytes a vector, {:4.1} % saved   recall {:.4}   p50 {:7.1} us  p99 {:7.1} us{}",
+                    100.0 * (1.0 - bytes / full),
+                    recall(found, &truth),
+                    us(percentile(times, 0.5)),
+                    us(percentile(times, 0.99)),
+                    if compressed { format!("   made in {took:.1} s") } else { String::new() },
+                );
+                drop(shard);
+                std::fs::remove_dir_all(dir)?;
+            }
         }
         Ok(())
     }
@@ -666,6 +721,7 @@ impl Coded {
     fn rows<'a>(&'a self, originals: &'a [f32]) -> Rows<'a> {
         Rows {
             dimension: DIMENSION,
+            product: None,
             codes: &self.codes,
             rests: &self.rests,
             scales: &self.scales,
@@ -782,6 +838,9 @@ fn main() -> Result<()> {
         }
         if wanted("scale") {
             bench.at_scale()?;
+        }
+        if wanted("product") {
+            bench.product()?;
         }
         if wanted("writing") {
             bench.writing()?;

@@ -66,6 +66,11 @@ pub struct Tuning {
     pub vector_buffer_bytes: usize,
     /// A scope with so many vectors in a month gets a graph.
     pub graph_rows_min: usize,
+    /// Of months that ended so many days ago only product codes are kept in the vector view: a fifth of the bytes, and searches that read
+    /// more from the records. Less than -31: of all months. Not given: of none.
+    pub product_after_days: Option<i64>,
+    /// Product codes are made for at least so many vectors of a dimension in a month.
+    pub product_rows_min: usize,
 }
 
 impl Default for Tuning {
@@ -82,6 +87,8 @@ impl Default for Tuning {
             access_flush_ms: 5000,
             vector_buffer_bytes: vectors.buffer_bytes_max,
             graph_rows_min: vectors.graph_rows_min,
+            product_after_days: None,
+            product_rows_min: vectors.product_rows_min,
         }
     }
 }
@@ -155,6 +162,7 @@ impl NodeConfig {
         let mut options = ShardOptions::default();
         options.vectors.buffer_bytes_max = self.tuning.vector_buffer_bytes;
         options.vectors.graph_rows_min = self.tuning.graph_rows_min.max(1);
+        options.vectors.product_rows_min = self.tuning.product_rows_min.max(1);
         options
     }
 

@@ -71,7 +71,7 @@ impl Node {
                     opened.shard.applied().0.index,
                     started.elapsed()
                 );
-                crate::upkeep::start(&opened.shard);
+                crate::upkeep::start(&opened.shard, config.tuning.product_after_days);
                 Some(Ledger::open(id, voters, disk.clone(), opened, peers.clone(), options).await?)
             }
             _ => None,

@@ -1,4 +1,4 @@
-//! The vector view's upkeep on a replica: its buffer is sealed when it is full, segments are merged when that is due.
+//! The vector view's upkeep on a replica: its buffer is sealed when it is full, segments are merged and old months compressed when that is due.
 //!
 //! The two go on side by side and beside everything else ([`storage::Shard::seal`]). A full disk leaves the vectors where they are, in memory and
 //! in the records, and is tried again; any other failure of the disk ends the process, as it does everywhere.
@@ -6,24 +6,37 @@
 use crate::ledger::recovery;
 use sim::time::Duration;
 use std::sync::{Arc, Weak};
+use storage::model::Month;
 use storage::{Shard, StorageError};
 
 /// How often it is looked whether something is due.
 const LOOK: Duration = Duration::from_millis(500);
+const DAY_MS: i64 = 24 * 3600 * 1000;
 /// The pause after a full disk doubles up to this.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
-pub fn start(shard: &Arc<Shard>) {
+/// `product_after_days`: see [`crate::config::Tuning`].
+pub fn start(shard: &Arc<Shard>, product_after_days: Option<i64>) {
     let sealed = |shard: &Shard| match shard.seal_due() {
         true => shard.seal().map(|()| true),
         false => Ok(false),
     };
     sim::task::spawn(keep(Arc::downgrade(shard), "sealing vectors", sealed));
-    sim::task::spawn(keep(Arc::downgrade(shard), "merging vectors", Shard::merge));
+    let merged = move |shard: &Shard| match product_after_days {
+        _ if shard.merge()? => Ok(true),
+        Some(days) => {
+            shard.compress(Month::of(sim::time::calendar_ms().saturating_sub(days.saturating_mul(DAY_MS))))
+        }
+        None => Ok(false),
+    };
+    sim::task::spawn(keep(Arc::downgrade(shard), "merging vectors", merged));
 }
 
 /// Does what is due, as long as the shard is there. `work` says whether it did something: then there may be more.
-async fn keep(shard: Weak<Shard>, what: &str, work: fn(&Shard) -> Result<bool, StorageError>) {
+async fn keep<W>(shard: Weak<Shard>, what: &str, work: W)
+where
+    W: Fn(&Shard) -> Result<bool, StorageError> + Copy + Send + 'static,
+{
     let mut pause = LOOK;
     while let Some(shard) = shard.upgrade() {
         let worker = shard.clone();

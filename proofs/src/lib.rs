@@ -102,6 +102,7 @@ pub fn options() -> ShardOptions {
         ef_search: 32,
         merge_segments: 2,
         originals: true,
+        product_rows_min: 3,
     };
     ShardOptions { vectors, ..ShardOptions::default() }
 }

@@ -12,7 +12,7 @@ use sim::disk::simulated::{DiskFaults, SimDisk};
 use std::sync::Arc;
 use storage::bases::Bases;
 use storage::log::{Log, LogError, LogOptions};
-use storage::model::Batch;
+use storage::model::{Batch, Month};
 use storage::{Shard, StorageError, codec};
 
 const ENTRIES: u64 = 26;
@@ -47,6 +47,10 @@ fn work(disk: &Arc<dyn Disk>, entries: &[Batch], told: &mut Told) -> Result<(), 
         }
         if index % 4 == 0 {
             while views.merge()? {}
+        }
+        // And then nothing but product codes.
+        if index % 7 == 0 {
+            while views.compress(Month(i32::MAX))? {}
         }
         if index % 5 == 0 {
             told.checkpoint = views.checkpoint()?.index;

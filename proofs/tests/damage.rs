@@ -53,6 +53,9 @@ fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
         if index % 10 == 0 {
             while shard.merge()? {}
         }
+        if index % 14 == 0 {
+            while shard.compress(Month(i32::MAX))? {}
+        }
         if index % 12 == 0 {
             shard.checkpoint()?;
             log.purge_to(index - 3)?;

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | *seal*: the buffer becomes segments, one a month | nothing | the manifest names them |
 //! | *merge*: some segments of a month become one, with graphs for its large scopes, without the dead | nothing | likewise |
+//! | *compress*: an old month's segments are made anew from the records, with product codes alone | nothing | likewise |
 //! | *heal*: a month's segments are made anew from the records | seals and merges | likewise |
 //!
 //! **The order that makes it safe.** A seal freezes the buffer at position S, writes its segments, makes the *records* durable up to S,
@@ -17,14 +18,16 @@
 
 use crate::error::StorageError;
 use crate::model::{Memory, Month, Position};
+use crate::records::Records;
 use crate::records::months::{self, Months, suffix};
 use crate::records::rows;
 use crate::shard::{Shard, lock};
 use crate::vectors::buffer::Buffer;
 use crate::vectors::graph::{Graph, Points};
 use crate::vectors::manifest::{self, Manifest};
+use crate::vectors::product;
 use crate::vectors::rows::{Bitmap, Hash, Kind, Rows};
-use crate::vectors::segment::{Block, Segment, Writer};
+use crate::vectors::segment::{Block, Precision, Segment, Writer};
 use crate::vectors::{Coded, Failed, Frozen, Kill, Live, Tree, VectorOptions, codes};
 use rusqlite::{Connection, params};
 use sim::disk::Disk;
@@ -38,6 +41,51 @@ const REBUILD_BUFFERS: usize = 4;
 
 /// A segment and its number.
 type Numbered = (u64, Arc<Segment>);
+
+/// Where vectors are made anew from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Snapshot(&'a Connection),
+    /// Nobody's reader is held for long. What is superseded meanwhile may be found or not: what died is taken over afterwards.
+    Records(&'a Records),
+}
+
+/// The dimensions that product codes are made of, and the points that were made for that.
+#[derive(Default)]
+struct Books {
+    dimensions: BTreeSet<usize>,
+    trained: BTreeMap<usize, Vec<f32>>,
+}
+
+/// An owner's number and an id.
+type Place = (i64, Vec<u8>);
+
+/// Some of a month's vectors, in the order of owners and ids, and where to go on.
+fn gather(
+    db: &Connection,
+    month: Month,
+    up_to: Position,
+    (owner, id): Place,
+    options: &VectorOptions,
+) -> Result<(Buffer, Option<Place>), StorageError> {
+    let sql = format!(
+        "SELECT body, vector, position, owner, id FROM m{} WHERE (owner, id) > (?1, ?2) AND position <= ?3
+         AND vector != x'' ORDER BY owner, id",
+        suffix(month)
+    );
+    let mut statement = db.prepare_cached(&sql)?;
+    let mut found = statement.query(params![owner, id, rows::pack(up_to)])?;
+    let mut buffer = Buffer::default();
+    while let Some(row) = found.next()? {
+        let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
+        let memory = rows::decode_body(blob(0)?)?;
+        buffer.insert(&Coded::new(&memory, row.get(2)?, rows::vector_from(blob(1)?)));
+        if buffer.bytes() >= options.buffer_bytes_max.saturating_mul(REBUILD_BUFFERS) {
+            return Ok((buffer, Some((row.get(3)?, row.get(4)?))));
+        }
+    }
+    Ok((buffer, None))
+}
 
 /// Who may do what at a time.
 #[derive(Default)]
@@ -121,73 +169,80 @@ impl Upkeep {
         buffer: &Buffer,
         month: Month,
         options: &VectorOptions,
+        books: &mut Books,
     ) -> Result<Option<Numbered>, StorageError> {
         self.segment(disk, dir, month, |writer| {
+            let mut placed = BTreeMap::new();
+            for dimension in &books.dimensions {
+                let of = || buffer.of_month(month).filter(|(_, block)| block.kind.dimension == *dimension);
+                let vectors: Vec<&[f32]> =
+                    of().flat_map(|(_, block)| block.rows().originals.chunks_exact(*dimension)).collect();
+                if !vectors.is_empty() {
+                    let book = books.trained.entry(*dimension).or_insert_with(|| product::train(&vectors));
+                    placed.insert(*dimension, writer.book(book)?);
+                }
+            }
             for (_, block) in buffer.of_month(month) {
-                let rows = block.rows();
+                let (rows, dimension) = (block.rows(), block.kind.dimension);
                 let mut order: Vec<(u32, u32)> = (0..rows.len() as u32).map(|row| (0, row)).collect();
                 order.sort_by_key(|(_, row)| rows.ids[*row as usize]);
-                writer.add(&block.kind, &[rows], &order, None, options.originals)?;
+                let precision = match (placed.get(&dimension), books.trained.get(&dimension)) {
+                    (Some(at), Some(book)) => Precision::Product(book, *at),
+                    _ if options.originals => Precision::Full,
+                    _ => Precision::Codes,
+                };
+                writer.add(&block.kind, &[rows], &order, None, precision)?;
             }
             Ok(())
         })
     }
 
-    /// Makes a month's segments from the records: the vectors that memories got up to a position.
+    /// Makes a month's segments from the records: the vectors that memories got up to a position, as far as they still have them.
     fn rebuild(
         &self,
         disk: &dyn Disk,
         dir: &str,
-        db: &Connection,
+        source: Source<'_>,
         month: Month,
         up_to: Position,
         options: &VectorOptions,
+        dimensions: BTreeSet<usize>,
     ) -> Result<Vec<Numbered>, StorageError> {
         let mut made = vec![];
-        match self.gather(disk, dir, db, month, up_to, options, &mut made) {
+        let mut books = Books { dimensions, trained: BTreeMap::new() };
+        let mut gather = || -> Result<(), StorageError> {
+            let begun = Instant::now();
+            let (mut after, mut done) = (Some((i64::MIN, vec![])), 0);
+            while let Some(from) = after {
+                let buffer;
+                (buffer, after) = match source {
+                    Source::Snapshot(db) => gather(db, month, up_to, from, options)?,
+                    Source::Records(records) => {
+                        let reader = records.reader();
+                        if !months::load(&reader)?.contains_key(&month) {
+                            // It was dropped.
+                            break;
+                        }
+                        gather(&reader, month, up_to, from, options)?
+                    }
+                };
+                done += buffer.rows();
+                if buffer.rows() > 0 {
+                    made.extend(self.write(disk, dir, &buffer, month, options, &mut books)?);
+                }
+                if after.is_some() {
+                    sim::info!("making the vectors of {month} anew: {done} after {:?}", begun.elapsed());
+                }
+            }
+            Ok(disk.sync_dir(dir)?)
+        };
+        match gather() {
             Ok(()) => Ok(made),
             Err(error) => {
                 self.discard(disk, &made);
                 Err(error)
             }
         }
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "what `rebuild` was given, and where to put what is made")]
-    fn gather(
-        &self,
-        disk: &dyn Disk,
-        dir: &str,
-        db: &Connection,
-        month: Month,
-        up_to: Position,
-        options: &VectorOptions,
-        made: &mut Vec<Numbered>,
-    ) -> Result<(), StorageError> {
-        let mut progress = Progress::new(format!("making the vectors of {month} anew"));
-        let sql = format!(
-            "SELECT body, vector, position FROM m{} WHERE position <= ?1 AND vector != x'' ORDER BY owner, id",
-            suffix(month)
-        );
-        let mut statement = db.prepare_cached(&sql)?;
-        let mut found = statement.query([rows::pack(up_to)])?;
-        let (mut buffer, mut done) = (Buffer::default(), 0);
-        while let Some(row) = found.next()? {
-            let blob = |at| row.get_ref(at)?.as_blob().map_err(rusqlite::Error::from);
-            let memory = rows::decode_body(blob(0)?)?;
-            buffer.insert(&Coded::new(&memory, row.get(2)?, rows::vector_from(blob(1)?)));
-            done += 1;
-            if buffer.bytes() >= options.buffer_bytes_max.saturating_mul(REBUILD_BUFFERS) {
-                made.extend(self.write(disk, dir, &buffer, month, options)?);
-                buffer = Buffer::default();
-                sim::info!("{}: {done} so far", progress.what);
-                progress.told = Instant::now();
-            }
-        }
-        if buffer.rows() > 0 {
-            made.extend(self.write(disk, dir, &buffer, month, options)?);
-        }
-        Ok(disk.sync_dir(dir)?)
     }
 
     /// All months' segments, from the records as `db` shows them.
@@ -201,7 +256,15 @@ impl Upkeep {
     ) -> Result<Vec<Numbered>, StorageError> {
         let mut made = vec![];
         for month in months::load(db)?.keys() {
-            made.extend(self.rebuild(disk, dir, db, *month, position, options)?);
+            made.extend(self.rebuild(
+                disk,
+                dir,
+                Source::Snapshot(db),
+                *month,
+                position,
+                options,
+                BTreeSet::new(),
+            )?);
         }
         Ok(made)
     }
@@ -222,7 +285,7 @@ impl Upkeep {
         &self,
         disk: &dyn Disk,
         dir: &str,
-        records: &crate::records::Records,
+        records: &Records,
         applied: Position,
         options: VectorOptions,
     ) -> Result<Tree, StorageError> {
@@ -313,7 +376,8 @@ impl Upkeep {
             sim::trace::probe("vectors: a month made anew");
             sim::warn!("{dir}: making the vectors of {month} anew from the records");
             tree.segments.retain(|live| live.segment.month != month);
-            let made = self.rebuild(disk, dir, db, month, tree.sealed, &tree.options)?;
+            let source = Source::Snapshot(db);
+            let made = self.rebuild(disk, dir, source, month, tree.sealed, &tree.options, BTreeSet::new())?;
             // What they hold is alive now.
             let kills = tree.next_kill();
             made.into_iter().for_each(|(number, segment)| tree.adopt(number, segment, kills));
@@ -463,6 +527,7 @@ impl Shard {
                     &buffer,
                     month,
                     &self.vector_options,
+                    &mut Books::default(),
                 )?);
             }
             self.disk.sync_dir(&self.dir)?;
@@ -500,24 +565,7 @@ impl Shard {
         };
         let merged = self.merged(&inputs, month);
         let numbers: Vec<u64> = inputs.iter().map(|(number, ..)| *number).collect();
-        let outcome = merged.and_then(|made| {
-            let _changing = lock(&self.upkeep.changing);
-            // An import, or a dropped month, takes segments away.
-            let all_there = {
-                let tree = self.tree();
-                numbers.iter().all(|number| tree.segments.iter().any(|live| live.number == *number))
-            };
-            if all_there {
-                self.commit(made, &numbers, kills_from, None)
-            } else {
-                self.upkeep.discard(&*self.disk, made.as_slice());
-                Ok(())
-            }
-        });
-        let mut tree = self.tree_mut();
-        tree.needed_kills = None;
-        tree.forget_kills();
-        drop(tree);
+        let outcome = self.replace(merged, &numbers, kills_from);
         match outcome {
             Err(StorageError::Damaged { what, problem }) => {
                 drop(_merging);
@@ -585,13 +633,70 @@ impl Shard {
                     order = renumbered.iter().map(|row| order[*row as usize]).collect();
                     graph
                 });
-                writer.add(kind, &sources, &order, graph.as_ref(), originals)?;
+                let precision = if originals { Precision::Full } else { Precision::Codes };
+                writer.add(kind, &sources, &order, graph.as_ref(), precision)?;
                 progress.at(writer.rows(), all);
             }
             Ok(())
         })?;
         self.disk.sync_dir(&self.dir)?;
         Ok(made.into_iter().collect())
+    }
+
+    fn rebuilt(
+        &self,
+        month: Month,
+        up_to: Position,
+        dimensions: BTreeSet<usize>,
+    ) -> Result<Vec<Numbered>, StorageError> {
+        let source = Source::Records(&self.records);
+        let (disk, options) = (&*self.disk, &self.vector_options);
+        self.upkeep.rebuild(disk, &self.dir, source, month, up_to, options, dimensions)
+    }
+
+    /// Keeps only product codes of the vectors of one month before another, if there is one of which it does not; says whether there was.
+    /// Searches and applying go on meanwhile.
+    pub fn compress(&self, before: Month) -> Result<bool, StorageError> {
+        let _merging = lock(&self.upkeep.merging);
+        let (month, dimensions, numbers, sealed, kills_from) = {
+            let mut tree = self.tree_mut();
+            let Some((month, dimensions)) = tree.product_due(before) else { return Ok(false) };
+            tree.needed_kills = Some(tree.sealed_kills);
+            let of_month = tree.segments.iter().filter(|live| live.segment.month == month);
+            let numbers: Vec<u64> = of_month.map(|live| live.number).collect();
+            (month, dimensions, numbers, tree.sealed, tree.sealed_kills)
+        };
+        let made = self.rebuilt(month, sealed, dimensions);
+        self.replace(made, &numbers, kills_from)?;
+        sim::trace::probe("vectors: compressed");
+        Ok(true)
+    }
+
+    /// Puts what was made in the place of segments, if those are still there.
+    fn replace(
+        &self,
+        made: Result<Vec<Numbered>, StorageError>,
+        numbers: &[u64],
+        kills_from: u64,
+    ) -> Result<(), StorageError> {
+        let outcome = made.and_then(|made| {
+            let _changing = lock(&self.upkeep.changing);
+            // An import, or a dropped month, takes segments away.
+            let all_there = {
+                let tree = self.tree();
+                numbers.iter().all(|number| tree.segments.iter().any(|live| live.number == *number))
+            };
+            if all_there {
+                self.commit(made, numbers, kills_from, None)
+            } else {
+                self.upkeep.discard(&*self.disk, &made);
+                Ok(())
+            }
+        });
+        let mut tree = self.tree_mut();
+        tree.needed_kills = None;
+        tree.forget_kills();
+        outcome
     }
 
     /// Makes a month's segments anew from the records. Searches and applying go on meanwhile, but for what waits for it.
@@ -611,17 +716,7 @@ impl Shard {
         }
         sim::trace::probe("vectors: a month healed");
         sim::error!("{}: making the vectors of {month} anew from the records ({reason})", self.dir);
-        let reader = self.records.reader();
-        let snapshot = reader.unchecked_transaction()?;
-        let made = match months::load(&snapshot)?.contains_key(&month) {
-            true => {
-                self.upkeep.rebuild(&*self.disk, &self.dir, &snapshot, month, sealed, &self.vector_options)?
-            }
-            false => vec![],
-        };
-        drop(snapshot);
-        // Searches hold the tree and wait for a reader.
-        drop(reader);
+        let made = self.rebuilt(month, sealed, BTreeSet::new())?;
         self.commit(made, &without, kills, None)?;
         let mut tree = self.tree_mut();
         tree.suspects.remove(&month);

@@ -67,6 +67,11 @@ impl Cluster {
         };
         // Some clusters have an SSD's fsync, some a rotating disk's: what is under way when the power goes differs much.
         let slow_disks = sim::rand::chance(0.3);
+        // Some keep product codes alone, of every month as soon as it has a few vectors.
+        let product = match sim::rand::chance(0.3) {
+            true => format!("product_after_days = -40\nproduct_rows_min = {}\n", 10 + sim::rand::below(60)),
+            false => String::new(),
+        };
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         for (name, id) in names.chain(edges) {
@@ -76,7 +81,7 @@ impl Cluster {
             let text = format!(
                 "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\nbase_bytes_min = 50000\n\
-                 vector_buffer_bytes = {}\ngraph_rows_min = {}\n",
+                 vector_buffer_bytes = {}\ngraph_rows_min = {}\n{product}",
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 60 + sim::rand::below(200),
                 sim::rand::below(40),

@@ -86,6 +86,7 @@ impl Block {
     pub fn rows(&self) -> Rows<'_> {
         Rows {
             dimension: self.kind.dimension,
+            product: None,
             codes: &self.codes,
             rests: &self.rests,
             scales: &self.scales,

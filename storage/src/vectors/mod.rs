@@ -10,6 +10,7 @@
 //!   here is ever lost, and a disk that lies costs time.
 //! - [`segment`]: immutable, checksummed, mapped. [`manifest`]: which of them count, and which of their rows are dead.
 //! - [`codes`]: vectors as small integers with a proven bound; [`scan`]: exact search with their help; [`dot`]: what decides.
+//! - [`product`]: as little as can be kept of vectors that are seldom searched.
 //! - [`graph`]: approximate search in large scopes, in which every point is found.
 //!
 //! **What belongs together.** A search compares vectors of one owner, one embedding space and one dimension only ([`rows::Kind`]); of each
@@ -28,6 +29,7 @@ pub mod cpu;
 mod dot;
 pub mod graph;
 pub mod manifest;
+pub mod product;
 pub mod rows;
 pub mod scan;
 pub mod segment;
@@ -44,7 +46,7 @@ use manifest::{Manifest, Named};
 use rows::{Bitmap, Hash, Kind, Rows, Wanted};
 use scan::{Asked, Best, Fetch, Scored};
 use segment::Segment;
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 #[derive(Clone, Debug)]
@@ -60,6 +62,8 @@ pub struct VectorOptions {
     pub merge_segments: usize,
     /// Segments keep the vectors themselves, beside their codes. Else the few that must be compared are read from the records.
     pub originals: bool,
+    /// Product codes are made for at least so many vectors of a dimension in a month: fewer do not pay for their points.
+    pub product_rows_min: usize,
 }
 
 impl Default for VectorOptions {
@@ -71,6 +75,7 @@ impl Default for VectorOptions {
             ef_search: 48,
             merge_segments: 4,
             originals: true,
+            product_rows_min: 4096,
         }
     }
 }
@@ -186,6 +191,16 @@ impl Live {
         for row in self.killed(kill) {
             self.sealed_dead.insert(row);
         }
+    }
+
+    /// Of each block: whether product codes are all it has, its dimension and its rows.
+    fn blocks(&self) -> impl Iterator<Item = (bool, usize, usize)> {
+        let of = |at| (self.segment.is_product(at), self.segment.dimension_of(at), self.segment.rows_of(at));
+        (0..self.segment.blocks()).map(of)
+    }
+
+    fn is_product(&self) -> bool {
+        self.blocks().any(|(product, ..)| product)
     }
 
     fn due(&self) -> bool {
@@ -341,10 +356,12 @@ impl Tree {
         while at < self.segments.len() {
             let month = self.segments[at].segment.month;
             let of_month = self.segments[at..].iter().take_while(|live| live.segment.month == month).count();
-            let segments = &self.segments[at..at + of_month];
+            // What has product codes cannot be merged, but made again: see [`Tree::product_due`].
+            let segments: Vec<&Live> =
+                self.segments[at..at + of_month].iter().filter(|live| !live.is_product()).collect();
             at += of_month;
             // Sizes that differ by less than four times are about the same.
-            let tier = |live: &&Live| (live.segment.rows.max(1).ilog2()) / 2;
+            let tier = |live: &&&Live| (live.segment.rows.max(1).ilog2()) / 2;
             let mut tiers: Vec<u32> = segments.iter().map(|live| tier(&live)).collect();
             tiers.sort_unstable();
             tiers.dedup();
@@ -359,6 +376,28 @@ impl Tree {
             }
             if let Some(live) = segments.iter().find(|live| live.due() || self.wants_graph(live)) {
                 return Some(vec![live.number]);
+            }
+        }
+        None
+    }
+
+    /// A month, of those before one, that product codes are to be made of, and for which dimensions.
+    pub fn product_due(&self, before: Month) -> Option<(Month, BTreeSet<usize>)> {
+        let months: BTreeSet<Month> = self.segments.iter().map(|live| live.segment.month).collect();
+        for month in months {
+            let of_month = || self.segments.iter().filter(|live| live.segment.month == month);
+            // Of each dimension the rows that have product codes, and those that have not.
+            let mut rows: BTreeMap<usize, [usize; 2]> = BTreeMap::new();
+            for (product, dimension, count) in of_month().flat_map(Live::blocks) {
+                rows.entry(dimension).or_default()[!product as usize] += count;
+            }
+            let many = |[product, not]: &[usize; 2]| product + not >= self.options.product_rows_min;
+            let worth = |[product, not]: &[usize; 2]| *not as f64 >= DEAD_SHARE * (product + not) as f64;
+            let due = month < before && rows.values().any(|rows| many(rows) && worth(rows))
+                || of_month().any(|live| live.is_product() && live.due());
+            if due {
+                let of = rows.into_iter().filter(|(_, rows)| many(rows)).map(|(dimension, _)| dimension);
+                return Some((month, of.collect()));
             }
         }
         None
@@ -441,14 +480,22 @@ impl Tree {
                 return;
             }
             let (mut codes, mut rests) = (vec![], vec![]);
-            let (scale, _) = codes::encode(vector, &mut codes, &mut rests);
-            let coded = rows.codes_of(row) == codes && rows.rests_of(row) == rests;
             let at = row as usize;
-            let kept = (rows.scales[at], rows.positions[at], rows.statuses[at], rows.expires[at]);
+            let coded = match &rows.product {
+                Some(product) => {
+                    product.book.encode(vector, &mut codes);
+                    product.codes[at * codes.len()..][..codes.len()] == codes
+                }
+                None => {
+                    let (scale, _) = codes::encode(vector, &mut codes, &mut rests);
+                    rows.codes_of(row) == codes && rows.rests_of(row) == rests && rows.scales[at] == scale
+                }
+            };
+            let kept = (rows.positions[at], rows.statuses[at], rows.expires[at]);
             let expires = memory.expires.unwrap_or(UnixMs::MAX);
             found += 1;
             same += (coded
-                && kept == (scale, position, memory.status as u8, expires)
+                && kept == (position, memory.status as u8, expires)
                 && rows.original(row).is_none_or(|original| original == vector)) as usize;
         };
         if let Some(block) = self.buffer.block(&hash, month) {

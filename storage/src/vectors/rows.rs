@@ -1,6 +1,7 @@
 //! The rows of one block: the vectors of one owner, space and month, by column.
 
 use super::codes::{self, Loss};
+use super::product::Book;
 use crate::codec;
 use crate::model::{MemoryId, Owner, Status, UnixMs};
 use bincode::{Decode, Encode};
@@ -30,6 +31,8 @@ impl Kind {
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
     pub dimension: usize,
+    /// In the place of codes, rests and scales.
+    pub product: Option<Product<'a>>,
     /// [`codes::stride`] bytes a row.
     pub codes: &'a [u8],
     /// Half as many.
@@ -47,6 +50,14 @@ pub struct Rows<'a> {
     /// All are active and never expire.
     pub plain: bool,
     pub index: Index<'a>,
+}
+
+/// Rows that only [`super::product`] codes are kept of.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    pub book: Book<'a>,
+    /// [`super::product::parts`] bytes a row.
+    pub codes: &'a [u8],
 }
 
 /// How a row is found by its id.

@@ -3,7 +3,8 @@
 use super::codes::Query;
 use super::cpu::Level;
 use super::dot::dot_rows;
-use super::rows::{Rows, Wanted};
+use super::product::{self, Table};
+use super::rows::{Product, Rows, Wanted};
 use crate::error::StorageError;
 use crate::model::MemoryId;
 use std::cmp::{Ordering, Reverse};
@@ -11,6 +12,9 @@ use std::collections::BinaryHeap;
 
 /// Rows whose estimates are computed at once.
 const CHUNK: usize = 128;
+/// Of rows with nothing but product codes so many times k are scored by f32, and at least so many.
+const RESCORED: usize = 8;
+const RESCORED_MIN: usize = 64;
 
 /// A score, an id and whose it is (as a place in the search's owners); the greatest is the worst, so that a heap gives it up first.
 pub struct Scored(pub f32, pub MemoryId, pub usize);
@@ -155,6 +159,9 @@ pub fn scan(
         found.retain(|row| wanted.has(rows, *row));
         return decide(asked, rows, found.into_iter().map(|row| (f32::INFINITY, row)), whose, best, fetch);
     }
+    if let Some(product) = &rows.product {
+        return scan_product(asked, rows, product, wanted, whose, best, fetch);
+    }
     let all = wanted.all(rows);
     let bound = asked.query.bound(&rows.loss);
     let stride = super::codes::stride(rows.dimension);
@@ -183,6 +190,32 @@ pub fn scan(
     decide(asked, rows, candidates, whose, best, fetch)
 }
 
+/// The same where estimates promise nothing: more than the k best of them are scored by f32.
+fn scan_product(
+    asked: &Asked<'_>,
+    rows: &Rows<'_>,
+    product: &Product<'_>,
+    wanted: &Wanted<'_>,
+    whose: usize,
+    best: &mut Best,
+    fetch: Fetch<'_>,
+) -> Result<(), StorageError> {
+    let table = Table::new(product.book, asked.vector);
+    let all = wanted.all(rows);
+    let mut kept = Kth::new((RESCORED * best.k).max(RESCORED_MIN));
+    let mut candidates: Vec<(f32, u32)> = vec![];
+    let mut cut = f32::NEG_INFINITY;
+    for (row, codes) in (0..).zip(product.codes.chunks_exact(product::parts(rows.dimension))) {
+        let estimate = table.sum(codes);
+        if estimate >= cut && (all || wanted.has(rows, row)) {
+            candidates.push((estimate, row));
+            cut = kept.push(estimate).unwrap_or(cut);
+        }
+    }
+    candidates.retain(|(estimate, _)| *estimate >= cut);
+    decide(asked, rows, candidates.into_iter().map(|(_, row)| (f32::INFINITY, row)), whose, best, fetch)
+}
+
 /// Scores candidates by f32. Each comes with what its score is at most, the best first.
 pub fn decide(
     asked: &Asked<'_>,
@@ -200,6 +233,7 @@ pub fn decide(
         let id = rows.ids[row as usize];
         let score = match rows.original(row) {
             Some(vector) => asked.exact(vector),
+            None if rows.product.is_some() => asked.exact(&fetch(&id)?),
             None => {
                 let scale = rows.scales[row as usize];
                 let refined = asked.query.refined(asked.level, rows.codes_of(row), rows.rests_of(row), scale);

@@ -1,28 +1,32 @@
 //! An immutable file of vectors, opened by mapping it.
 //!
 //! ```text
-//! LOCISEG1 │ block │ block │ … │ directory │ footer
+//! LOCISEG1 │ [book …] │ block │ block │ … │ directory │ footer
 //! block:     head · codes · rests · scales · ids · positions · expiries · statuses · [order · graph] ┊ [originals]
+//!         or head · product codes    · ids · positions · expiries · statuses
 //! ```
 //!
 //! A block holds the rows of one kind ([`Kind`]: owner, space, dimension), sorted by id, or, with a graph, in the order in which searches visit
 //! them. The directory is sorted by the kinds' hashes. Every section begins at a multiple of 64 bytes; numbers are little-endian.
 //!
 //! Opening reads the footer and the directory, both with checksums. A block's checksum is verified when it is first used, by reading it once:
-//! after that its bytes are believed, as memory is. The originals have a checksum of their own, since few of them are needed.
+//! after that its bytes are believed, as memory is. The originals have a checksum of their own, since few of them are needed; so has a book,
+//! the points of [`super::product`] that several blocks share.
 
 use super::codes::{self, Loss};
 use super::graph::{Graph, View};
-use super::rows::{Hash, Index, Kind, Rows};
+use super::product::{self, Book};
+use super::rows::{Hash, Index, Kind, Product, Rows};
 use crate::codec;
 use crate::error::StorageError;
 use crate::model::{MemoryId, Month, Status, UnixMs};
 use bincode::{Decode, Encode};
 use bytemuck::{Pod, Zeroable};
 use sim::disk::{Disk, File, Map};
+use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 #[cfg(target_endian = "big")]
 compile_error!("segments are little-endian and mapped as they are");
@@ -65,7 +69,28 @@ struct Entry {
     crc: u32,
     originals_crc: u32,
     dimension: u32,
-    has_graph: u32,
+    flags: u32,
+}
+
+const HAS_GRAPH: u32 = 1;
+const IS_PRODUCT: u32 = 2;
+
+/// What is kept of the vectors of a block.
+#[derive(Clone, Copy)]
+pub enum Precision<'a> {
+    /// Themselves, beside their codes.
+    Full,
+    Codes,
+    /// Product codes alone, by the points of a book and where that lies. The sources have the vectors themselves.
+    Product(&'a [f32], BookAt),
+}
+
+/// Where a book lies.
+#[derive(Clone, Copy, Encode, Decode)]
+pub struct BookAt {
+    offset: u64,
+    len: u64,
+    crc: u32,
 }
 
 /// What a block begins with.
@@ -78,6 +103,7 @@ struct Head {
     plain: bool,
     /// Of its graph: levels, and the lengths of links, side list and twins.
     graph: Option<(Vec<u32>, [u32; 3])>,
+    product: Option<BookAt>,
 }
 
 /// Where a block's sections are, from its beginning.
@@ -99,10 +125,14 @@ impl Layout {
             }
         };
         let [links, side, twins] = lengths;
+        let codes = match head.product {
+            Some(_) => [rows.checked_mul(product::parts(head.kind.dimension))?, 0, 0],
+            None => [rows.checked_mul(stride)?, rows.checked_mul(stride)? / 2, rows * 4],
+        };
         let sizes = [
-            rows.checked_mul(stride)?,
-            rows.checked_mul(stride)? / 2,
-            rows * 4,
+            codes[0],
+            codes[1],
+            codes[2],
             rows * 16,
             rows * 8,
             rows * 8,
@@ -152,8 +182,10 @@ pub struct Segment {
     file: Arc<dyn File>,
     map: Map,
     directory: Range<usize>,
-    /// Of each block: bit 0 its columns are verified, bit 1 its originals.
+    /// Of each block: bit 0 its columns (and its book) are verified, bit 1 its originals.
     verified: Vec<AtomicU8>,
+    /// The offsets of books that are verified.
+    books: Mutex<BTreeSet<u64>>,
 }
 
 fn damaged(path: &str, problem: impl Into<String>) -> StorageError {
@@ -188,7 +220,17 @@ impl Segment {
         }
         let verified = (0..entries).map(|_| AtomicU8::new(0)).collect();
         let (rows, month, len) = (footer.rows as usize, Month(footer.month), map.len() as u64);
-        Ok(Segment { month, rows, path: path.into(), len, file, map, directory, verified })
+        Ok(Segment {
+            month,
+            rows,
+            path: path.into(),
+            len,
+            file,
+            map,
+            directory,
+            verified,
+            books: Mutex::default(),
+        })
     }
 
     fn entries(&self) -> &[Entry] {
@@ -288,9 +330,20 @@ impl Segment {
         }
         let order: &[u32] = column(bytes, order);
         let [norm, coarse, fine] = head.loss;
+        let mut of_product = None;
+        let mut codes = &bytes[codes];
+        if let Some(at) = &head.product {
+            let book = self.book(at, head.kind.dimension, verified & 1 == 0).map_err(|e| match e {
+                Some(error) => error,
+                None => problem("the block's book does not fit it"),
+            })?;
+            of_product = Some(Product { book: Book::of(book), codes });
+            codes = &[];
+        }
         let rows = Rows {
             dimension: head.kind.dimension,
-            codes: &bytes[codes],
+            product: of_product,
+            codes,
             rests: &bytes[rests],
             scales: column(bytes, scales),
             ids: column::<MemoryId>(bytes, ids),
@@ -327,6 +380,24 @@ impl Segment {
         Ok(block)
     }
 
+    /// The points of a book, verified if that was not done before; no error if it lies nowhere.
+    fn book(&self, at: &BookAt, dimension: usize, verify: bool) -> Result<&[f32], Option<StorageError>> {
+        let place = || {
+            let from = usize::try_from(at.offset).ok().filter(|from| from.is_multiple_of(ALIGN))?;
+            let len = usize::try_from(at.len).ok().filter(|len| *len == product::numbers(dimension) * 4)?;
+            Some(from..from.checked_add(len).filter(|end| *end <= self.map.len())?)
+        };
+        let place = place().ok_or(None)?;
+        if verify {
+            let mut books = self.books.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if !books.contains(&at.offset) {
+                self.verify(place.clone(), at.crc, "points").map_err(Some)?;
+                books.insert(at.offset);
+            }
+        }
+        Ok(bytemuck::cast_slice(&self.map[place]))
+    }
+
     /// Reads what searches use once, so that none has to wait for that: whoever made it does this before it counts.
     pub fn warm(&self) -> Result<(), StorageError> {
         for (number, entry) in self.entries().iter().enumerate() {
@@ -341,7 +412,7 @@ impl Segment {
     }
 
     /// The dimensions of its vectors, each once.
-    pub fn dimensions(&self) -> std::collections::BTreeSet<usize> {
+    pub fn dimensions(&self) -> BTreeSet<usize> {
         self.entries().iter().map(|entry| entry.dimension as usize).collect()
     }
 
@@ -377,7 +448,17 @@ impl Segment {
     }
 
     pub fn has_graph(&self, number: usize) -> bool {
-        self.entries()[number].has_graph != 0
+        self.entries()[number].flags & HAS_GRAPH != 0
+    }
+
+    /// Whether product codes are all that the block has.
+    pub fn is_product(&self, number: usize) -> bool {
+        self.entries()[number].flags & IS_PRODUCT != 0
+    }
+
+    /// The dimension of a block's vectors, without looking at it.
+    pub fn dimension_of(&self, number: usize) -> usize {
+        self.entries()[number].dimension as usize
     }
 
     /// Rows of a block, without looking at it.
@@ -438,6 +519,16 @@ impl Writer {
         self.push(&[0; ALIGN][..missing as usize])
     }
 
+    /// Writes points that blocks refer to.
+    pub fn book(&mut self, points: &[f32]) -> Result<BookAt, StorageError> {
+        let offset = self.at();
+        self.crc = 0;
+        self.push(bytemuck::cast_slice(points))?;
+        let at = BookAt { offset, len: self.at() - offset, crc: self.crc };
+        self.align()?;
+        Ok(at)
+    }
+
     /// Adds a block of rows, `(source, row)` each, in the order in which they shall lie: by id, or as `graph` numbers them.
     pub fn add(
         &mut self,
@@ -445,10 +536,10 @@ impl Writer {
         sources: &[Rows<'_>],
         rows: &[(u32, u32)],
         graph: Option<&Graph>,
-        originals: bool,
+        precision: Precision<'_>,
     ) -> Result<(), StorageError> {
         let of = |at: &(u32, u32)| (&sources[at.0 as usize], at.1);
-        let used: std::collections::BTreeSet<u32> = rows.iter().map(|(source, _)| *source).collect();
+        let used: BTreeSet<u32> = rows.iter().map(|(source, _)| *source).collect();
         let loss = used.iter().fold(Loss::default(), |loss, source| loss.max(sources[*source as usize].loss));
         let plain = rows.iter().map(of).all(|(source, row)| {
             source.plain
@@ -463,6 +554,10 @@ impl Writer {
             loss: [loss.norm, loss.coarse, loss.fine],
             plain,
             graph: shape,
+            product: match precision {
+                Precision::Product(_, at) => Some(at),
+                _ => None,
+            },
         };
         let offset = self.at();
         self.crc = 0;
@@ -476,9 +571,18 @@ impl Writer {
             }
             self.align()
         };
-        column(&mut |w, source, row| w.push(source.codes_of(row)))?;
-        column(&mut |w, source, row| w.push(source.rests_of(row)))?;
-        column(&mut |w, source, row| w.push(&source.scales[row as usize].to_le_bytes()))?;
+        if let Precision::Product(points, _) = precision {
+            let (book, mut codes) = (Book::of(points), vec![]);
+            column(&mut |w, source, row| {
+                codes.clear();
+                book.encode(source.original(row).unwrap_or(&[]), &mut codes);
+                w.push(&codes)
+            })?;
+        } else {
+            column(&mut |w, source, row| w.push(source.codes_of(row)))?;
+            column(&mut |w, source, row| w.push(source.rests_of(row)))?;
+            column(&mut |w, source, row| w.push(&source.scales[row as usize].to_le_bytes()))?;
+        }
         column(&mut |w, source, row| w.push(&source.ids[row as usize]))?;
         column(&mut |w, source, row| w.push(&source.positions[row as usize].to_le_bytes()))?;
         column(&mut |w, source, row| w.push(&source.expires[row as usize].to_le_bytes()))?;
@@ -498,7 +602,7 @@ impl Writer {
         let (len, crc) = (self.at() - offset, self.crc);
         self.crc = 0;
         let mut originals_len = 0;
-        if originals {
+        if matches!(precision, Precision::Full) {
             for (source, row) in rows.iter().map(of) {
                 let vector = source.original(row).unwrap_or(&[]);
                 self.push(bytemuck::cast_slice(vector))?;
@@ -519,7 +623,8 @@ impl Writer {
             crc,
             originals_crc,
             dimension: kind.dimension as u32,
-            has_graph: graph.is_some() as u32,
+            flags: if graph.is_some() { HAS_GRAPH } else { 0 }
+                | if matches!(precision, Precision::Product(..)) { IS_PRODUCT } else { 0 },
         });
         self.rows += rows as usize;
         Ok(())
