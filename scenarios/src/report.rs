@@ -66,7 +66,7 @@ pub struct Report {
 }
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 18] = [
+pub const PROBES: [&str; 26] = [
     "disk: power losses",
     "disk: unsynced writes lost",
     "disk: unsynced writes torn",
@@ -82,6 +82,14 @@ pub const PROBES: [&str; 18] = [
     "log: repaired from peers",
     "log: rewritten after a failed sync",
     "replica: started over",
+    "vectors: sealed",
+    "vectors: merged",
+    "vectors: compressed",
+    "vectors: a month healed",
+    "vectors: a month made anew",
+    "vectors: made anew at the start",
+    "vectors: manifest unreadable",
+    "vectors: a month was counted wrongly",
     "views: a base could not be used",
     "views: damage found while serving",
     "views: made anew",

@@ -7,6 +7,8 @@ use crate::graph;
 use crate::log::{self, ENTRY_HEAD, HEAD_BYTES};
 use crate::records::{SCHEMA_VERSION, months, rows};
 use crate::snapshot::Piece;
+use crate::vectors::manifest::Manifest;
+use crate::vectors::segment::{self as vectors, Segment};
 use rusqlite::OpenFlags;
 use sim::disk::{Disk, checked, open_sqlite};
 use std::collections::BTreeMap;
@@ -35,16 +37,20 @@ pub fn inspect(disk: &dyn Disk, path: &str) -> Result<Inspection, String> {
     match name {
         _ if head[..read].starts_with(log::MAGIC) => segment(&whole()?, name, &mut found),
         _ if head[..read].starts_with(bases::MAGIC) => base(disk, path, len, &mut found)?,
+        _ if head[..read].starts_with(vectors::MAGIC) => vectors(disk, path, &mut found),
         _ if head[..read].starts_with(b"SQLite format 3\0") => database(disk, path, &mut found)?,
         _ if name.ends_with(".meta") => fact(&whole()?, name, &mut found),
         _ if name.ends_with(".mark") => mark(&whole()?, &mut found),
-        _ if head[..read].starts_with(&log::MAGIC[..7]) || head[..read].starts_with(&bases::MAGIC[..7]) => {
+        _ if [log::MAGIC, bases::MAGIC, vectors::MAGIC]
+            .iter()
+            .any(|magic| head[..read].starts_with(&magic[..7])) =>
+        {
             let version = head.get(7).map_or('?', |v| *v as char);
             return Err(format!(
                 "{path} has version {version}, which this build does not read: use the build that wrote it"
             ));
         }
-        _ if name.ends_with(".log") || name.ends_with(".snap") || name.ends_with(".db") => {
+        _ if [".log", ".snap", ".db", ".seg"].iter().any(|ending| name.ends_with(ending)) => {
             found.problems.push(format!("byte 0: it begins with {:02x?}, as no {name} does", &head[..read]));
         }
         _ => return Err(format!("{path} is no file of Loci's: see storage/FORMAT.md for what there is")),
@@ -114,10 +120,64 @@ fn fact(bytes: &[u8], name: &str, found: &mut Inspection) {
             }),
             Err(error) => found.problems.push(format!("the fact is unreadable: {error}")),
         },
+        "vectors.meta" => match codec::decode::<Manifest>(&payload) {
+            Ok(manifest) => {
+                say!(found, "  the vector view's segments at position {:?}", manifest.position);
+                for named in &manifest.segments {
+                    let (rows, dead) = (named.rows, named.dead.len());
+                    say!(
+                        found,
+                        "  segment {} of {}: {rows} rows, {dead} of them dead",
+                        named.number,
+                        named.month
+                    );
+                }
+            }
+            Err(error) => found.problems.push(format!("the fact is unreadable: {error}")),
+        },
         "condemned.meta" => {
             say!(found, "  the views are to be made anew: {}", String::from_utf8_lossy(&payload))
         }
         _ => say!(found, "  {payload:02x?}"),
+    }
+}
+
+fn vectors(disk: &dyn Disk, path: &str, found: &mut Inspection) {
+    let segment = match Segment::open(disk, path) {
+        Ok(segment) => segment,
+        Err(error) => return found.problems.push(error.to_string()),
+    };
+    say!(
+        found,
+        "segment of vectors of {}: {} rows in {} blocks, {} bytes",
+        segment.month,
+        segment.rows,
+        segment.blocks(),
+        segment.len
+    );
+    let mut kinds: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for number in 0..segment.blocks() {
+        match segment.block(number, true) {
+            Ok(block) => {
+                let kept = match () {
+                    _ if block.rows.product.is_some() => "product codes",
+                    _ if segment.has_originals(number) => "codes and vectors",
+                    _ => "codes",
+                };
+                let graph = if block.graph().is_some() { ", with a graph" } else { "" };
+                let of = kinds
+                    .entry(format!(
+                        "{} dimensions in {:?}, {kept}{graph}",
+                        block.kind.dimension, block.kind.space
+                    ))
+                    .or_default();
+                *of = (of.0 + 1, of.1 + block.rows.len());
+            }
+            Err(error) => found.problems.push(error.to_string()),
+        }
+    }
+    for (kind, (blocks, rows)) in kinds {
+        say!(found, "  {rows:10} of {kind}, in {blocks} blocks");
     }
 }
 
@@ -259,7 +319,9 @@ mod tests {
         let log = log::Log::open(disk.clone(), "log", log::LogOptions::default())?;
         let shard = Shard::open(disk.clone(), "views", ShardOptions::default())?;
         for index in 1..=20 {
-            let operation = Operation::Add(memory("t", index, "some text"));
+            let mut memory = memory("t", index, "some text");
+            (memory.vector, memory.space) = (vec![index as f32, 1.0], "s".into());
+            let operation = Operation::Add(memory);
             let (tenant, idempotency_key) = ("t".into(), String::new());
             let command = Command { tenant, idempotency_key, request_hash: [0; 16], now: 5, operation };
             let batch = Batch { commands: vec![command] };
@@ -268,6 +330,7 @@ mod tests {
             shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], b"")?;
         }
         log.purge_to(3)?;
+        shard.seal()?;
         shard.checkpoint()?;
         bases::Bases::open(disk.clone(), "bases")?.write(&shard)?;
         drop(shard);
@@ -281,7 +344,9 @@ mod tests {
                 let mut byte = [0];
                 // Behind what a slot of the mark holds are zeroes that nobody reads.
                 let late = if name.ends_with(".mark") { 4100 } else { file.len()? * 2 / 3 };
-                for at in [9, late] {
+                // Nor is the padding behind a magic.
+                let early = if name.ends_with(".seg") { 70 } else { 9 };
+                for at in [early, late] {
                     file.read_at(&mut byte, at)?;
                     if byte[0] == 0 && name.ends_with(".meta") {
                         continue;
@@ -294,7 +359,7 @@ mod tests {
                 kinds += 1;
             }
         }
-        assert!(kinds >= 5, "{kinds}");
+        assert!(kinds >= 7, "{kinds}");
         assert!(inspect(&*disk, "views/none").is_err());
         Ok(())
     }

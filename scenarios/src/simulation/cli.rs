@@ -7,7 +7,7 @@ use crate::spec::{self, SHIPPED};
 use clap::{Parser, Subcommand};
 use sim::trace::Level;
 use sim::world::{self, TraceLine};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -282,6 +282,10 @@ fn table(reports: &[Report]) -> ExitCode {
     for path in PROBES {
         let count = taken(path);
         println!("  {count:9} x {path}{}", if count == 0 { "  (never reached)" } else { "" });
+    }
+    let others: BTreeSet<&String> = reports.iter().flat_map(|r| r.probes.keys()).collect();
+    for path in others.into_iter().filter(|path| !PROBES.contains(&path.as_str())) {
+        println!("  {:9} x {path}  (not in the list)", taken(path));
     }
     let bad = reports.iter().filter(|r| r.verdict != Verdict::Pass);
     let bad: Vec<String> =
