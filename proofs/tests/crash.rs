@@ -9,7 +9,7 @@
 use proofs::{apply, digests, ledger, open};
 use sim::disk::Disk;
 use sim::disk::simulated::{DiskFaults, SimDisk};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use storage::bases::Bases;
 use storage::log::{Log, LogError, LogOptions};
 use storage::model::{Batch, Month};
@@ -161,9 +161,22 @@ fn crash_everywhere(modes: u64, step: usize, faults: DiskFaults) -> Result<u64, 
     Ok(points)
 }
 
+/// Rare paths are counted for the whole process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 #[test]
 fn nothing_that_was_promised_is_lost_to_a_power_loss_at_any_operation() -> Result<(), Failure> {
+    let _alone = ONE_AT_A_TIME.lock();
+    // What an honest disk never makes necessary: else the order of seals, merges and checkpoints is wrong.
+    let mended = || {
+        let paths =
+            ["a month was counted wrongly", "a month made anew", "a month healed", "manifest unreadable"];
+        let probes = sim::trace::probes();
+        paths.map(|path| probes.get(&*format!("vectors: {path}")).copied().unwrap_or(0))
+    };
+    let before = mended();
     let points = crash_everywhere(4, 1, DiskFaults::default())?;
+    assert_eq!(mended(), before);
     println!("crash points: {points}");
     assert!(points > 4000, "only {points}: the workload shrank");
     Ok(())
@@ -171,6 +184,7 @@ fn nothing_that_was_promised_is_lost_to_a_power_loss_at_any_operation() -> Resul
 
 #[test]
 fn a_disk_that_lies_about_its_syncs_is_caught() {
+    let _alone = ONE_AT_A_TIME.lock();
     let lies = DiskFaults { syncs_lie: true, ..DiskFaults::default() };
     let caught = crash_everywhere(1, 1, lies).expect_err("no lie was found out");
     println!("caught: {caught}");
@@ -179,6 +193,7 @@ fn a_disk_that_lies_about_its_syncs_is_caught() {
 /// The views' database without its syncs: the log's and the bases' are done.
 #[test]
 fn a_checkpoint_that_does_not_sync_is_caught() -> Result<(), StorageError> {
+    let _alone = ONE_AT_A_TIME.lock();
     let entries = ledger(ENTRIES);
     let mut caught = 0;
     for seed in 0..20 {

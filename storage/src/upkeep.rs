@@ -10,7 +10,8 @@
 //! **The order that makes it safe.** A seal freezes the buffer at position S, writes its segments, makes the *records* durable up to S,
 //! and only then replaces the manifest by one that says S. So a manifest never knows more than the records will after a power loss, and
 //! opening fills the buffer with what the records have behind S, which are at most a buffer's worth. What died behind S follows from the
-//! records' history. Merges leave out only what was dead at S.
+//! records' history. Merges leave out only what was dead at S. What is made anew from the records leaves out what died until then, so a
+//! checkpoint follows before it is named.
 //!
 //! **What if it is not so.** At every start each month's live rows are counted and compared with what the records count; a month that differs, or
 //! whose segments cannot be opened, is made anew, as are all when there is no manifest. A block that fails its checksum
@@ -424,6 +425,12 @@ fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), Sto
         Ok::<(), StorageError>(())
     };
     for month in months.keys() {
+        let sql = format!("SELECT min(position) FROM m{}", suffix(*month));
+        let first: Option<i64> = db.prepare_cached(&sql)?.query_row([], |row| row.get(0))?;
+        if first.is_none_or(|first| first > from) {
+            // Nothing is left of what the segments have, perhaps because the month was dropped and has come back.
+            tree.kill(Kill::Month(*month));
+        }
         let sql = format!("SELECT body, vector, position FROM m{} WHERE position > ?1", suffix(*month));
         let mut statement = db.prepare_cached(&sql)?;
         let mut found = statement.query([from])?;
@@ -651,7 +658,13 @@ impl Shard {
     ) -> Result<Vec<Numbered>, StorageError> {
         let source = Source::Records(&self.records);
         let (disk, options) = (&*self.disk, &self.vector_options);
-        self.upkeep.rebuild(disk, &self.dir, source, month, up_to, options, dimensions)
+        let made = self.upkeep.rebuild(disk, &self.dir, source, month, up_to, options, dimensions)?;
+        // What died since then is not in it, and must not come back to life with a power loss.
+        if let Err(error) = self.records.checkpoint() {
+            self.upkeep.discard(disk, &made);
+            return Err(error);
+        }
+        Ok(made)
     }
 
     /// Keeps only product codes of the vectors of one month before another, if there is one of which it does not; says whether there was.
