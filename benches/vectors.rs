@@ -12,9 +12,10 @@
 //! thread. `LOCI_BENCH_SCALE` shrinks all sizes (default 1.0); `cargo bench --bench vectors -- WORD…` runs only the parts named so.
 
 use hnsw_rs::prelude::{Distance, Hnsw};
-use sim::disk::Disk;
+use sim::disk::{Disk, Map};
 use sim::time::{Duration, Instant};
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -197,6 +198,15 @@ impl Bench {
         for vector in base.chunks_exact(DIMENSION) {
             codes::encode(vector, &mut codes, &mut rests);
         }
+        // At multiples of 64 bytes, as in a segment.
+        let aligned = |bytes: &[u8]| {
+            Map::copied(bytes.len(), |to| {
+                to.copy_from_slice(bytes);
+                Ok::<(), Infallible>(())
+            })
+        };
+        let (floats, codes) = (aligned(bytemuck::cast_slice(&base))?, aligned(&codes)?);
+        let base: &[f32] = bytemuck::cast_slice(&floats);
         let query = Query::new(row(&queries, 0));
         let (mut scores, mut sums) = (vec![0.0; 1000], vec![0; 1000]);
         let peer = self.peer("numpy")?.and_then(|said| said.get("product_s").copied());
@@ -204,7 +214,7 @@ impl Bench {
             println!("  numpy, BLAS product of 1,000            {:8.1} us", product * 1e6);
         }
         for level in Level::all() {
-            let float = best_of(2000, || dot_rows(level, row(&queries, 0), &base, &mut scores));
+            let float = best_of(2000, || dot_rows(level, row(&queries, 0), base, &mut scores));
             let coded = best_of(2000, || query.sums(level, &codes, &mut sums));
             let ratio = float.as_secs_f64() / coded.as_secs_f64();
             let against =
@@ -217,7 +227,10 @@ impl Bench {
             );
         }
         let rows = self.count(1_000_000);
-        let many: Vec<u8> = codes.iter().cycle().take(rows * DIMENSION).copied().collect();
+        let many = Map::copied(rows * DIMENSION, |to| {
+            to.chunks_mut(codes.len()).for_each(|to| to.copy_from_slice(&codes[..to.len()]));
+            Ok::<(), Infallible>(())
+        })?;
         let read = best_of(7, || {
             // As fast as this core takes bytes in: sums of whole lines, in eight streams.
             let words: &[u64] = bytemuck::cast_slice(&many);

@@ -11,6 +11,8 @@
 
 use super::cpu::Level;
 
+/// Bytes that are fetched before they are needed where rows lie side by side: two pages, since the processor does not look beyond one.
+const AHEAD: usize = 8192;
 /// Codes are padded with zeroes to a multiple of this many.
 pub const LINE: usize = 64;
 /// The largest twelve-bit integer: its code is 127, its rest 7.
@@ -163,7 +165,7 @@ impl Query {
         assert_eq!(codes.len(), self.high.len() * out.len(), "rows and results differ in number");
         let rows = 0..out.len() as u32;
         // SAFETY: there is a row for each place of `out`.
-        unsafe { self.sums_at(level, codes, rows, out) }
+        unsafe { self.sums_at::<AHEAD>(level, codes, rows, out) }
     }
 
     /// The sums of some rows.
@@ -172,12 +174,14 @@ impl Query {
         assert!(rows.iter().all(|row| (*row as usize) < count), "there are {count} rows");
         assert!(rows.len() <= out.len(), "as many results as rows");
         // SAFETY: the rows are there, as was just asserted.
-        unsafe { self.sums_at(level, codes, rows.iter().copied(), out) }
+        unsafe { self.sums_at::<0>(level, codes, rows.iter().copied(), out) }
     }
 
+    /// What lies so many bytes behind each row is fetched already.
+    ///
     /// # Safety
     /// `codes` has all the rows, and `out` a place for each.
-    unsafe fn sums_at(
+    unsafe fn sums_at<const AHEAD: usize>(
         &self,
         level: Level,
         codes: &[u8],
@@ -195,7 +199,7 @@ impl Query {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { sums_avx2(self, codes, rows, out) },
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { sums_avx512(self, codes, rows, out) },
+            Level::Avx512 => unsafe { sums_avx512::<AHEAD>(self, codes, rows, out) },
         }
     }
 
@@ -203,7 +207,7 @@ impl Query {
     #[inline]
     pub fn sum(&self, level: Level, codes: &[u8]) -> i32 {
         let mut out = [0];
-        self.sums(level, codes, &mut out);
+        self.sums_of(level, codes, &[0], &mut out);
         out[0]
     }
 
@@ -298,7 +302,7 @@ unsafe fn sums_avx2(query: &Query, codes: &[u8], rows: impl Iterator<Item = u32>
 /// Four rows at a time, so that the query is loaded once for them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
-unsafe fn sums_avx512(
+unsafe fn sums_avx512<const AHEAD: usize>(
     query: &Query,
     codes: &[u8],
     mut rows: impl ExactSizeIterator<Item = u32>,
@@ -326,6 +330,9 @@ unsafe fn sums_avx512(
                 let mut code = [_mm512_setzero_si512(); ROWS];
                 for row in 0..ROWS {
                     code[row] = _mm512_loadu_si512(at_row[row].add(at).cast());
+                    if AHEAD > 0 {
+                        _mm_prefetch::<_MM_HINT_T0>(at_row[row].wrapping_add(at + AHEAD).cast());
+                    }
                     high[row] = _mm512_dpbusd_epi32(high[row], code[row], h);
                 }
                 if !query.low.is_empty() {
