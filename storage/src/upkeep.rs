@@ -51,11 +51,17 @@ enum Source<'a> {
     Records(&'a Records),
 }
 
-/// The dimensions that product codes are made of, and the points that were made for that.
-#[derive(Default)]
-struct Books {
-    dimensions: BTreeSet<usize>,
-    trained: BTreeMap<usize, Vec<f32>>,
+/// How vectors are kept: the dimensions that product codes are made of, and the points that were made for that.
+struct Form<'a> {
+    options: &'a VectorOptions,
+    product: BTreeSet<usize>,
+    books: BTreeMap<usize, Vec<f32>>,
+}
+
+impl<'a> Form<'a> {
+    fn new(options: &'a VectorOptions) -> Self {
+        Self { options, product: BTreeSet::new(), books: BTreeMap::new() }
+    }
 }
 
 /// An owner's number and an id.
@@ -169,17 +175,16 @@ impl Upkeep {
         dir: &str,
         buffer: &Buffer,
         month: Month,
-        options: &VectorOptions,
-        books: &mut Books,
+        form: &mut Form,
     ) -> Result<Option<Numbered>, StorageError> {
         self.segment(disk, dir, month, |writer| {
             let mut placed = BTreeMap::new();
-            for dimension in &books.dimensions {
+            for dimension in &form.product {
                 let of = || buffer.of_month(month).filter(|(_, block)| block.kind.dimension == *dimension);
                 let vectors: Vec<&[f32]> =
                     of().flat_map(|(_, block)| block.rows().originals.chunks_exact(*dimension)).collect();
                 if !vectors.is_empty() {
-                    let book = books.trained.entry(*dimension).or_insert_with(|| product::train(&vectors));
+                    let book = form.books.entry(*dimension).or_insert_with(|| product::train(&vectors));
                     placed.insert(*dimension, writer.book(book)?);
                 }
             }
@@ -187,9 +192,9 @@ impl Upkeep {
                 let (rows, dimension) = (block.rows(), block.kind.dimension);
                 let mut order: Vec<(u32, u32)> = (0..rows.len() as u32).map(|row| (0, row)).collect();
                 order.sort_by_key(|(_, row)| rows.ids[*row as usize]);
-                let precision = match (placed.get(&dimension), books.trained.get(&dimension)) {
+                let precision = match (placed.get(&dimension), form.books.get(&dimension)) {
                     (Some(at), Some(book)) => Precision::Product(book, *at),
-                    _ if options.originals => Precision::Full,
+                    _ if form.options.originals => Precision::Full,
                     _ => Precision::Codes,
                 };
                 writer.add(&block.kind, &[rows], &order, None, precision)?;
@@ -206,30 +211,28 @@ impl Upkeep {
         source: Source<'_>,
         month: Month,
         up_to: Position,
-        options: &VectorOptions,
-        dimensions: BTreeSet<usize>,
+        mut form: Form,
     ) -> Result<Vec<Numbered>, StorageError> {
         let mut made = vec![];
-        let mut books = Books { dimensions, trained: BTreeMap::new() };
         let mut gather = || -> Result<(), StorageError> {
             let begun = Instant::now();
             let (mut after, mut done) = (Some((i64::MIN, vec![])), 0);
             while let Some(from) = after {
                 let buffer;
                 (buffer, after) = match source {
-                    Source::Snapshot(db) => gather(db, month, up_to, from, options)?,
+                    Source::Snapshot(db) => gather(db, month, up_to, from, form.options)?,
                     Source::Records(records) => {
                         let reader = records.reader();
                         if !months::load(&reader)?.contains_key(&month) {
                             // It was dropped.
                             break;
                         }
-                        gather(&reader, month, up_to, from, options)?
+                        gather(&reader, month, up_to, from, form.options)?
                     }
                 };
                 done += buffer.rows();
                 if buffer.rows() > 0 {
-                    made.extend(self.write(disk, dir, &buffer, month, options, &mut books)?);
+                    made.extend(self.write(disk, dir, &buffer, month, &mut form)?);
                 }
                 if after.is_some() {
                     sim::info!("making the vectors of {month} anew: {done} after {:?}", begun.elapsed());
@@ -263,8 +266,7 @@ impl Upkeep {
                 Source::Snapshot(db),
                 *month,
                 position,
-                options,
-                BTreeSet::new(),
+                Form::new(options),
             )?);
         }
         Ok(made)
@@ -378,7 +380,7 @@ impl Upkeep {
             sim::warn!("{dir}: making the vectors of {month} anew from the records");
             tree.segments.retain(|live| live.segment.month != month);
             let source = Source::Snapshot(db);
-            let made = self.rebuild(disk, dir, source, month, tree.sealed, &tree.options, BTreeSet::new())?;
+            let made = self.rebuild(disk, dir, source, month, tree.sealed, Form::new(&tree.options))?;
             // What they hold is alive now.
             let kills = tree.next_kill();
             made.into_iter().for_each(|(number, segment)| tree.adopt(number, segment, kills));
@@ -528,14 +530,8 @@ impl Shard {
         let mut made = vec![];
         let mut write = || {
             for month in buffer.months() {
-                made.extend(self.upkeep.write(
-                    &*self.disk,
-                    &self.dir,
-                    &buffer,
-                    month,
-                    &self.vector_options,
-                    &mut Books::default(),
-                )?);
+                let mut form = Form::new(&self.vector_options);
+                made.extend(self.upkeep.write(&*self.disk, &self.dir, &buffer, month, &mut form)?);
             }
             self.disk.sync_dir(&self.dir)?;
             self.records.checkpoint()
@@ -654,11 +650,12 @@ impl Shard {
         &self,
         month: Month,
         up_to: Position,
-        dimensions: BTreeSet<usize>,
+        product: BTreeSet<usize>,
     ) -> Result<Vec<Numbered>, StorageError> {
         let source = Source::Records(&self.records);
-        let (disk, options) = (&*self.disk, &self.vector_options);
-        let made = self.upkeep.rebuild(disk, &self.dir, source, month, up_to, options, dimensions)?;
+        let disk = &*self.disk;
+        let form = Form { product, ..Form::new(&self.vector_options) };
+        let made = self.upkeep.rebuild(disk, &self.dir, source, month, up_to, form)?;
         // What died since then is not in it, and must not come back to life with a power loss.
         if let Err(error) = self.records.checkpoint() {
             self.upkeep.discard(disk, &made);
