@@ -12,6 +12,7 @@
 //! synced, the log has them.
 
 use rusqlite::ffi::*;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io;
@@ -32,12 +33,14 @@ type Frames = Arc<Mutex<BTreeMap<i64, (c_int, u32)>>>;
 
 /// The logs in use, by file name.
 static LOGS: Mutex<BTreeMap<String, Frames>> = Mutex::new(BTreeMap::new());
-/// The last damage found: file and offset.
-static DAMAGE: Mutex<Option<(String, u64)>> = Mutex::new(None);
+thread_local! {
+    /// The last damage found by this thread: file and offset.
+    static DAMAGE: RefCell<Option<(String, u64)>> = const { RefCell::new(None) };
+}
 
-/// Where the last read failed with `SQLITE_IOERR_DATA`: the file as SQLite names it, and the page's offset in bytes.
+/// Where this thread's last read failed with `SQLITE_IOERR_DATA`: the file as SQLite names it, and the page's offset in bytes.
 pub fn damage() -> Option<(String, u64)> {
-    lock(&DAMAGE).clone()
+    DAMAGE.with_borrow(Clone::clone)
 }
 
 /// The eight bytes that end a page which lies at `offset`.
@@ -252,7 +255,7 @@ unsafe extern "C" fn read(
     if sound {
         return SQLITE_OK;
     }
-    *lock(&DAMAGE) = Some((inner.name.clone(), offset as u64));
+    DAMAGE.set(Some((inner.name.clone(), offset as u64)));
     SQLITE_IOERR_DATA
 }
 
