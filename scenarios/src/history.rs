@@ -4,6 +4,7 @@
 //! last answer. Times are true virtual time in nanoseconds, which no node knows.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// A memory's id, as text.
 pub type Id = String;
@@ -50,6 +51,11 @@ pub enum Request {
     },
     Search,
     List,
+    /// Sets an edge.
+    Link {
+        from: Id,
+        to: Id,
+    },
     /// Along the edges, strongly consistent.
     Walk,
 }
@@ -61,6 +67,8 @@ pub enum Response {
         rows: Vec<Row>,
         edges: Vec<(Id, Id)>,
     },
+    /// The edge is set.
+    Linked,
     Written {
         version: u64,
         at: At,
@@ -132,6 +140,63 @@ pub struct History {
     pub converge_limit_ns: u64,
 }
 
+/// A memory's number among its tenant's, if its id is a scenario's.
+pub fn number(id: &str) -> String {
+    let number = id.rsplit('-').next().and_then(|end| u64::from_str_radix(end, 16).ok());
+    number.map_or_else(|| id.to_string(), |number| number.to_string())
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let expecting =
+            |expected: &Option<u64>| expected.map_or(String::new(), |v| format!(" expecting version {v}"));
+        match self {
+            Request::Add { id, marker } => write!(f, "add {} ({marker})", number(id)),
+            Request::Update { id, expected, marker } => {
+                write!(f, "update {} ({marker}){}", number(id), expecting(expected))
+            }
+            Request::Delete { id, expected } => write!(f, "delete {}{}", number(id), expecting(expected)),
+            Request::Get { id, token: None } => write!(f, "get {}", number(id)),
+            Request::Get { id, token: Some(token) } => write!(f, "get {} at {token} or later", number(id)),
+            Request::Link { from, to } => write!(f, "link {} to {}", number(from), number(to)),
+            Request::Search => f.write_str("search"),
+            Request::List => f.write_str("list"),
+            Request::Walk => f.write_str("walk"),
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "version {} ({})", self.version, self.marker)
+    }
+}
+
+impl fmt::Display for Response {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Response::Linked => f.write_str("linked"),
+            Response::Written { version, at } => {
+                write!(f, "version {version}, entry {} of epoch {}", at.index, at.epoch)?;
+                if at.item > 0 { write!(f, ", item {}", at.item) } else { Ok(()) }
+            }
+            Response::Changed { first, then } => write!(f, "first {first}, then {then}"),
+            Response::Refused(Refusal::NotFound) => f.write_str("refused: not found"),
+            Response::Refused(Refusal::AlreadyExists { version }) => {
+                write!(f, "refused: exists as version {version}")
+            }
+            Response::Refused(Refusal::VersionMismatch { actual }) => {
+                write!(f, "refused: is at version {actual}")
+            }
+            Response::Unknown => f.write_str("unknown"),
+            Response::Value { row, shown } => write!(f, "{row}, shown at {shown}"),
+            Response::Absent { .. } => f.write_str("not found"),
+            Response::Rows(rows) => write!(f, "{} memories", rows.len()),
+            Response::Walked { rows, edges } => write!(f, "{} memories, {} edges", rows.len(), edges.len()),
+        }
+    }
+}
+
 impl Request {
     /// The memory that it is about, if it is about one.
     pub fn id(&self) -> Option<&Id> {
@@ -140,7 +205,7 @@ impl Request {
             | Request::Update { id, .. }
             | Request::Delete { id, .. }
             | Request::Get { id, .. } => Some(id),
-            Request::Search | Request::List | Request::Walk => None,
+            Request::Search | Request::List | Request::Link { .. } | Request::Walk => None,
         }
     }
 

@@ -7,12 +7,16 @@
 //! ```
 //!
 //! A run is one process and one seed. The runner starts a child per run, side by side, with bounds on time and memory. A run that
-//! proves nothing is not a success: fewer than [`report::ACKED_MIN`] acknowledged writes, less than [`report::VIRTUAL_MIN_S`]
-//! virtual seconds, or a planned fault that never took place make it `vacuous`.
+//! proves nothing is not a success: fewer than [`spec::Enough`] acknowledged writes or virtual seconds, or a planned fault that never took
+//! place, make it `vacuous`.
 
 pub mod history;
+pub mod mutants;
+pub mod operation;
 pub mod promises;
+pub mod random;
 pub mod report;
+pub mod settle;
 pub mod spec;
 
 // The world's hands exist in the simulated build only; so does what uses them.

@@ -5,11 +5,6 @@ use crate::spec::Fault;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Fewer acknowledged writes prove nothing.
-pub const ACKED_MIN: usize = 500;
-/// Nor does less virtual time, in seconds.
-pub const VIRTUAL_MIN_S: f64 = 60.0;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
@@ -20,6 +15,40 @@ pub enum Verdict {
     Vacuous,
     /// The run itself ended badly: panic, time or memory bound.
     Broken,
+}
+
+/// What kind of failure a run is, by which a sweep's exit code is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    #[default]
+    Pass,
+    Vacuous,
+    /// Something that must happen did not in time (P12), or a node never answered again.
+    Liveness,
+    /// It took too long by the clock on the wall.
+    Timeout,
+    /// A panic, or more memory than a run may have.
+    Crash,
+    /// The same build and seed gave two results.
+    Nondeterminism,
+    /// Something happened that must not (every promise but P12).
+    Safety,
+}
+
+impl Class {
+    /// The exit code of a command whose worst run is this one.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Class::Pass => 0,
+            Class::Safety => 10,
+            Class::Liveness => 11,
+            Class::Crash => 12,
+            Class::Timeout => 13,
+            Class::Nondeterminism => 14,
+            Class::Vacuous => 15,
+        }
+    }
 }
 
 /// A planned fault, and whether it took place.
@@ -37,6 +66,11 @@ pub struct Report {
     pub seed: u64,
     pub build: String,
     pub verdict: Verdict,
+    #[serde(default)]
+    pub class: Class,
+    /// The planted bug, and how often the run came upon it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mutant: Option<(String, u64)>,
     /// The run's identity: equal in every process with this build, scenario and seed.
     pub trace_hash: String,
     pub virtual_s: f64,
@@ -64,6 +98,21 @@ pub struct Report {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub why: String,
 }
+
+/// What only damage makes necessary: a run in which no disk was bad must do none of it.
+pub const MENDING: [&str; 11] = [
+    "fact: healed from its second copy",
+    "log: damage cut",
+    "log: repaired from peers",
+    "replica: started over",
+    "vectors: a month healed",
+    "vectors: a month made anew",
+    "vectors: made anew at the start",
+    "vectors: manifest unreadable",
+    "vectors: a month was counted wrongly",
+    "views: damage found while serving",
+    "views: made anew",
+];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
 pub const PROBES: [&str; 26] = [

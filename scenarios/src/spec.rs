@@ -1,9 +1,12 @@
 //! Scenarios as data: topology, workload, fault plan and promises, in TOML.
 
+use crate::operation::{CLIENTS_MAX, Operation};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 5] = [
+pub const SHIPPED: [(&str, &str); 7] = [
+    ("swarm", include_str!("../files/swarm.toml")),
+    ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
     ("leader-power-loss", include_str!("../files/leader-power-loss.toml")),
     ("all-nodes-power-loss", include_str!("../files/all-nodes-power-loss.toml")),
@@ -11,23 +14,52 @@ pub const SHIPPED: [(&str, &str); 5] = [
     ("clock-drift", include_str!("../files/clock-drift.toml")),
 ];
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What is absent here is drawn from the seed ([`crate::settle`]).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
     pub about: String,
+    /// The seed that it was settled with: the default when it is run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     /// Virtual seconds of load; faults fall into it.
     pub workload_s: u64,
-    pub topology: Topology,
-    pub workload: Workload,
-    #[serde(default)]
-    pub faults: Faults,
     /// One replica's disk is bad as well, in its own ways and at its own times.
     #[serde(default = "yes")]
     pub bad_disk: bool,
+    /// Each seed draws its own topology, load, and kinds of faults out of those that may be generated.
+    #[serde(default)]
+    pub swarm: bool,
+    /// What the clients do; where absent, drawn by `workload`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations: Option<Vec<Operation>>,
+    pub topology: Topology,
+    pub workload: Workload,
     pub promises: Promises,
+    #[serde(default)]
+    pub enough: Enough,
+    #[serde(default)]
+    pub faults: Faults,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draw: Option<Draw>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Less than this proves nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enough {
+    /// Acknowledged writes.
+    pub acked: usize,
+    pub virtual_s: f64,
+}
+
+impl Default for Enough {
+    fn default() -> Enough {
+        Enough { acked: 500, virtual_s: 60.0 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Topology {
     /// Nodes with all roles, named n1, n2, …
@@ -40,7 +72,67 @@ pub struct Topology {
     pub loss: f64,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Limits shrunk so that runs cross them, machines that differ, and the `buggify` sites that are on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Draw {
+    /// One way, between any two machines.
+    pub latency_us: u64,
+    /// Old months keep product codes alone, from so many vectors on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub product_rows_min: Option<u64>,
+    pub buggify: Vec<String>,
+    /// Replicas first, then gateways.
+    pub nodes: Vec<NodeDraw>,
+}
+
+impl Draw {
+    /// The usual one, for `nodes` nodes.
+    pub fn usual(nodes: usize) -> Draw {
+        Draw {
+            latency_us: 200,
+            product_rows_min: None,
+            buggify: vec![],
+            nodes: vec![NodeDraw::default(); nodes],
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeDraw {
+    pub checkpoint_entries: u64,
+    pub entries_kept: u64,
+    pub segment_bytes_max: u64,
+    pub base_bytes_min: u64,
+    pub vector_buffer_bytes: u64,
+    pub graph_rows_min: u64,
+    /// What an fsync takes.
+    pub sync_us: u64,
+    /// How the machine's clocks differ from true time.
+    pub rate_ppm: i64,
+    pub offset_ms: u64,
+    pub calendar_ms: i64,
+}
+
+impl Default for NodeDraw {
+    fn default() -> NodeDraw {
+        NodeDraw {
+            checkpoint_entries: 100,
+            entries_kept: 20,
+            segment_bytes_max: 100_000,
+            base_bytes_min: 50_000,
+            vector_buffer_bytes: 100_000,
+            graph_rows_min: 100,
+            sync_us: 1000,
+            rate_ppm: 0,
+            offset_ms: 0,
+            calendar_ms: 0,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
     pub clients: usize,
@@ -64,18 +156,22 @@ fn strong_reads_default() -> f64 {
     0.2
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Faults {
     /// A plan drawn from the seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generate: Option<Generate>,
-    /// Faults written by hand.
+    /// Faults written by hand, one after the other.
     #[serde(default)]
     pub list: Vec<Fault>,
+    /// A bad disk's, beside the others; where absent, drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Vec<Fault>>,
 }
 
 /// Ranges are in virtual seconds, both ends included.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Generate {
     pub kinds: Vec<FaultKind>,
@@ -118,37 +214,39 @@ pub enum FaultKind {
     StuckDisk,
 }
 
-/// What a bad disk does.
-const DISK_FAULTS: [FaultKind; 8] = [
-    FaultKind::BitRot,
-    FaultKind::Ruin,
-    FaultKind::LostSector,
-    FaultKind::Misdirected,
-    FaultKind::SyncFailure,
-    FaultKind::FullDisk,
-    FaultKind::SlowDisk,
-    FaultKind::StuckDisk,
-];
-
-/// A bad disk's plan: this seed's own choice of faults, all on one replica, so that the others stay a quorum that has everything.
-pub fn disk_plan(seed: u64, workload_s: u64) -> Vec<Fault> {
-    let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95) ^ 0x1f83_d9ab);
-    let kinds: Vec<FaultKind> = DISK_FAULTS.into_iter().filter(|_| random.below(2) == 0).collect();
-    let (pick, target) = (random.below(1 << 32), Target::Any);
-    let mut plan = vec![];
-    let mut at_ms = random.between([4, 14]);
-    while let Some(kind) = kinds.get(random.below(kinds.len().max(1) as u64) as usize) {
-        let lasts_ms = match kind {
-            FaultKind::BitRot | FaultKind::Ruin | FaultKind::LostSector => 100,
-            _ => random.between([1, 6]),
-        };
-        if at_ms + lasts_ms + 2000 > workload_s * 1000 {
-            break;
+impl FaultKind {
+    /// Whether it harms what is stored, or how it is stored; a loss of power takes only what was not synced.
+    pub fn is_of_disks(self) -> bool {
+        match self {
+            FaultKind::PowerOff
+            | FaultKind::Crash
+            | FaultKind::Pause
+            | FaultKind::Partition
+            | FaultKind::PartitionIn
+            | FaultKind::PartitionOut
+            | FaultKind::Clock => false,
+            FaultKind::BitRot
+            | FaultKind::Ruin
+            | FaultKind::LostSector
+            | FaultKind::Misdirected
+            | FaultKind::SyncFailure
+            | FaultKind::FullDisk
+            | FaultKind::SlowDisk
+            | FaultKind::StuckDisk => true,
         }
-        plan.push(Fault { at_ms, lasts_ms, kind: *kind, target, pick, rate_ppm: 0, step_ms: 0 });
-        at_ms += lasts_ms + random.between([2, 10]);
     }
-    plan
+}
+
+/// A kind of fault in words.
+pub fn words(kind: FaultKind) -> String {
+    let mut words = String::new();
+    for letter in format!("{kind:?}").chars() {
+        if letter.is_uppercase() && !words.is_empty() {
+            words.push(' ');
+        }
+        words.extend(letter.to_lowercase());
+    }
+    words
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +257,8 @@ pub enum Target {
     /// A replica drawn from the seed.
     Any,
     All,
+    /// One of these, drawn for each fault: only for those that are generated.
+    Drawn,
 }
 
 /// One timed fault.
@@ -178,7 +278,7 @@ pub struct Fault {
     pub step_ms: i64,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Promises {
     /// After the last fault, every replica must agree within this many virtual seconds.
@@ -200,74 +300,47 @@ pub fn find(name: &str) -> Result<Scenario, String> {
             ));
         }
     };
-    toml::from_str(&text).map_err(|e| format!("scenario {name}: {e}"))
+    let scenario: Scenario = toml::from_str(&text).map_err(|e| format!("scenario {name}: {e}"))?;
+    scenario.check().map_err(|e| format!("scenario {name}: {e}"))?;
+    Ok(scenario)
 }
 
-impl Generate {
-    /// Draws a plan for `workload_s` seconds; the last fault ends before the load does.
-    pub fn plan(&self, seed: u64, workload_s: u64) -> Vec<Fault> {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bf0_3635);
-        let mut plan = vec![];
-        let mut at_ms = random.between(self.first_s);
-        while let Some(kind) = self.kinds.get(random.below(self.kinds.len() as u64) as usize) {
-            let lasts_ms = random.between(self.lasts_s);
-            if at_ms + lasts_ms + 2000 > workload_s * 1000 {
-                break;
-            }
-            let rate_ppm = random.below(400_001) as i64 - 200_000;
-            let step_ms = (random.below(14_400_001) as i64 - 7_200_000) * (random.below(2) as i64);
-            let (rate_ppm, step_ms) = if *kind == FaultKind::Clock { (rate_ppm, step_ms) } else { (0, 0) };
-            let pick = random.below(1 << 32);
-            plan.push(Fault { at_ms, lasts_ms, kind: *kind, target: self.target, pick, rate_ppm, step_ms });
-            at_ms += lasts_ms.max(random.between(self.every_s));
+impl Scenario {
+    /// What a file may say that no run can do.
+    fn check(&self) -> Result<(), String> {
+        let Topology { replicas, gateways, loss } = self.topology;
+        if !(1..=9).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
+            return Err("topology: 1 to 9 replicas, at most 50 gateways, a loss below 0.5".into());
         }
-        plan
-    }
-}
-
-/// splitmix64: plans are drawn before there is a world.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        ((self.next() as u128 * bound as u128) >> 64) as u64
-    }
-
-    /// Milliseconds within a range of seconds.
-    fn between(&mut self, [from, to]: [u64; 2]) -> u64 {
-        from * 1000 + self.below(to.saturating_sub(from) * 1000 + 1)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shipped_scenarios_are_readable_and_their_plans_repeat() -> Result<(), String> {
-        for (name, _) in SHIPPED {
-            let scenario = find(name)?;
-            if let Some(generate) = &scenario.faults.generate {
-                for seed in 0..50 {
-                    let plan = generate.plan(seed, scenario.workload_s);
-                    assert!(!plan.is_empty(), "{name} seed {seed} plans nothing");
-                    assert_eq!(plan, generate.plan(seed, scenario.workload_s));
-                    let text = toml::to_string(&Faults { generate: None, list: plan.clone() })
-                        .map_err(|e| e.to_string())?;
-                    let read: Faults = toml::from_str(&text).map_err(|e| e.to_string())?;
-                    assert_eq!(read.list, plan, "a plan must survive being written down");
-                }
-            }
+        let load = &self.workload;
+        if !(1..=CLIENTS_MAX).contains(&load.clients)
+            || load.tenants == 0
+            || load.keys_per_tenant == 0
+            || load.think_ms == 0
+        {
+            return Err(format!(
+                "workload: 1 to {CLIENTS_MAX} clients, and at least one tenant, one key and 1 ms"
+            ));
         }
-        assert!(find("nonsense").is_err());
+        if !(0.0..1.0).contains(&load.strong_reads) || !(0.01..100.0).contains(&load.key_skew) {
+            return Err("workload: strong_reads below 1, key_skew 0.01 to 100".into());
+        }
+        let mut operations = self.operations.iter().flatten();
+        if let Some(operation) = operations.find(|o| o.client >= load.clients) {
+            return Err(format!("'{operation}': there are {} clients", load.clients));
+        }
+        if let Some(draw) = self.draw.as_ref().filter(|d| d.nodes.len() < replicas + gateways) {
+            return Err(format!("draw.nodes has {} of {} nodes", draw.nodes.len(), replicas + gateways));
+        }
+        let written = self.faults.list.iter().chain(self.faults.disk.iter().flatten());
+        if written.clone().any(|fault| fault.target == Target::Drawn) {
+            return Err(
+                "faults: a fault that is written down has its target; 'drawn' is for generated ones".into()
+            );
+        }
+        if self.workload_s > 100_000 || self.faults.generate.as_ref().is_some_and(|g| g.kinds.is_empty()) {
+            return Err("workload_s: at most 100,000; faults.generate: at least one kind".into());
+        }
         Ok(())
     }
 }

@@ -20,6 +20,7 @@
 pub mod cpu;
 pub mod disk;
 pub mod net;
+pub mod planted;
 pub mod raft;
 pub mod rand;
 pub mod task;

@@ -50,8 +50,8 @@ mod imp {
     }
 }
 
-/// A site that misbehaves in some runs: whether site `name` is switched on is decided once per run with probability 1/4,
-/// and a switched-on site fires with probability `p` (swarm testing: each seed is a different system). Never in production.
+/// A site that misbehaves in some runs: a scenario switches it on for the whole of one, and then it fires with probability `p`
+/// (swarm testing: each seed is a different system). Never in production.
 pub fn buggify(name: &'static str, p: f64) -> bool {
     #[cfg(madsim)]
     return crate::world::buggify(name, p);

@@ -53,6 +53,16 @@ macro_rules! info { ($($arg:tt)*) => { $crate::trace::log($crate::trace::Level::
 #[macro_export]
 macro_rules! debug { ($($arg:tt)*) => { $crate::trace::log($crate::trace::Level::Debug, format_args!($($arg)*)) }; }
 
+/// What a node thinks of itself, such as its term: kept in a simulated run's trace, to be drawn as a line over time. Nothing in production.
+pub fn gauge(name: &'static str, value: u64) {
+    #[cfg(madsim)]
+    if crate::world::is_here() {
+        crate::world::gauge(name, value);
+    }
+    #[cfg(not(madsim))]
+    let _ = (name, value);
+}
+
 static PROBES: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
 
 /// Counts that a rare path was taken. A path that no run takes is a hole in the tests.

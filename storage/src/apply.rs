@@ -87,7 +87,7 @@ impl<'a> Applier<'a> {
 
     fn command(&mut self, command: &Command, at: Position) -> Result<Outcome, StorageError> {
         let key = &command.idempotency_key;
-        if key.is_empty() {
+        if key.is_empty() || sim::planted!("forget-idempotency-keys") {
             return self.operation(command, at);
         }
         if let Some(row) = rows::find_key(self.db, &command.tenant, key)? {
@@ -142,7 +142,8 @@ impl<'a> Applier<'a> {
             self.retire(held, &old)?;
             self.remove_edges_of(tenant, &old.id)?;
         }
-        let version = place.map_or(0, |p| p.version) + 1;
+        let version =
+            place.filter(|_| !sim::planted!("forget-a-deletions-version")).map_or(0, |p| p.version) + 1;
         let id = memory.id;
         let memory = Memory { version, ..memory.clone() };
         self.put(memory, ChangeKind::Added as u8, at.epoch, rows::pack(at))?;
@@ -164,7 +165,7 @@ impl<'a> Applier<'a> {
         if memory.expired(self.state.ledger_time) {
             return Ok(Err(Outcome::NotFound { id: *id }));
         }
-        if expected.is_some_and(|e| e != memory.version) {
+        if expected.is_some_and(|e| e != memory.version) && !sim::planted!("ignore-the-expected-version") {
             return Ok(Err(Outcome::VersionMismatch { id: *id, actual: memory.version }));
         }
         Ok(Ok((held, memory)))
@@ -186,7 +187,8 @@ impl<'a> Applier<'a> {
         let mut new = old.clone();
         patch_into(&mut new, patch);
         new.version += 1;
-        new.updated = now;
+        new.updated =
+            if sim::planted!("store-the-replicas-own-time") { sim::time::calendar_ms() } else { now };
         new.vector = match &patch.vector {
             Some((vector, _)) => vector.clone(),
             None => rows::vector_from(&held.vector),
@@ -310,6 +312,9 @@ impl<'a> Applier<'a> {
         let Some(number) = graph::tenant_number(self.db, tenant)? else { return Ok(()) };
         for edge in graph::outbound(self.db, number, id)? {
             self.remove_edge(tenant, number, &edge)?;
+        }
+        if sim::planted!("leave-inbound-edges-behind") {
+            return Ok(());
         }
         for edge in graph::inbound(self.db, number, id)? {
             self.remove_edge(tenant, number, &edge)?;

@@ -38,7 +38,10 @@ impl<T> Stream for Feed<T> {
 
 pub(super) fn info(written: &Written) -> Option<v1::WriteInfo> {
     Some(v1::WriteInfo {
-        token: Some(convert::token(written.position)),
+        token: Some(convert::token(Position {
+            index: written.position.index - sim::planted!("give-the-token-of-the-entry-before") as u64,
+            ..written.position
+        })),
         durability: v1::Durability::Quorum as i32,
         item: written.position.item,
     })

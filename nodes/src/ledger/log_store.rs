@@ -120,6 +120,9 @@ async fn flusher(log: Arc<Log>, mut waiting: mpsc::UnboundedReceiver<IOFlushed<T
         while let Ok(next) = waiting.try_recv() {
             callbacks.push(next);
         }
+        if sim::planted!("acknowledge-before-fsync") {
+            callbacks.drain(..).for_each(|callback| callback.io_completed(Ok(())));
+        }
         sim::rand::buggify_wait("before the log's fsync", 0.02, Duration::from_millis(200)).await;
         let log = log.clone();
         if let Err(error) = sim::task::blocking(move || log.sync()).await {
@@ -224,6 +227,9 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
+        if sim::planted!("keep-the-vote-in-memory") {
+            return Ok(());
+        }
         let (log, bytes) = (self.log.clone(), codec::encode_serde(vote));
         if let Err(error) = sim::task::blocking(move || log.put_meta(VOTE, &bytes)).await {
             sim::task::abort(&format!("the vote cannot be made durable ({error}); check the disk")).await;
@@ -247,6 +253,7 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
         let (log, from) = (self.log.clone(), position_index(last.map_or(0, |l| l.index + 1)));
+        let from = from + sim::planted!("truncate-one-entry-less") as u64;
         if let Err(error) = sim::task::blocking(move || log.truncate_from(from)).await {
             sim::task::abort(&format!("the ledger's log cannot be truncated ({error}); check the disk"))
                 .await;

@@ -150,7 +150,7 @@ impl Ledger {
         let network = Network { peers: peers.clone(), disk };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
-            raft.runtime_config().elect(false);
+            raft.runtime_config().elect(sim::planted!("vote-with-a-damaged-log"));
             sim::warn!(
                 "the log lost entries {} to {} to damage: this replica does not vote until its peers have given them back",
                 repair.from,
@@ -227,6 +227,9 @@ impl Ledger {
 
     /// A position at or above every write acknowledged before the call, confirmed by a majority. Only on the leader.
     pub async fn read_position_here(&self) -> Result<Position, Error> {
+        if sim::planted!("serve-from-a-deposed-leader") {
+            return Ok(self.shard.applied().0);
+        }
         match self.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
             Ok((read, _)) => {
                 let index = log_store::position_index(read.log_id().index);
@@ -261,7 +264,8 @@ impl Ledger {
 
     /// Waits until this replica's views publish `position`.
     pub async fn wait_published(&self, position: Position, deadline: Instant) -> Result<(), Error> {
-        let reached = |p: Position| (p.epoch, p.index) >= (position.epoch, position.index);
+        let slack = sim::planted!("wait-for-one-position-less") as u64;
+        let reached = |p: Position| (p.epoch, p.index + slack) >= (position.epoch, position.index);
         if reached(self.shard.applied().0) {
             return Ok(());
         }
@@ -302,7 +306,7 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
     mut hint: Option<String>,
 ) -> Result<Vec<Outcome>, Error> {
     let mut pause = Duration::from_millis(5);
-    let mut encoded = None;
+    let (mut commands, mut encoded) = (commands, None);
     loop {
         let left = left(deadline, || Error::Unavailable("no leader took the write in time".into()))?;
         let proposed = match hint.take() {
@@ -318,6 +322,10 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
                 // So long that the caller gives up on a write that took place, and asks again.
                 sim::rand::buggify_wait("answer to a write", 0.01, Duration::from_secs(4)).await;
                 return Ok(outcomes);
+            }
+            Proposed::Unknown(_) if sim::planted!("repeat-an-uncertain-write-without-its-key") => {
+                commands.iter_mut().for_each(|command| command.idempotency_key.clear());
+                encoded = None;
             }
             Proposed::Unknown(cause) => return Err(Error::OutcomeUnknown(cause)),
             Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
@@ -354,7 +362,10 @@ async fn watch_over(raft: Raft, stopping: Arc<AtomicBool>) {
     let mut metrics = raft.server_metrics();
     let mut followed = None;
     loop {
-        let now = metrics.borrow_watched().current_leader;
+        let seen = metrics.borrow_watched().clone();
+        let (now, term) = (seen.current_leader, seen.vote.leader_id.term);
+        sim::trace::gauge("term", term);
+        sim::trace::gauge("leads", if now == Some(*raft.node_id()) { term } else { 0 });
         if now != followed {
             match now {
                 Some(id) if id == *raft.node_id() => sim::info!("this replica leads now"),

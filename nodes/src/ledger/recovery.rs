@@ -163,7 +163,7 @@ fn replay(log: &Log, views: &Shard, to: u64) -> Result<(), String> {
         }
         Ok(())
     };
-    let from = views.applied().0.index + 1;
+    let from = views.applied().0.index + 1 + sim::planted!("catch-up-from-one-entry-later") as u64;
     let damaged =
         |index: u64, problem: String| LogError::Corrupt { file: LOG.into(), offset: index, problem };
     log.replay(from..to + 1, &mut |index, bytes| -> Result<(), LogError> {

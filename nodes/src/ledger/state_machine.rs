@@ -244,6 +244,9 @@ impl RaftSnapshotBuilder<Types> for Checkpointer {
         sim::rand::buggify_wait("before a checkpoint", 0.2, Duration::from_secs(2)).await;
         let (shard, keeper) = (self.shard.clone(), self.keeper.clone());
         let kept = sim::task::blocking(move || {
+            if sim::planted!("purge-before-the-checkpoint") {
+                return Ok(());
+            }
             shard.checkpoint()?;
             keeper.keep(&shard)
         });

@@ -6,6 +6,7 @@
 
 use crate::history::{Op, Refusal, Request, Response};
 use std::collections::HashSet;
+use std::fmt;
 
 /// Steps after which a history is given up as undecided.
 const STEPS_MAX: usize = 2_000_000;
@@ -15,6 +16,15 @@ const STEPS_MAX: usize = 2_000_000;
 struct State {
     version: u64,
     marker: Option<String>,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.marker {
+            Some(marker) => write!(f, "at version {} ({marker})", self.version),
+            None => write!(f, "not there, after version {}", self.version),
+        }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -118,7 +128,7 @@ pub fn check(ops: &[&Op]) -> Verdict {
     let stuck = (0..ops.len()).filter(|&i| !has(&taken, i) && ops[i].response != Response::Unknown);
     let stuck: Vec<String> = stuck.take(3).map(|i| describe(ops[i])).collect();
     Verdict::Impossible(format!(
-        "after {done} operations it is {state:?}, and none of these fits: {}",
+        "after {done} operations it is {state}, and none of these fits: {}",
         stuck.join("; ")
     ))
 }
@@ -126,5 +136,9 @@ pub fn check(ops: &[&Op]) -> Verdict {
 /// An operation as a person reads it.
 pub fn describe(op: &Op) -> String {
     let (from, to) = (op.call_ns as f64 / 1e9, op.return_ns as f64 / 1e9);
-    format!("client {} at {} {from:.3}–{to:.3} s {:?} -> {:?}", op.client, op.node, op.request, op.response)
+    let (client, tenant, node) = (op.client, op.tenant, &op.node);
+    format!(
+        "client {client} (tenant {tenant}) at {node} {from:.3}–{to:.3} s: {} -> {}",
+        op.request, op.response
+    )
 }

@@ -28,6 +28,7 @@ fn violation(promise: &str, at_ns: u64, what: String) -> Violation {
     Violation { promise: promise.into(), what, at_s: at_ns as f64 / 1e9 }
 }
 
+pub use linearizable::describe;
 pub use p01::lost;
 
 /// Checks every promise.

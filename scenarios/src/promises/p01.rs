@@ -36,7 +36,9 @@ fn missing(history: &History) -> Vec<(u64, String)> {
                 };
                 if !survived || !kept {
                     let node = &replica.sample.node;
-                    let text = format!("tenant {tenant}: {node} shows {shown:?} after {}", describe(op));
+                    let shown = shown.map_or("nothing".to_string(), |version| format!("version {version}"));
+                    let lacks = if kept { "" } else { ", and its history lacks it" };
+                    let text = format!("{node} shows {shown} in the end{lacks}: {}", describe(op));
                     missing.push((op.return_ns, text));
                     break;
                 }

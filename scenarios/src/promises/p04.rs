@@ -6,7 +6,7 @@
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
-use crate::history::{History, Op, Request, Response};
+use crate::history::{History, Op, Request, Response, number};
 use std::collections::BTreeMap;
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -28,7 +28,7 @@ pub fn check(history: &History) -> Vec<Violation> {
                 found.push(violation(
                     "P4",
                     last_ns,
-                    format!("{id} (tenant {tenant}) is not linearizable: {why}"),
+                    format!("memory {} of tenant {tenant} is not linearizable: {why}", number(id)),
                 ));
             }
             Verdict::Undecided => {

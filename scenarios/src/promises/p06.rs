@@ -1,15 +1,19 @@
 //! P6: a deleted memory never comes back; no answer holds a dangling edge.
 //!
 //! Read so: both ends of every edge that a walk shows are among the memories that it shows; and none of these is older than a write of it,
-//! a deletion included, that was acknowledged before the walk was asked for. (Reads of single memories are P4's.)
+//! a deletion included, that was acknowledged before the walk was asked for; and every edge that it shows was set by somebody who was not
+//! answered before one of its ends began to be deleted, for a deletion takes a memory's edges with it. (Reads of single memories are P4's.)
 
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Id, Request, Response};
+use crate::history::{History, Id, Request, Response, number};
 use std::collections::{BTreeMap, BTreeSet};
 
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     let mut writes: BTreeMap<(usize, &Id), Vec<(u64, u64)>> = BTreeMap::new();
+    // When each memory's deletions began and were acknowledged, and when each edge was certainly not set any more.
+    let mut deletions: BTreeMap<(usize, &Id), Vec<(u64, u64)>> = BTreeMap::new();
+    let mut links: BTreeMap<(usize, &Id, &Id), Vec<u64>> = BTreeMap::new();
     for op in &history.ops {
         if let (
             Request::Add { id, .. } | Request::Update { id, .. } | Request::Delete { id, .. },
@@ -18,20 +22,51 @@ pub fn check(history: &History) -> Vec<Violation> {
         {
             writes.entry((op.tenant, id)).or_default().push((op.return_ns, *version));
         }
+        match (&op.request, &op.response) {
+            (Request::Delete { id, .. }, Response::Written { .. }) => {
+                deletions.entry((op.tenant, id)).or_default().push((op.call_ns, op.return_ns));
+            }
+            (Request::Link { from, to }, response) => {
+                let done_ns = if *response == Response::Linked { op.return_ns } else { u64::MAX };
+                links.entry((op.tenant, from, to)).or_default().push(done_ns);
+            }
+            _ => {}
+        }
     }
     for op in &history.ops {
         let Response::Walked { rows, edges } = &op.response else { continue };
         let shown: BTreeSet<&Id> = rows.iter().map(|row| &row.id).collect();
         if let Some(edge) = edges.iter().find(|(from, to)| !shown.contains(from) || !shown.contains(to)) {
-            let what = format!("an edge to nowhere was shown, {edge:?}: {}", describe(op));
+            let what = {
+                let (from, to) = (number(&edge.0), number(&edge.1));
+                format!("an edge to nowhere was shown, from {from} to {to}: {}", describe(op))
+            };
             found.push(violation("P6", op.return_ns, what));
+        }
+        for (from, to) in edges {
+            let set = links.get(&(op.tenant, from, to)).into_iter().flatten();
+            let gone = [from, to].into_iter().filter_map(|end| deletions.get(&(op.tenant, end))).flatten();
+            let gone: Vec<_> = gone.filter(|(_, acked)| *acked < op.call_ns).collect();
+            if set.into_iter().all(|done| gone.iter().any(|(began, _)| done < began)) {
+                let what = {
+                    let (from, to) = (number(from), number(to));
+                    format!(
+                        "the edge from {from} to {to} went with its memory, and was shown: {}",
+                        describe(op)
+                    )
+                };
+                found.push(violation("P6", op.return_ns, what));
+            }
         }
         for row in rows {
             let later = writes.get(&(op.tenant, &row.id)).into_iter().flatten();
             let newest = later.filter(|(at, _)| *at < op.call_ns).map(|(_, version)| *version).max();
             if newest.is_some_and(|newest| newest > row.version) {
-                let what =
-                    format!("{row:?} was shown after version {newest:?} was acknowledged: {}", describe(op));
+                let what = format!(
+                    "memory {} was shown as {row}, after a later version was acknowledged: {}",
+                    number(&row.id),
+                    describe(op)
+                );
                 found.push(violation("P6", op.return_ns, what));
             }
         }

@@ -3,7 +3,7 @@
 //! Read so: every text carries its tenant; no row of an answer names another one than the caller's.
 
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Response, Row};
+use crate::history::{History, Response, Row, number};
 
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
@@ -14,7 +14,14 @@ pub fn check(history: &History) -> Vec<Violation> {
             _ => continue,
         };
         if let Some(foreign) = rows.iter().find(|row| row.tenant != op.tenant) {
-            let what = format!("tenant {} was shown {foreign:?}: {}", op.tenant, describe(op));
+            let what = {
+                let (id, of) = (number(&foreign.id), foreign.tenant);
+                format!(
+                    "memory {id} of tenant {of}, {foreign}, was shown to tenant {}: {}",
+                    op.tenant,
+                    describe(op)
+                )
+            };
             found.push(violation("P7", op.return_ns, what));
         }
     }

@@ -3,7 +3,7 @@
 //! Read so: the same key sent again got the same answer; and no write's marker stands in two versions of a memory.
 
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Response};
+use crate::history::{History, Response, number};
 use std::collections::BTreeMap;
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -24,7 +24,8 @@ pub fn check(history: &History) -> Vec<Violation> {
                 if let Some(first) = markers.insert(marker, *version) {
                     let node = &replica.sample.node;
                     let what = format!(
-                        "{marker} was applied as versions {first} and {version} of {id} (tenant {tenant}, {node})"
+                        "{marker} was applied as versions {first} and {version} of memory {} of tenant {tenant} at {node}",
+                        number(id)
                     );
                     found.push(violation("P10", replica.sample.at_ns, what));
                 }

@@ -144,10 +144,13 @@ fn a_session_that_goes_back_breaks_p4() {
 fn an_edge_to_nowhere_or_to_what_was_deleted_breaks_p6() {
     let walk = |at, rows: Vec<Row>, edges| op(0, at, at + 1, Request::Walk, Response::Walked { rows, edges });
     let here = || row(4, "c").id;
-    assert_eq!(
-        broken(|h| h.ops.push(walk(21, vec![row(4, "c")], vec![(here(), here())]))),
-        Vec::<String>::new()
-    );
+    let link = |at, answer| op(0, at, at + 1, Request::Link { from: here(), to: here() }, answer);
+    let shown =
+        |linked: Op| broken(|h| h.ops.extend([linked, walk(21, vec![row(4, "c")], vec![(here(), here())])]));
+    assert_eq!(shown(link(16, Response::Linked)), Vec::<String>::new());
+    // The memory was deleted from 11 to 12, and the edge with it; unless it was set who knows when.
+    assert_eq!(shown(link(5, Response::Linked)), ["P6"]);
+    assert_eq!(shown(link(5, Response::Unknown)), Vec::<String>::new());
     assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(4, "c")], vec![(here(), "x".into())]))), ["P6"]);
     assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(2, "b")], vec![]))), ["P6"]);
 }

@@ -1,16 +1,20 @@
 //! `cargo sim …`: the simulator's command line.
 
+use super::page::{self, Parted};
 use super::run::{Run, run};
-use super::runner;
-use crate::report::{PROBES, Report, Verdict};
+use super::runner::{Job, jobs};
+use super::shrink::Shrink;
+use super::sweep::{self, Sweep};
+use super::{events, hunt};
+use crate::mutants::MUTANTS;
+use crate::report::Report;
+use crate::settle::settle;
 use crate::spec::{self, SHIPPED};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use sim::trace::Level;
 use sim::world::{self, TraceLine};
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::process::ExitCode;
-use std::sync::Mutex;
 
 const LINES_BEFORE_PANIC: usize = 40;
 
@@ -21,39 +25,102 @@ struct Cli {
     command: Cmd,
 }
 
+/// Which run.
+#[derive(Args)]
+struct Which {
+    /// A shipped scenario, or a TOML file.
+    scenario: String,
+    /// The file's own, or 1.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// A planted bug: see `mutants --list`.
+    #[arg(long)]
+    mutant: Option<String>,
+}
+
 #[derive(Subcommand)]
 enum Cmd {
     /// Names the scenarios.
     List,
     /// Runs one scenario with one seed.
     Run {
-        /// A shipped scenario, or a TOML file.
-        scenario: String,
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
+        #[command(flatten)]
+        which: Which,
         /// One JSON line.
         #[arg(long)]
         json: bool,
+        /// A file for every event, a line each.
+        #[arg(long)]
+        events: Option<String>,
+    },
+    /// Writes a run down with everything that its seed drew, as a scenario that can be edited and run.
+    Plan {
+        #[command(flatten)]
+        which: Which,
     },
     /// Runs scenarios on many seeds, a process each.
     Sweep {
         /// As Rust writes ranges: A..B or A..=B.
         #[arg(long, value_parser = seeds, default_value = "1..=20")]
         seeds: Range<u64>,
+        /// Seeds that nobody has run, for so many minutes.
+        #[arg(long, value_name = "MINUTES", conflicts_with = "resume")]
+        fresh: Option<u64>,
         /// Only these; all if none is named.
         scenarios: Vec<String>,
         /// Processes side by side; all cores if 0.
         #[arg(long, default_value_t = 0)]
         jobs: usize,
+        /// One run in so many is done twice, and must give the same trace; 0: none.
+        #[arg(long, default_value_t = 20)]
+        repeat_every: u64,
+        /// A file that gets a JSON line for each run.
+        #[arg(long, default_value = "sweeps.jsonl")]
+        results: String,
+        /// Leaves out the runs that the file of results has of this build.
+        #[arg(long)]
+        resume: bool,
     },
     /// Runs one scenario again and prints what happened, line by line.
     Replay {
-        scenario: String,
-        #[arg(long)]
-        seed: u64,
-        /// Debug lines too.
+        #[command(flatten)]
+        which: Which,
+        /// Debug lines, messages, disk operations and figures too.
         #[arg(long)]
         all: bool,
+        /// A page to be looked at in a browser, instead of lines.
+        #[arg(long, value_name = "FILE")]
+        html: Option<String>,
+        /// Where this run and another one of the same scenario part: another seed, or `clean` (without the planted bug).
+        #[arg(long, value_name = "SEED")]
+        against: Option<String>,
+    },
+    /// Plants bugs, one at a time, and counts the seeds until each is caught.
+    Mutants {
+        #[arg(long, value_parser = seeds, default_value = "1..=200")]
+        seeds: Range<u64>,
+        /// Only these; all if none is named.
+        mutants: Vec<String>,
+        /// One JSON line for each.
+        #[arg(long)]
+        json: bool,
+        /// Names them, and runs nothing.
+        #[arg(long)]
+        list: bool,
+        #[arg(long, default_value_t = 0)]
+        jobs: usize,
+    },
+    /// Finds the few faults and operations that a failing run takes, and writes them down as a scenario.
+    Shrink {
+        #[command(flatten)]
+        which: Which,
+        #[arg(long)]
+        out: String,
+        /// The time after which it stops with what it has.
+        #[arg(long, default_value_t = 5.0)]
+        minutes: f64,
+        #[arg(long, default_value_t = 0)]
+        jobs: usize,
     },
     /// How many virtual seconds an idle cluster of three passes per second of wall time.
     Idle {
@@ -90,62 +157,133 @@ pub fn main() -> ExitCode {
         world::last_lines(LINES_BEFORE_PANIC).iter().for_each(|line| eprintln!("{}", readable(line)));
         usual(panic);
     }));
-    match Cli::parse().command {
-        Cmd::List => {
-            for (name, _) in SHIPPED {
-                match spec::find(name) {
-                    Ok(scenario) => println!("{name:22} {}", scenario.about),
-                    Err(error) => println!("{name:22} {error}"),
-                }
+    let done = match Cli::parse().command {
+        Cmd::List => Ok(list()),
+        Cmd::Run { which, json, events } => which.find().and_then(|(scenario, job)| {
+            let run = play(&scenario, &job, events.is_some());
+            if let Some(path) = events {
+                events::write(&run, &path).map_err(|e| format!("{path}: {e}"))?;
             }
-            ExitCode::SUCCESS
-        }
-        Cmd::Run { scenario, seed, json } => with(&scenario, seed, false, |run| {
-            if json {
-                println!(
-                    "{}",
-                    serde_json::to_string(&run.report).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
-                );
-            } else {
-                print_report(&run.report);
+            match json {
+                true => println!("{}", serde_json::to_string(&run.report).map_err(|e| e.to_string())?),
+                false => print_report(&run.report),
             }
+            Ok(ExitCode::from(run.report.class.exit_code()))
         }),
-        Cmd::Replay { scenario, seed, all } => with(&scenario, seed, true, |run| timeline(&run, all)),
-        Cmd::Sweep { seeds, scenarios, jobs } => sweep(seeds, scenarios, jobs),
-        Cmd::Idle { virtual_s } => {
-            let started = wall_seconds();
-            match super::run::idle(virtual_s) {
-                Ok(entries) => {
-                    let wall_s = (wall_seconds() - started).max(0.01);
-                    let speed = virtual_s as f64 / wall_s;
-                    println!(
-                        "three idle nodes: {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)"
-                    );
-                    ExitCode::SUCCESS
+        Cmd::Plan { which } => which.find().and_then(|(scenario, job)| {
+            let text = toml::to_string_pretty(&settle(&scenario, job.seed)).map_err(|e| e.to_string())?;
+            println!("# {}\n{text}", job.command("plan"));
+            Ok(ExitCode::SUCCESS)
+        }),
+        Cmd::Replay { which, all, html, against } => which.find().and_then(|(scenario, job)| {
+            let parted = against.map(|other| part(&job, &other)).transpose()?.flatten();
+            let run = play(&scenario, &job, all || html.is_some());
+            match html {
+                Some(path) => {
+                    let page = page::page(&run, &job, parted).map_err(|e| e.to_string())?;
+                    std::fs::write(&path, page).map_err(|e| format!("{path}: {e}"))?;
+                    print_report(&run.report);
+                    println!("{path} written");
                 }
-                Err(error) => fail(&error.to_string()),
+                None => {
+                    timeline(&run, all);
+                    parted.iter().for_each(|parted| println!("\n{}", parted.text));
+                }
             }
+            Ok(ExitCode::from(run.report.class.exit_code()))
+        }),
+        Cmd::Sweep { seeds, fresh, scenarios, jobs: asked, repeat_every, results, resume } => {
+            let (jobs, results) = (jobs(asked), Some(results).filter(|path| !path.is_empty()));
+            sweep::sweep(Sweep {
+                seeds,
+                scenarios,
+                jobs,
+                fresh_minutes: fresh,
+                repeat_every,
+                results,
+                resume,
+            })
         }
+        Cmd::Mutants { list: true, .. } => {
+            MUTANTS.iter().for_each(|mutant| println!("{:44} {}", mutant.name, mutant.what));
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::Mutants { seeds, mutants, json, jobs: asked, .. } => {
+            hunt::hunt(seeds, mutants, jobs(asked), json)
+        }
+        Cmd::Shrink { which, out, minutes, jobs: asked } => which.find().and_then(|(_, job)| {
+            println!("{}", Shrink { job, out, minutes, jobs: jobs(asked) }.run()?);
+            Ok(ExitCode::SUCCESS)
+        }),
+        Cmd::Idle { virtual_s } => idle(virtual_s),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("{error}");
+        ExitCode::from(2)
+    })
+}
+
+impl Which {
+    fn find(self) -> Result<(spec::Scenario, Job), String> {
+        let scenario = spec::find(&self.scenario)?;
+        if let Some(name) = self.mutant.as_ref().filter(|name| !MUTANTS.iter().any(|m| m.name == **name)) {
+            return Err(format!("there is no planted bug '{name}'; `cargo sim mutants --list` names them"));
+        }
+        let seed = self.seed.or(scenario.seed).unwrap_or(1);
+        Ok((scenario, Job { scenario: self.scenario, seed, mutant: self.mutant }))
     }
 }
 
-fn fail(message: &str) -> ExitCode {
-    eprintln!("{message}");
-    ExitCode::from(2)
+/// Plays a run in this process.
+fn play(scenario: &spec::Scenario, job: &Job, all: bool) -> Run {
+    job.mutant.iter().for_each(|name| sim::planted::plant(name));
+    let mut run = run(&job.scenario, scenario, job.seed, all);
+    run.report.mutant = job.mutant.clone().map(|name| (name, sim::planted::reached()));
+    run
 }
 
-fn with(name: &str, seed: u64, all_lines: bool, show: impl FnOnce(Run)) -> ExitCode {
-    let scenario = match spec::find(name) {
-        Ok(scenario) => scenario,
-        Err(error) => return fail(&error),
-    };
-    let run = run(name, &scenario, seed, all_lines);
-    let passed = run.report.verdict == Verdict::Pass;
-    show(run);
-    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+/// Where a run and another one part.
+fn part(job: &Job, other: &str) -> Result<Option<Parted>, String> {
+    let mut against = job.clone();
+    match other {
+        "clean" => against.mutant = None,
+        seed => against.seed = seed.parse().map_err(|_| format!("'{seed}' is neither a seed nor 'clean'"))?,
+    }
+    let found = events::compare(job, &against)?;
+    Ok(found.map(|(number, text)| {
+        let first = text.lines().find_map(|line| line.strip_prefix("  < "));
+        let at = first.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0.0);
+        let text = format!(
+            "event {number} is the first that differs from `{}` (>):\n{text}",
+            against.command("run")
+        );
+        Parted { at, text }
+    }))
 }
 
-fn print_report(report: &Report) {
+fn list() -> ExitCode {
+    for (name, _) in SHIPPED {
+        match spec::find(name) {
+            Ok(scenario) => println!("{name:22} {}", scenario.about),
+            Err(error) => println!("{name:22} {error}"),
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn idle(virtual_s: u64) -> Result<ExitCode, String> {
+    let started = wall_seconds();
+    let entries = super::run::idle(virtual_s).map_err(|e| e.to_string())?;
+    let wall_s = (wall_seconds() - started).max(0.01);
+    let speed = virtual_s as f64 / wall_s;
+    println!(
+        "three idle nodes: {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)"
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What came of a run, for a person.
+pub fn print_report(report: &Report) {
     println!("{} seed {}: {:?}  {}", report.scenario, report.seed, report.verdict, report.why);
     println!(
         "  {} writes acknowledged, {} lost, {} of unknown outcome; {} reads",
@@ -176,6 +314,9 @@ fn print_report(report: &Report) {
     for violation in &report.violations {
         println!("  {} at {:.3} s: {}", violation.promise, violation.at_s, violation.what);
     }
+    if let Some((mutant, times)) = &report.mutant {
+        println!("  planted bug {mutant}: come upon {times} times");
+    }
     println!("  trace {}  build {}", report.trace_hash, report.build);
 }
 
@@ -190,7 +331,8 @@ fn readable(line: &TraceLine) -> String {
 
 fn timeline(run: &Run, all: bool) {
     println!("{} seed {}, build {}", run.report.scenario, run.report.seed, run.report.build);
-    for fault in &run.plan {
+    let faults = &run.settled.faults;
+    for fault in faults.list.iter().chain(faults.disk.iter().flatten()) {
         let ends = (fault.at_ms + fault.lasts_ms) as f64 / 1e3;
         println!(
             "plan: {:?} on {:?} from {:.3} s to {ends:.3} s",
@@ -199,104 +341,16 @@ fn timeline(run: &Run, all: bool) {
             fault.at_ms as f64 / 1e3
         );
     }
-    run.lines
-        .iter()
-        .filter(|line| all || line.level <= Level::Info)
-        .for_each(|line| println!("{}", readable(line)));
+    match all {
+        true => run.events.iter().for_each(|event| println!("{}", events::line(event, &run.nodes))),
+        false => run
+            .lines
+            .iter()
+            .filter(|line| line.level <= Level::Info)
+            .for_each(|line| println!("{}", readable(line))),
+    }
     println!();
     print_report(&run.report);
-}
-
-fn sweep(seeds: Range<u64>, scenarios: Vec<String>, jobs: usize) -> ExitCode {
-    let names: Vec<String> = match scenarios.is_empty() {
-        true => SHIPPED.iter().map(|(name, _)| name.to_string()).collect(),
-        false => scenarios,
-    };
-    if let Some(error) = names.iter().find_map(|name| spec::find(name).err()) {
-        return fail(&error);
-    }
-    let jobs = if jobs > 0 { jobs } else { std::thread::available_parallelism().map_or(2, |n| n.get()) };
-    let runs: Vec<(String, u64)> =
-        seeds.flat_map(|seed| names.iter().map(move |name| (name.clone(), seed))).collect();
-    let bar = indicatif::ProgressBar::new(runs.len() as u64);
-    if let Ok(style) = indicatif::ProgressStyle::with_template(
-        "{bar:40} {pos}/{len} runs, {elapsed} (about {eta} left) {msg}",
-    ) {
-        bar.set_style(style);
-    }
-    let failed = Mutex::new(0);
-    let reports = runner::sweep(&runs, jobs, |report| {
-        if report.verdict != Verdict::Pass {
-            let mut failed = failed.lock().unwrap_or_else(|p| p.into_inner());
-            *failed += 1;
-            bar.set_message(format!("{failed} not passed"));
-            bar.suspend(|| print_report(report));
-        }
-        bar.inc(1);
-    });
-    bar.finish();
-    table(&reports)
-}
-
-fn table(reports: &[Report]) -> ExitCode {
-    let mut rows: BTreeMap<&str, Vec<&Report>> = BTreeMap::new();
-    for report in reports {
-        rows.entry(&report.scenario).or_default().push(report);
-    }
-    println!(
-        "{:22} {:>5} {:>5} {:>5} {:>5} {:>5} {:>8} {:>5} {:>7} {:>9} {:>10} {:>8}",
-        "scenario",
-        "runs",
-        "pass",
-        "fail",
-        "vacu.",
-        "brok.",
-        "acked",
-        "lost",
-        "faults",
-        "max gap s",
-        "converge s",
-        "wall s"
-    );
-    for (name, reports) in rows {
-        let count = |verdict: Verdict| reports.iter().filter(|r| r.verdict == verdict).count();
-        let sum = |of: fn(&Report) -> usize| reports.iter().map(|r| of(r)).sum::<usize>();
-        let most = |of: fn(&Report) -> f64| reports.iter().map(|r| of(r)).fold(0.0, f64::max);
-        println!(
-            "{name:22} {:5} {:5} {:5} {:5} {:5} {:8} {:5} {:7} {:9.2} {:10.2} {:8.1}",
-            reports.len(),
-            count(Verdict::Pass),
-            count(Verdict::Fail),
-            count(Verdict::Vacuous),
-            count(Verdict::Broken),
-            sum(|r| r.acked),
-            sum(|r| r.lost),
-            sum(|r| r.faults.len()),
-            most(|r| r.write_gap_s),
-            most(|r| r.converge_s.unwrap_or(0.0)),
-            reports.iter().map(|r| r.wall_s).sum::<f64>(),
-        );
-    }
-    println!("rare paths:");
-    let taken = |path: &str| reports.iter().filter_map(|r| r.probes.get(path)).sum::<u64>();
-    for path in PROBES {
-        let count = taken(path);
-        println!("  {count:9} x {path}{}", if count == 0 { "  (never reached)" } else { "" });
-    }
-    let others: BTreeSet<&String> = reports.iter().flat_map(|r| r.probes.keys()).collect();
-    for path in others.into_iter().filter(|path| !PROBES.contains(&path.as_str())) {
-        println!("  {:9} x {path}  (not in the list)", taken(path));
-    }
-    let bad = reports.iter().filter(|r| r.verdict != Verdict::Pass);
-    let bad: Vec<String> =
-        bad.map(|r| format!("cargo sim replay {} --seed {}", r.scenario, r.seed)).collect();
-    if bad.is_empty() {
-        println!("all {} runs passed", reports.len());
-        return ExitCode::SUCCESS;
-    }
-    println!("{} of {} runs did not pass; see them with:", bad.len(), reports.len());
-    bad.iter().take(20).for_each(|line| println!("  {line}"));
-    ExitCode::FAILURE
 }
 
 #[cfg(test)]

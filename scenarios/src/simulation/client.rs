@@ -1,11 +1,13 @@
 //! Clients: each is a session of one tenant, does one thing after the other, and records what it saw.
 //!
 //! A write carries an idempotency key and is retried, at any gateway, until its answer is certain or patience ends. Now and then a
-//! client sends an answered key again, as a confused caller would, and expects the same answer.
+//! client sends an answered key again, as a confused caller would, and expects the same answer. An operation whose time has passed by more
+//! than [`LATE`] when the one before it ends is left out: a client that had to wait does not make up for it.
 
 use super::cluster::{Cluster, host_of, tenant};
 use crate::history::{At, Id, Op, Refusal, Request, Response, Row};
-use crate::spec::Workload;
+use crate::operation::{Act, Operation};
+use crate::spec::Scenario;
 use nodes::error::reason;
 use nodes::proto::v1::{
     self, graph_service_client::GraphServiceClient, memory_service_client::MemoryServiceClient,
@@ -20,8 +22,7 @@ use tonic::{Code, Status};
 
 const ATTEMPT: Duration = Duration::from_secs(2);
 const ATTEMPTS_MAX: usize = 12;
-/// Share of answered writes whose key is sent again.
-const REPEAT: f64 = 0.05;
+const LATE: Duration = Duration::from_secs(1);
 
 /// What all clients write into.
 pub type Recorder = Arc<Mutex<Vec<Op>>>;
@@ -33,7 +34,6 @@ struct Client {
     gateways: Vec<String>,
     channels: Vec<Channel>,
     at: usize,
-    workload: Workload,
     recorder: Recorder,
     /// The session: the greatest position seen, and the last version of each memory.
     token: v1::Token,
@@ -43,19 +43,16 @@ struct Client {
     asked: String,
 }
 
-/// Starts the scenario's clients, each on a machine of its own; they end at `until` of true time.
-pub fn start(
-    cluster: &Cluster,
-    workload: &Workload,
-    recorder: &Recorder,
-    until: Duration,
-) -> Arc<Mutex<usize>> {
-    let running = Arc::new(Mutex::new(workload.clients));
-    for number in 0..workload.clients {
-        let tenant = number % workload.tenants;
+/// Starts the scenario's clients, each on a machine of its own; how many have not ended yet.
+pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc<Mutex<usize>> {
+    let running = Arc::new(Mutex::new(scenario.workload.clients));
+    for number in 0..scenario.workload.clients {
+        let tenant = number % scenario.workload.tenants;
+        let mine = scenario.operations.iter().flatten().filter(|o| o.client == number).copied();
+        let operations: Arc<[Operation]> = mine.collect();
         let (key, gateways) = (cluster.keys[tenant].clone(), cluster.gateways.clone());
-        let (workload, recorder, running) = (workload.clone(), recorder.clone(), running.clone());
-        let clock = ClockModel { rate_ppm: rand::below(101) as i64 - 50, ..ClockModel::default() };
+        let (recorder, running) = (recorder.clone(), running.clone());
+        let clock = ClockModel::default();
         let options = NodeOptions { name: format!("client{number}"), region: "here".into(), cores: 1, clock };
         let world = cluster.world.clone();
         cluster.world.add_node(options, move || {
@@ -66,21 +63,23 @@ pub fn start(
                 channels: gateways.iter().filter_map(|g| sim::net::connect(g).ok()).collect(),
                 gateways: gateways.clone(),
                 at: number % gateways.len(),
-                workload: workload.clone(),
                 recorder: recorder.clone(),
                 token: v1::Token::default(),
                 versions: BTreeMap::new(),
                 writes: 0,
                 asked: String::new(),
             };
-            let (world, running) = (world.clone(), running.clone());
+            let (world, running, operations) = (world.clone(), running.clone(), operations.clone());
             async move {
-                // Nodes elect a leader first.
-                time::sleep(Duration::from_secs(2)).await;
-                while world.now() < until {
-                    let pause = -(1.0 - rand::unit()).max(1e-9).ln() * client.workload.think_ms as f64;
-                    time::sleep(Duration::from_micros((pause * 1000.0) as u64)).await;
-                    client.act().await;
+                for operation in operations.iter() {
+                    let at = Duration::from_millis(operation.at_ms);
+                    let now = world.now();
+                    if now < at {
+                        time::sleep(at - now).await;
+                    } else if now > at + LATE {
+                        continue;
+                    }
+                    client.act(operation).await;
                 }
                 *running.lock().unwrap_or_else(|p| p.into_inner()) -= 1;
             }
@@ -101,7 +100,9 @@ pub fn id_of(tenant: usize, number: u64) -> Id {
 fn text(tenant: usize, marker: &str) -> String {
     const WORDS: [&str; 8] =
         ["harbour", "violin", "orchard", "lantern", "glacier", "saffron", "compass", "meadow"];
-    let words: Vec<&str> = (0..3).map(|_| WORDS[rand::below(8) as usize]).collect();
+    let mut hash = sim::trace::Hash::default();
+    hash.bytes(marker.as_bytes());
+    let words: Vec<&str> = (0..3).map(|i| WORDS[(hash.value() >> (8 * i) & 7) as usize]).collect();
     format!("t{tenant} {marker} {}", words.join(" "))
 }
 
@@ -152,27 +153,24 @@ impl Client {
         MemoryServiceClient::new(self.channels[self.at].clone())
     }
 
-    fn pick_id(&self) -> Id {
-        let keys = self.workload.keys_per_tenant;
-        id_of(self.tenant, (keys as f64 * rand::unit().powf(self.workload.key_skew)) as u64)
+    fn id(&self, key: u64) -> Id {
+        id_of(self.tenant, key)
     }
 
-    async fn act(&mut self) {
-        let dice = rand::unit();
-        if dice < self.workload.strong_reads {
-            return self.get(false).await;
+    async fn act(&mut self, operation: &Operation) {
+        if let Some(gateway) = operation.gateway {
+            self.at = gateway % self.gateways.len();
         }
-        // The rest in fixed proportions.
-        let dice = (dice - self.workload.strong_reads) / (1.0 - self.workload.strong_reads);
-        match dice {
-            d if d < 0.30 => self.write(Kind::Add).await,
-            d if d < 0.58 => self.write(Kind::Update).await,
-            d if d < 0.68 => self.write(Kind::Delete).await,
-            d if d < 0.88 => self.get(true).await,
-            d if d < 0.94 => self.search().await,
-            d if d < 0.96 => self.link().await,
-            d if d < 0.98 => self.walk().await,
-            _ => self.list().await,
+        match operation.act {
+            Act::Add { key } => self.write(Kind::Add, key, operation).await,
+            Act::Update { key } => self.write(Kind::Update, key, operation).await,
+            Act::Delete { key } => self.write(Kind::Delete, key, operation).await,
+            Act::Get { key } => self.get(key, operation.session).await,
+            Act::Search => self.search().await,
+            Act::List => self.list().await,
+            Act::Link { from, to } => self.link(from, to, true).await,
+            Act::Unlink { from, to } => self.link(from, to, false).await,
+            Act::Walk { key } => self.walk(key, operation.inbound).await,
         }
     }
 
@@ -190,12 +188,12 @@ impl Client {
         }
     }
 
-    async fn write(&mut self, kind: Kind) {
-        let id = self.pick_id();
+    async fn write(&mut self, kind: Kind, key: u64, operation: &Operation) {
+        let id = self.id(key);
         self.writes += 1;
         let marker = format!("c{}w{}", self.number, self.writes);
         let known = self.versions.get(&id).copied();
-        let expected = known.filter(|_| rand::chance(0.4));
+        let expected = known.filter(|_| operation.expecting);
         let request = match kind {
             Kind::Add => Request::Add { id: id.clone(), marker: marker.clone() },
             Kind::Update => Request::Update { id: id.clone(), expected, marker: marker.clone() },
@@ -204,10 +202,10 @@ impl Client {
         let text = text(self.tenant, &marker);
         let call = sim::world::true_now();
         let mut answer = self.attempts(&request, &marker, &text).await;
-        if !matches!(answer, Response::Unknown) && rand::chance(REPEAT) {
+        if !matches!(answer, Response::Unknown) && operation.again {
             let again = self.attempts(&request, &marker, &text).await;
             if !matches!(again, Response::Unknown) && again != answer {
-                answer = Response::Changed { first: format!("{answer:?}"), then: format!("{again:?}") };
+                answer = Response::Changed { first: answer.to_string(), then: again.to_string() };
             }
         }
         if let Response::Written { version, at } = &answer {
@@ -283,7 +281,7 @@ impl Client {
                 let answer = service.delete(request).await?.into_inner();
                 (answer.version, answer.info)
             }
-            Request::Get { .. } | Request::Search | Request::List | Request::Walk => {
+            Request::Get { .. } | Request::Search | Request::List | Request::Link { .. } | Request::Walk => {
                 return Err(Status::internal("not a write"));
             }
         };
@@ -291,8 +289,8 @@ impl Client {
     }
 
     /// A read that gets no answer says nothing and leaves no record.
-    async fn get(&mut self, session: bool) {
-        let id = self.pick_id();
+    async fn get(&mut self, key: u64, session: bool) {
+        let id = self.id(key);
         let session = session && index(Some(&self.token)) > 0;
         let token = session.then(|| self.token.clone());
         let options = Some(v1::ReadOptions {
@@ -300,9 +298,6 @@ impl Client {
             token: token.clone(),
             ..Default::default()
         });
-        if rand::chance(0.3) {
-            self.at = rand::below(self.gateways.len() as u64) as usize;
-        }
         let call = sim::world::true_now();
         let mut service = self.service();
         let request = self.request(v1::GetRequest { id: id.clone(), options });
@@ -345,24 +340,32 @@ impl Client {
         }
     }
 
-    /// Sets an edge between two memories, of which either may not be there.
-    async fn link(&mut self) {
-        let (source, target) = (self.pick_id(), self.pick_id());
-        let weight = rand::unit() as f32;
+    /// Sets or removes an edge between two memories, of which either may not be there.
+    async fn link(&mut self, from: u64, to: u64, set: bool) {
+        let call = sim::world::true_now();
+        let (source, target) = (self.id(from), self.id(to));
+        let weight = ((from * 7 + to * 3) % 10) as f32 / 10.0;
+        let (from, to) = (source.clone(), target.clone());
         let edge = v1::Edge { source, target, relation: "knows".into(), weight, ..Default::default() };
+        self.asked = host_of(&self.gateways[self.at]).to_string();
         let mut service = GraphServiceClient::new(self.channels[self.at].clone());
-        if rand::chance(0.2) {
+        if !set {
             let request = self.request(v1::DeleteEdgesRequest { edges: vec![edge], options: None });
             let _answer = time::timeout(ATTEMPT, service.delete_edges(request)).await;
-        } else {
-            let request = self.request(v1::UpsertEdgesRequest { edges: vec![edge], options: None });
-            let _answer = time::timeout(ATTEMPT, service.upsert_edges(request)).await;
+            return;
+        }
+        let request = self.request(v1::UpsertEdgesRequest { edges: vec![edge], options: None });
+        match time::timeout(ATTEMPT, service.upsert_edges(request)).await {
+            Ok(Ok(_)) => self.record(call, Request::Link { from, to }, Response::Linked),
+            Ok(Err(status)) if certain(&status).is_some() => {}
+            _ => self.record(call, Request::Link { from, to }, Response::Unknown),
         }
     }
 
-    async fn walk(&mut self) {
+    async fn walk(&mut self, key: u64, inbound: bool) {
         let call = sim::world::true_now();
-        let (start, inbound) = (vec![self.pick_id()], rand::chance(0.3));
+        let start = vec![self.id(key)];
+        self.asked = host_of(&self.gateways[self.at]).to_string();
         let mut service = GraphServiceClient::new(self.channels[self.at].clone());
         let request = self.request(v1::TraverseRequest { start, hops: 3, inbound, ..Default::default() });
         match time::timeout(ATTEMPT, service.traverse(request)).await {

@@ -1,6 +1,6 @@
 //! The nodes of a scenario, each the production node in a simulated machine.
 
-use crate::spec::Scenario;
+use crate::spec::{Draw, Scenario};
 use nodes::auth::Keys;
 use nodes::config::NodeConfig;
 use nodes::error::Error;
@@ -41,7 +41,12 @@ pub fn tenant(number: usize) -> String {
 impl Cluster {
     /// Boots all nodes. Small limits, so that runs cross segment, checkpoint and purge boundaries.
     pub fn start(world: &World, scenario: &Scenario) -> Result<Cluster, Error> {
-        let latency = Latency { base: Duration::from_micros(200), jitter: Duration::from_micros(80) };
+        let draw = scenario.draw.clone();
+        let nodes = scenario.topology.replicas + scenario.topology.gateways;
+        let draw = draw.unwrap_or_else(|| Draw::usual(nodes));
+        world.set_buggify(draw.buggify.clone());
+        let base = Duration::from_micros(draw.latency_us);
+        let latency = Latency { base, jitter: base.mul_f64(0.4) };
         world.links().set_default(LinkModel {
             latency,
             loss: scenario.topology.loss,
@@ -65,43 +70,40 @@ impl Cluster {
             keys_per_tenant,
             operator,
         };
-        // Some clusters have an SSD's fsync, some a rotating disk's: what is under way when the power goes differs much.
-        let slow_disks = sim::rand::chance(0.3);
-        // Some keep product codes alone, of every month as soon as it has a few vectors.
-        let product = match sim::rand::chance(0.3) {
-            true => format!("product_after_days = -40\nproduct_rows_min = {}\n", 10 + sim::rand::below(60)),
-            false => String::new(),
+        let product = match draw.product_rows_min {
+            Some(rows) => format!("product_after_days = -40\nproduct_rows_min = {rows}\n"),
+            None => String::new(),
         };
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
-        for (name, id) in names.chain(edges) {
+        for ((name, id), limits) in names.chain(edges).zip(&draw.nodes) {
             let roles = if id.is_some() { "" } else { "roles = ['gateway', 'writer', 'reader']\n" };
             let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
             let addr = format!("{name}:{PORT}");
             let text = format!(
                 "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}\
-                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = 100000\nbase_bytes_min = 50000\n\
+                 [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
                  vector_buffer_bytes = {}\ngraph_rows_min = {}\n{product}",
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
-                60 + sim::rand::below(200),
-                sim::rand::below(40),
-                20_000 + sim::rand::below(300_000),
-                20 + sim::rand::below(200),
+                limits.checkpoint_entries,
+                limits.entries_kept,
+                limits.segment_bytes_max,
+                limits.base_bytes_min,
+                limits.vector_buffer_bytes,
+                limits.graph_rows_min,
             );
             let config = NodeConfig::parse(&text)?;
             let clock = ClockModel {
-                rate_ppm: sim::rand::below(201) as i64 - 100,
-                offset: Duration::from_millis(sim::rand::below(1_000_000)),
-                calendar_ms: sim::rand::below(2001) as i64 - 1000,
+                rate_ppm: limits.rate_ppm,
+                offset: Duration::from_millis(limits.offset_ms),
+                calendar_ms: limits.calendar_ms,
             };
             let options = NodeOptions { name, region: "here".into(), cores: 2, clock };
             let file = file.clone();
             let node = world.add_node(options, move || process(config.clone(), file.clone()));
             if let Some(disk) = world.disk(node) {
                 let latency = Duration::from_micros(20);
-                let sync_latency =
-                    if slow_disks { 5000 + sim::rand::below(20_000) } else { 250 + sim::rand::below(1500) };
-                let sync_latency = Duration::from_micros(sync_latency);
+                let sync_latency = Duration::from_micros(limits.sync_us);
                 let usual = DiskFaults { latency, sync_latency, ..Default::default() };
                 disk.set_faults(usual);
                 cluster.disk_faults.insert(node, usual);

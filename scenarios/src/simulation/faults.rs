@@ -36,7 +36,7 @@ pub async fn play(cluster: &Arc<Cluster>, plan: &[Fault]) -> Vec<Fired> {
 async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     match fault.target {
         Target::All => cluster.replicas.clone(),
-        Target::Any => {
+        Target::Any | Target::Drawn => {
             let node = cluster.replicas[fault.pick as usize % cluster.replicas.len()];
             // Its bad disk may have ended it just now; its supervisor starts it again.
             let until = cluster.world.now() + LEADER_WAIT;

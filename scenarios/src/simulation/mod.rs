@@ -3,6 +3,11 @@
 pub mod cli;
 mod client;
 mod cluster;
+mod events;
 mod faults;
+mod hunt;
+mod page;
 mod run;
 mod runner;
+mod shrink;
+mod sweep;

@@ -5,14 +5,15 @@ use super::cluster::{Cluster, host_of};
 use super::faults;
 use crate::history::{Final, History, Row, Sample};
 use crate::promises;
-use crate::report::{ACKED_MIN, Fired, Report, VIRTUAL_MIN_S, Verdict};
-use crate::spec::{self, Fault, Scenario};
+use crate::report::{Class, Fired, MENDING, Report, Verdict};
+use crate::settle::settle;
+use crate::spec::Scenario;
 use nodes::error::Error;
 use nodes::ledger::recovery;
 use nodes::proto::v1;
 use sim::time::{self, Duration};
 use sim::trace::Level;
-use sim::world::{self, NodeIndex, TraceLine, World};
+use sim::world::{self, Event, NodeIndex, TraceLine, World};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -21,8 +22,14 @@ const SAMPLE_INTERVAL: Duration = Duration::from_secs(2);
 /// Everything that a run gave.
 pub struct Run {
     pub report: Report,
+    /// What was played, with nothing left open.
+    pub settled: Scenario,
+    pub history: History,
     pub lines: Vec<TraceLine>,
-    pub plan: Vec<Fault>,
+    /// Every event, if asked for.
+    pub events: Vec<Event>,
+    /// The nodes' names, by their numbers in events.
+    pub nodes: Vec<String>,
 }
 
 struct Seen {
@@ -32,33 +39,27 @@ struct Seen {
     probes: BTreeMap<String, u64>,
 }
 
-/// Runs `scenario` with `seed` in this process, which must not have run one before. `all_lines` keeps the whole trace.
-pub fn run(name: &str, scenario: &Scenario, seed: u64, all_lines: bool) -> Run {
-    let mut plan = scenario.faults.list.clone();
-    if let Some(generate) = &scenario.faults.generate {
-        plan.extend(generate.plan(seed, scenario.workload_s));
-    }
-    plan.sort_by_key(|fault| fault.at_ms);
+/// Runs `scenario` with `seed` in this process, which must not have run one before. `all` keeps the whole trace.
+pub fn run(name: &str, scenario: &Scenario, seed: u64, all: bool) -> Run {
     let started = super::cli::wall_seconds();
-    let disk_plan = match scenario.bad_disk {
-        true => spec::disk_plan(seed, scenario.workload_s),
-        false => vec![],
-    };
-    let (to_play, scenario) = ([plan.clone(), disk_plan.clone()], scenario.clone());
-    let outcome = world::run(seed, all_lines, |world| async move { scenes(world, scenario, to_play).await });
-    plan.extend(disk_plan);
+    let settled = settle(scenario, seed);
+    let to_play = settled.clone();
+    let outcome = world::run(seed, all, |world| async move { scenes(world, to_play).await });
     let wall_s = super::cli::wall_seconds() - started;
     let virtual_s = outcome.virtual_time.as_secs_f64();
-    let mut report = match outcome.value {
-        Ok(seen) => judge(seen, virtual_s),
-        Err(error) => Report { verdict: Verdict::Broken, why: error.to_string(), ..empty() },
+    let (mut report, history) = match outcome.value {
+        Ok(seen) => judge(seen, virtual_s, &settled),
+        Err(error) => {
+            let (verdict, class) = (Verdict::Broken, Class::Liveness);
+            (Report { verdict, class, why: error.to_string(), ..empty() }, History::default())
+        }
     };
     report.scenario = name.into();
     report.seed = seed;
     report.trace_hash = format!("{:016x}", outcome.trace_hash);
     report.virtual_s = virtual_s;
     report.wall_s = wall_s;
-    Run { report, lines: outcome.lines, plan }
+    Run { report, settled, history, lines: outcome.lines, events: outcome.events, nodes: outcome.nodes }
 }
 
 /// A report of nothing, to be filled in.
@@ -68,6 +69,8 @@ pub fn empty() -> Report {
         seed: 0,
         build: nodes::BUILD.into(),
         verdict: Verdict::Broken,
+        class: Class::Crash,
+        mutant: None,
         trace_hash: String::new(),
         virtual_s: 0.0,
         wall_s: 0.0,
@@ -85,8 +88,9 @@ pub fn empty() -> Report {
     }
 }
 
-fn judge(seen: Seen, virtual_s: f64) -> Report {
+fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
     use crate::history::Response;
+    let enough = settled.enough;
     let Seen { history, fired, disk_faults, probes } = seen;
     let mut violations = promises::check_all(&history);
     if probes.contains_key(recovery::CONTRADICTION) {
@@ -94,15 +98,22 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
         let what = "a replica's views contradicted themselves; see the trace".to_string();
         violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
     }
+    let bad_disk =
+        settled.faults.list.iter().chain(settled.faults.disk.iter().flatten()).any(|f| f.kind.is_of_disks());
+    if let Some(path) = MENDING.iter().find(|path| !bad_disk && probes.contains_key(**path)) {
+        let what = format!("no disk was bad, but something was mended ({path}); see the trace");
+        violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
+    }
     let acked = history.acked();
     let idle: Vec<String> =
         fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
+    let safe = violations.iter().all(|violation| violation.promise == "P12");
     let (verdict, why) = if !violations.is_empty() {
         (Verdict::Fail, String::new())
-    } else if acked < ACKED_MIN {
-        (Verdict::Vacuous, format!("only {acked} acknowledged writes, {ACKED_MIN} are needed"))
-    } else if virtual_s < VIRTUAL_MIN_S {
-        (Verdict::Vacuous, format!("only {virtual_s:.0} virtual seconds, {VIRTUAL_MIN_S:.0} are needed"))
+    } else if acked < enough.acked {
+        (Verdict::Vacuous, format!("only {acked} acknowledged writes, {} are needed", enough.acked))
+    } else if virtual_s < enough.virtual_s {
+        (Verdict::Vacuous, format!("only {virtual_s:.0} virtual seconds, {:.0} are needed", enough.virtual_s))
     } else if !idle.is_empty() {
         (Verdict::Vacuous, format!("planned faults never took place: {}", idle.join(", ")))
     } else {
@@ -117,8 +128,15 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
     acks.sort_unstable();
     let gap_ns = acks.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
     let count = |wanted: fn(&Response) -> bool| history.ops.iter().filter(|op| wanted(&op.response)).count();
-    Report {
+    let class = match verdict {
+        Verdict::Pass => Class::Pass,
+        Verdict::Vacuous => Class::Vacuous,
+        Verdict::Fail if safe => Class::Liveness,
+        Verdict::Fail | Verdict::Broken => Class::Safety,
+    };
+    let report = Report {
         verdict,
+        class,
         why,
         acked,
         lost: promises::lost(&history),
@@ -133,29 +151,34 @@ fn judge(seen: Seen, virtual_s: f64) -> Report {
                     | Response::Walked { .. }
             )
         }),
-        unknown: count(|r| matches!(r, Response::Unknown)),
+        unknown: history
+            .ops
+            .iter()
+            .filter(|op| op.request.is_write() && op.response == Response::Unknown)
+            .count(),
         write_gap_s: gap_ns as f64 / 1e9,
         converge_s: history.converged_ns.map(|at| at.saturating_sub(history.healed_ns) as f64 / 1e9),
         disk_faults,
         probes,
         ..empty()
-    }
+    };
+    (report, history)
 }
 
-async fn scenes(world: World, scenario: Scenario, [plan, disk_plan]: [Vec<Fault>; 2]) -> Result<Seen, Error> {
+/// Plays a settled scenario.
+async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
     // Setup.
     let cluster = Arc::new(Cluster::start(&world, &scenario)?);
     let recorder: Recorder = Arc::default();
-    let until = Duration::from_secs(scenario.workload_s);
     // Start: load, faults and samples side by side.
-    let running = client::start(&cluster, &scenario.workload, &recorder, until);
+    let running = client::start(&cluster, &scenario, &recorder);
     let samples: Arc<Mutex<Vec<Sample>>> = Arc::default();
     let sampler = sim::task::spawn(sample_forever(cluster.clone(), samples.clone()));
     let bad_disk = {
-        let cluster = cluster.clone();
-        sim::task::spawn(async move { faults::play(&cluster, &disk_plan).await })
+        let (cluster, plan) = (cluster.clone(), scenario.faults.disk.unwrap_or_default());
+        sim::task::spawn(async move { faults::play(&cluster, &plan).await })
     };
-    let fired = faults::play(&cluster, &plan).await;
+    let fired = faults::play(&cluster, &scenario.faults.list).await;
     let disk_faults = bad_disk.await.map_err(|e| Error::Internal(format!("the disk's faults: {e}")))?;
     let healed = world.now();
     while *running.lock().unwrap_or_else(|p| p.into_inner()) > 0 {
@@ -163,7 +186,7 @@ async fn scenes(world: World, scenario: Scenario, [plan, disk_plan]: [Vec<Fault>
     }
     sampler.abort();
     // Recover: the system gets its time after the load and the faults, without buggify.
-    world.stop_buggify();
+    world.set_buggify([]);
     let healed = healed.max(world.now());
     world.note(0, Level::Info, "load and faults have ended; the system recovers");
     let limit = Duration::from_secs(scenario.promises.converge_s);
@@ -325,6 +348,7 @@ fn with_key<T>(message: T, key: &str) -> tonic::Request<T> {
 pub fn idle(virtual_s: u64) -> Result<u64, Error> {
     let mut scenario = crate::spec::find("steady").map_err(Error::Internal)?;
     scenario.topology.gateways = 0;
+    let scenario = settle(&scenario, 1);
     let outcome = world::run(1, false, |world| async move {
         let cluster = Cluster::start(&world, &scenario)?;
         time::sleep(Duration::from_secs(virtual_s)).await;

@@ -84,7 +84,8 @@ impl Channel {
             sleep(world::base_latency(from, to) * 2).await;
             return Err(broken(format!("{}: connection reset by peer", self.addr)));
         }
-        let (request, bytes) = gather(request).await?;
+        let (request, (bytes, hash)) = gather(request).await?;
+        let method = request.uri().path().to_string();
         let arrival = {
             let mut connection = self.connection.lock().map_err(|_| broken("poisoned".into()))?;
             connection.listener = Some(incarnation);
@@ -94,6 +95,7 @@ impl Channel {
             }
             arrival
         };
+        tell(from, to, (&method, false), (bytes, hash), arrival);
         if let Err(error) = wait(arrival).await {
             self.reset();
             return Err(error);
@@ -107,7 +109,9 @@ impl Channel {
             Err(_) => return Err(self.lost(to).await),
         };
         let (parts, frames) = response.into_parts();
-        if let Err(error) = wait(world::transmit(to, from, frames.head_bytes, 0)).await {
+        let arrival = world::transmit(to, from, frames.head_bytes, 0);
+        tell(to, from, (&method, true), (frames.head_bytes, 0), arrival);
+        if let Err(error) = wait(arrival).await {
             self.reset();
             return Err(error);
         }
@@ -149,8 +153,29 @@ async fn wait(arrival: Arrival) -> Result<(), tonic::Status> {
     }
 }
 
-/// Reads the whole request body. Our clients send unary requests and bounded streams of chunks, whose last frame is ready soon.
-async fn gather(request: http::Request<Body>) -> Result<(http::Request<Body>, usize), tonic::Status> {
+/// Notes a message for the trace.
+fn tell(
+    from: NodeIndex,
+    to: NodeIndex,
+    (method, answer): (&str, bool),
+    (bytes, hash): (usize, u64),
+    arrival: Arrival,
+) {
+    world::sent(from, || world::What::Message {
+        to,
+        method: method.to_string(),
+        answer,
+        bytes: bytes as u64,
+        hash,
+        arrives_ns: match arrival {
+            Arrival::At(ns) => Some(ns),
+            Arrival::Stalled { .. } => None,
+        },
+    });
+}
+
+/// Reads the whole request body; its bytes on the link and their hash. Our clients send unary requests and bounded streams of chunks, whose last frame is ready soon.
+async fn gather(request: http::Request<Body>) -> Result<(http::Request<Body>, (usize, u64)), tonic::Status> {
     let (parts, mut body) = request.into_parts();
     let mut bytes = Vec::new();
     while let Some(frame) = next_frame(&mut body).await {
@@ -160,9 +185,10 @@ async fn gather(request: http::Request<Body>) -> Result<(http::Request<Body>, us
     }
     world::hash_message(parts.uri.path().as_bytes());
     world::hash_message(&bytes);
-    let size = bytes.len() + 64;
+    let (size, mut hash) = (bytes.len() + 64, crate::trace::Hash::default());
+    hash.bytes(&bytes);
     let body = Body::new(http_body_util::Full::new(Bytes::from(bytes)));
-    Ok((http::Request::from_parts(parts, body), size))
+    Ok((http::Request::from_parts(parts, body), (size, hash.value())))
 }
 
 async fn next_frame(body: &mut Body) -> Option<Result<Frame<Bytes>, tonic::Status>> {

@@ -15,7 +15,7 @@ mod record;
 
 pub use links::{Arrival, Latency, LinkModel, Links};
 pub use node::{ClockModel, NodeOptions};
-pub use record::TraceLine;
+pub use record::{Event, TraceLine, What};
 
 use crate::disk::simulated::SimDisk;
 use crate::net::simulated::Incoming;
@@ -23,7 +23,7 @@ use crate::trace::Level;
 use node::Node;
 use record::Record;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -57,8 +57,8 @@ struct State {
     index_of: std::collections::HashMap<madsim::task::NodeId, NodeIndex>,
     listeners: BTreeMap<String, Listener>,
     next_incarnation: u64,
-    buggify: BTreeMap<&'static str, bool>,
-    buggify_on: bool,
+    /// The sites that may fire.
+    buggify: BTreeSet<String>,
 }
 
 struct Listener {
@@ -78,11 +78,15 @@ pub struct Outcome<T> {
     pub virtual_time: Duration,
     /// Every line if asked for, else the last ones.
     pub lines: Vec<TraceLine>,
+    /// Every event if asked for, else none.
+    pub events: Vec<Event>,
+    /// By [`NodeIndex`].
+    pub nodes: Vec<String>,
 }
 
 /// Runs a scenario in a fresh world with `seed`. Once per process: a second world would share generators with the first.
-/// `all_lines` keeps the whole trace, else only its end is kept.
-pub fn run<T, F>(seed: u64, all_lines: bool, scenario: impl FnOnce(World) -> F) -> Outcome<T>
+/// `all` keeps the whole trace, else only its end is kept.
+pub fn run<T, F>(seed: u64, all: bool, scenario: impl FnOnce(World) -> F) -> Outcome<T>
 where
     F: Future<Output = T>,
 {
@@ -94,7 +98,7 @@ where
         inner: Arc::new(Inner {
             handle,
             links: Links::new(),
-            record: Mutex::new(Record::new(all_lines)),
+            record: Mutex::new(Record::new(all)),
             state: Mutex::new(State {
                 seed,
                 epoch_ms,
@@ -102,8 +106,7 @@ where
                 index_of: Default::default(),
                 listeners: BTreeMap::new(),
                 next_incarnation: 0,
-                buggify: BTreeMap::new(),
-                buggify_on: true,
+                buggify: BTreeSet::new(),
             }),
         }),
     };
@@ -116,9 +119,11 @@ where
     let virtual_time = runtime.block_on(async { madsim::time::TimeHandle::current().elapsed() });
     // The generator's next number depends on every draw before it, whoever made it.
     let last = runtime.block_on(async { crate::rand::u64() });
+    let nodes = world.state().nodes.iter().map(|node| node.name.clone()).collect();
     let mut record = lock(&world.inner.record);
     record.hash.number(last);
-    Outcome { value, trace_hash: record.hash.value(), virtual_time, lines: record.take_lines() }
+    let (lines, events) = record.take();
+    Outcome { value, trace_hash: record.hash.value(), virtual_time, lines, events, nodes }
 }
 
 /// The last lines of the trace, for a run that ends in a panic; empty if the trace cannot be had at that moment.
@@ -174,9 +179,9 @@ impl World {
         self.inner.handle_time()
     }
 
-    /// Switches the buggify sites off, for the phase in which the system must recover.
-    pub fn stop_buggify(&self) {
-        self.state().buggify_on = false;
+    /// Switches these buggify sites on and all others off: none, for the phase in which the system must recover.
+    pub fn set_buggify(&self, sites: impl IntoIterator<Item = String>) {
+        self.state().buggify = sites.into_iter().collect();
     }
 
     pub fn links(&self) -> &Links {
@@ -201,6 +206,16 @@ impl World {
             let mut record = lock(&observer.inner.record);
             record.hash.bytes(event.op.as_bytes());
             record.hash.number(event.content_hash ^ event.offset.rotate_left(32) ^ event.len as u64);
+            if !record.keeps_all() {
+                return;
+            }
+            record.event(observer.now(), index, || What::Disk {
+                op: event.op,
+                path: event.path.to_string(),
+                offset: event.offset,
+                bytes: event.len as u64,
+                hash: event.content_hash,
+            });
         }));
         let name = options.name.clone();
         // The node must be known before its process first runs.
@@ -338,7 +353,7 @@ impl World {
     pub fn note(&self, node: NodeIndex, level: Level, text: &str) {
         let at = self.now();
         let name = self.state().nodes[node].name.clone();
-        lock(&self.inner.record).line(at, name, level, text);
+        lock(&self.inner.record).line(at, (node, name), level, text);
     }
 
     /// Numbers that are part of the run's identity but belong to no node, such as a client's observations.
@@ -369,13 +384,20 @@ pub(crate) fn global_ns() -> u64 {
     madsim::time::TimeHandle::current().elapsed().as_nanos() as u64
 }
 
+/// Outside a world, as in a plain test on this build, time stands still.
 pub(crate) fn monotonic_ns() -> u64 {
+    if !is_here() {
+        return 0;
+    }
     let now = madsim::time::TimeHandle::current().elapsed();
     let node = current_node();
     World::current().state().nodes[node].clock.monotonic_ns(now)
 }
 
 pub(crate) fn calendar_ms() -> i64 {
+    if !is_here() {
+        return 0;
+    }
     let now = madsim::time::TimeHandle::current().elapsed();
     let node = current_node();
     let world = World::current();
@@ -390,19 +412,7 @@ pub(crate) fn global_wait(wait: Duration) -> Duration {
 }
 
 pub(crate) fn buggify(site: &'static str, p: f64) -> bool {
-    let world = World::current();
-    let known = {
-        let state = world.state();
-        if !state.buggify_on {
-            return false;
-        }
-        state.buggify.get(site).copied()
-    };
-    let on = known.unwrap_or_else(|| {
-        let on = crate::rand::chance(0.25);
-        world.state().buggify.insert(site, on);
-        on
-    });
+    let on = World::current().state().buggify.contains(site);
     on && crate::rand::chance(p)
 }
 
@@ -449,12 +459,25 @@ pub(crate) fn log(level: Level, text: &str) {
     World::current().note(node, level, text);
 }
 
+pub(crate) fn gauge(name: &'static str, value: u64) {
+    let (node, world) = (current_node(), World::current());
+    let now = world.now();
+    lock(&world.inner.record).gauge(now, node, name, value);
+}
+
 pub(crate) fn hash_message(bytes: &[u8]) {
     let world = World::current();
     let now = global_ns();
     let mut record = lock(&world.inner.record);
     record.hash.number(now);
     record.hash.bytes(bytes);
+}
+
+/// A message that went from one node to another, for the trace.
+pub(crate) fn sent(from: NodeIndex, message: impl FnOnce() -> What) {
+    let world = World::current();
+    let now = world.now();
+    lock(&world.inner.record).event(now, from, message);
 }
 
 // ---- what the simulated network asks ----

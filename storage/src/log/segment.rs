@@ -85,7 +85,8 @@ pub fn put_entry(out: &mut Vec<u8>, index: u64, durable: u64, payload: &[u8]) {
 pub fn parse_entry(bytes: &[u8]) -> Option<(EntryHead, &[u8])> {
     let head = parse_head(bytes)?;
     let payload = bytes.get(ENTRY_HEAD..ENTRY_HEAD + head.length)?;
-    (checksum(&bytes[..4], &bytes[8..ENTRY_HEAD], payload) == head.checksum).then_some((head, payload))
+    let sound = checksum(&bytes[..4], &bytes[8..ENTRY_HEAD], payload) == head.checksum;
+    (sound || sim::planted!("trust-the-logs-entries")).then_some((head, payload))
 }
 
 /// Reads `buf.len()` bytes, or as many as there are.

@@ -271,6 +271,9 @@ impl Tree {
         if self.buffer.remove(&hash, month, &memory.id) {
             return;
         }
+        if sim::planted!("lose-a-tombstone-of-a-segment") {
+            return;
+        }
         if self.kill(Kill::Row { month, hash, id: memory.id, position }) == 0 {
             // It must have been somewhere.
             self.suspects.insert(month);

@@ -1,0 +1,98 @@
+//! The planted bugs: realistic mistakes in the real code, each behind its name ([`sim::planted!`]), that measure how good the net is.
+
+/// One planted bug.
+pub struct Mutant {
+    pub name: &'static str,
+    /// What goes wrong, and when.
+    pub what: &'static str,
+}
+
+const fn mutant(name: &'static str, what: &'static str) -> Mutant {
+    Mutant { name, what }
+}
+
+/// All of them.
+pub const MUTANTS: [Mutant; 23] = [
+    mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
+    mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
+    mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
+    mutant("truncate-one-entry-less", "a follower keeps one entry that its new leader does not have"),
+    mutant("purge-before-the-checkpoint", "the log is purged while the views are not yet durable"),
+    mutant("serve-from-a-deposed-leader", "a strong read asks no majority whether its leader still leads"),
+    mutant(
+        "wait-for-one-position-less",
+        "a read is answered one entry before the position that it waits for",
+    ),
+    mutant("read-before-the-position-is-published", "a strong read does not wait for the views"),
+    mutant(
+        "vote-with-a-damaged-log",
+        "a replica that lost acknowledged entries votes before it has them back",
+    ),
+    mutant("catch-up-from-one-entry-later", "views made anew leave out the first entry of the log"),
+    mutant("trust-the-logs-entries", "the checksums of the log's entries are not looked at"),
+    mutant("forget-idempotency-keys", "a retried write is applied again"),
+    mutant(
+        "repeat-an-uncertain-write-without-its-key",
+        "an edge repeats a write whose outcome it does not know",
+    ),
+    mutant("apply-entries-again", "entries that the views already have are applied again"),
+    mutant("ignore-the-expected-version", "an update or deletion of an old version succeeds"),
+    mutant("forget-a-deletions-version", "a memory that is added again begins at version 1"),
+    mutant("store-the-replicas-own-time", "apply looks at the replica's clock"),
+    mutant("leave-inbound-edges-behind", "a deleted memory's inbound edges stay"),
+    mutant("keep-a-deleted-memory-in-the-cache", "the cache is not told of deletions"),
+    mutant("search-the-words-of-all-tenants", "a search by words leaves the tenant's filter out"),
+    mutant("lose-a-tombstone-of-a-segment", "a vector in a segment survives its memory"),
+    mutant("name-a-segment-that-is-not-synced", "a segment of vectors is named before its bytes are durable"),
+    mutant("give-the-token-of-the-entry-before", "a write's token names the position before it"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    fn names_in(dir: &Path, call: &str, found: &mut BTreeSet<String>) -> std::io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                names_in(&path, call, found)?;
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path)?;
+                found.extend(
+                    text.split(call).skip(1).filter_map(|rest| rest.split('"').next()).map(String::from),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn names_in_the_code(call: &str) -> std::io::Result<BTreeSet<String>> {
+        let mut found = BTreeSet::new();
+        for package in ["storage", "nodes"] {
+            names_in(
+                &Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(package).join("src"),
+                call,
+                &mut found,
+            )?;
+        }
+        Ok(found)
+    }
+
+    #[test]
+    fn the_catalogue_has_the_bugs_that_the_code_has() -> std::io::Result<()> {
+        let catalogue: BTreeSet<String> = MUTANTS.iter().map(|m| m.name.to_string()).collect();
+        assert_eq!(catalogue.len(), MUTANTS.len(), "a name stands there twice");
+        assert_eq!(names_in_the_code("planted!(\"")?, catalogue);
+        Ok(())
+    }
+
+    #[test]
+    fn the_list_of_buggify_sites_is_that_of_the_code() -> std::io::Result<()> {
+        let mut sites = names_in_the_code("buggify_wait(\"")?;
+        sites.extend(names_in_the_code("buggify(\"")?);
+        assert_eq!(sites, crate::settle::SITES.iter().map(|s| s.to_string()).collect());
+        Ok(())
+    }
+}

@@ -1,0 +1,136 @@
+//! The hunt for planted bugs: how many seeds each one survives.
+
+use super::cli::wall_seconds;
+use super::runner::{Job, child, side_by_side};
+use super::sweep::{bar, scenarios};
+use crate::mutants::{MUTANTS, Mutant};
+use crate::report::{Class, Report};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::process::ExitCode;
+use std::sync::Mutex;
+
+/// What came of one planted bug.
+#[derive(Serialize)]
+struct Caught {
+    mutant: &'static str,
+    /// A run with it failed that passes without it.
+    caught: bool,
+    /// How many seeds were tried, all scenarios on each, until that one; all if it was not caught.
+    seeds_to_detection: u64,
+    /// What gave it away: a promise, or how the run ended.
+    promise: Option<String>,
+    scenario: Option<String>,
+    seed: Option<u64>,
+    /// In how many runs the code with the bug was come upon.
+    runs_reached: u64,
+}
+
+/// Plants each bug (or the named ones) and runs seeds until one catches it.
+pub fn hunt(seeds: Range<u64>, named: Vec<String>, jobs: usize, json: bool) -> Result<ExitCode, String> {
+    if let Some(name) = named.iter().find(|name| !MUTANTS.iter().any(|m| m.name == **name)) {
+        return Err(format!("there is no planted bug '{name}'; `cargo sim mutants --list` names them"));
+    }
+    let wanted: Vec<&Mutant> =
+        MUTANTS.iter().filter(|m| named.is_empty() || named.iter().any(|name| name == m.name)).collect();
+    let scenarios = scenarios(vec![])?;
+    // Runs without a bug are shared by all bugs.
+    let clean: Mutex<BTreeMap<Job, bool>> = Mutex::default();
+    let begun = wall_seconds();
+    let bar = bar(wanted.len() as u64, "{bar:40} {pos}/{len} planted bugs, {elapsed} {msg}");
+    let all = side_by_side(&wanted, jobs, |mutant| {
+        let caught = one(mutant, seeds.clone(), &scenarios, &clean, &|seed| {
+            bar.set_message(format!("{} survives {seed} seeds", mutant.name));
+        });
+        bar.inc(1);
+        if !json {
+            bar.suspend(|| show(&caught));
+        }
+        Some(caught)
+    });
+    bar.finish_and_clear();
+    if json {
+        for found in &all {
+            println!("{}", serde_json::to_string(found).map_err(|e| e.to_string())?);
+        }
+    }
+    let caught = all.iter().filter(|found| found.caught).count();
+    if !json {
+        println!(
+            "{caught} of {} planted bugs caught ({:.0} %), within {} seeds each, in {:.0} s",
+            all.len(),
+            caught as f64 * 100.0 / all.len().max(1) as f64,
+            seeds.end - seeds.start,
+            wall_seconds() - begun
+        );
+    }
+    Ok(if caught == all.len() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One planted bug's fate, for a person.
+fn show(found: &Caught) {
+    let what = MUTANTS.iter().find(|m| m.name == found.mutant).map_or("", |m| m.what);
+    let how = match (&found.promise, &found.scenario, found.seed) {
+        (Some(promise), Some(scenario), Some(seed)) => {
+            format!("{promise:8} after {:3} seeds, by {scenario} seed {seed}", found.seeds_to_detection)
+        }
+        _ if found.runs_reached == 0 => {
+            format!("SURVIVED {} seeds: its code was never come upon", found.seeds_to_detection)
+        }
+        _ => format!("SURVIVED {} seeds, come upon in {} runs", found.seeds_to_detection, found.runs_reached),
+    };
+    println!("{:44} {how}\n    {what}", found.mutant);
+}
+
+fn one(
+    mutant: &Mutant,
+    seeds: Range<u64>,
+    scenarios: &[String],
+    clean: &Mutex<BTreeMap<Job, bool>>,
+    survives: &dyn Fn(u64),
+) -> Caught {
+    let mut runs_reached = 0;
+    for seed in seeds.clone() {
+        for scenario in scenarios {
+            let report = child(&Job::new(scenario, seed, Some(mutant.name)), None);
+            runs_reached += report.mutant.as_ref().is_none_or(|(_, times)| *times > 0) as u64;
+            if matches!(report.class, Class::Pass | Class::Vacuous)
+                || !passes(Job::new(scenario, seed, None), clean)
+            {
+                continue;
+            }
+            return Caught {
+                mutant: mutant.name,
+                caught: true,
+                seeds_to_detection: seed - seeds.start + 1,
+                promise: Some(gave_away(&report)),
+                scenario: Some(scenario.clone()),
+                seed: Some(seed),
+                runs_reached,
+            };
+        }
+        survives(seed - seeds.start + 1);
+    }
+    let seeds_to_detection = seeds.end - seeds.start;
+    let (promise, scenario, seed) = Default::default();
+    Caught { mutant: mutant.name, caught: false, seeds_to_detection, promise, scenario, seed, runs_reached }
+}
+
+/// The first promise that did not hold, or how the run ended.
+pub fn gave_away(report: &Report) -> String {
+    match report.violations.first() {
+        Some(violation) => violation.promise.clone(),
+        None => format!("{:?}", report.class).to_lowercase(),
+    }
+}
+
+fn passes(job: Job, clean: &Mutex<BTreeMap<Job, bool>>) -> bool {
+    let lock = || clean.lock().unwrap_or_else(|p| p.into_inner());
+    if let Some(known) = lock().get(&job) {
+        return *known;
+    }
+    let passes = child(&job, None).class == Class::Pass;
+    lock().insert(job, passes);
+    passes
+}

@@ -1,0 +1,348 @@
+//! Shrinking: from a run that fails to the few faults and operations that it takes.
+//!
+//! The run is settled first, so that nothing is left to be drawn but the scheduler's choices. Then parts are left out, and what still breaks the
+//! same promise is kept (delta debugging: Zeller and Hildebrandt, 2002). Leaving something out also changes what the scheduler
+//! draws from then on, and a failure that needs an unlucky order may hide; so each attempt is made with several scheduler seeds, and the one
+//! that failed goes on. The best so far is written to the file after every step; to go on later, shrink that file.
+
+use super::cli::wall_seconds;
+use super::hunt::gave_away;
+use super::runner::{Job, child, side_by_side};
+use crate::operation::Operation;
+use crate::report::{Class, Report};
+use crate::settle::settle;
+use crate::spec::{self, Draw, Fault, NodeDraw, Scenario};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Scheduler seeds tried for each attempt, beside the one that failed last.
+const SEEDS_MORE: u64 = 3;
+/// More for the attempts that are few and gain much.
+const SEEDS_MANY: u64 = 11;
+/// Operations are moved to multiples of these, faults too.
+const ROUND_MS: [u64; 4] = [5000, 1000, 500, 100];
+/// Nothing is moved before nodes have had the time to elect a leader.
+const FIRST_MS: u64 = 2500;
+
+pub struct Shrink {
+    pub job: Job,
+    pub out: String,
+    pub minutes: f64,
+    pub jobs: usize,
+}
+
+/// A smaller and smaller run that breaks the same promise.
+struct State {
+    best: Scenario,
+    seed: u64,
+    report: Report,
+    broken: String,
+    asked: Shrink,
+    scratch: PathBuf,
+    began_s: f64,
+    runs: u64,
+}
+
+impl Shrink {
+    /// Shrinks and writes the result; what it came to, for a person.
+    pub fn run(self) -> Result<String, String> {
+        let began_s = wall_seconds();
+        let scenario = spec::find(&self.job.scenario)?;
+        let report = child(&self.job, None);
+        if matches!(report.class, Class::Pass | Class::Vacuous) {
+            let verdict = format!("{:?}", report.verdict).to_lowercase();
+            return Err(format!("{} gives '{verdict}': there is nothing to shrink", self.job.command("run")));
+        }
+        let broken = gave_away(&report);
+        let scratch = std::env::temp_dir().join(format!("loci-shrink-{}", std::process::id()));
+        std::fs::create_dir_all(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
+        let (best, seed) = (settle(&scenario, self.job.seed), self.job.seed);
+        let mut state = State { best, seed, report, broken, asked: self, scratch, began_s, runs: 1 };
+        println!("{} of {}", state.broken, state.size());
+        let done = state.shrink();
+        let _ = std::fs::remove_dir_all(&state.scratch);
+        done
+    }
+}
+
+fn size(run: &Scenario) -> (usize, usize) {
+    let disk = run.faults.disk.as_ref().map_or(0, Vec::len);
+    (run.faults.list.len() + disk, run.operations.as_ref().map_or(0, Vec::len))
+}
+
+impl State {
+    fn size(&self) -> String {
+        let (faults, operations) = size(&self.best);
+        format!("{faults} faults and {operations} operations")
+    }
+
+    fn late(&self) -> bool {
+        wall_seconds() - self.began_s > self.asked.minutes * 60.0
+    }
+
+    fn shrink(&mut self) -> Result<String, String> {
+        let whole = self.size();
+        // However small it gets, it proves what it is kept for.
+        let mut small = self.best.clone();
+        (small.enough.acked, small.enough.virtual_s) = (0, 0.0);
+        small.about = format!("{} broken, shrunk from {}", self.broken, self.asked.job.command("run"));
+        self.attempt(small, SEEDS_MANY)?;
+        self.cut_the_end()?;
+        loop {
+            let before = (size(&self.best), self.best.draw.clone(), self.best.topology.clone());
+            self.leave_out_clients()?;
+            self.leave_out_faults()?;
+            self.leave_out_operations()?;
+            self.plainer_system()?;
+            if (size(&self.best), self.best.draw.clone(), self.best.topology.clone()) == before || self.late()
+            {
+                break;
+            }
+        }
+        self.rounder_times()?;
+        self.fewer_clients()?;
+        let passes = self.prove()?;
+        self.write()?;
+        let late = if self.late() { "; the time was up: shrink the file to go on" } else { "" };
+        Ok(format!(
+            "{} of {} -> {} in {:.0} s and {} runs{late}\n{passes}\n{} written; cargo sim run {}{}",
+            self.broken,
+            whole,
+            self.size(),
+            wall_seconds() - self.began_s,
+            self.runs,
+            self.asked.out,
+            self.asked.out,
+            self.asked.job.mutant.as_ref().map_or(String::new(), |m| format!(" --mutant {m}")),
+        ))
+    }
+
+    /// Whether `run` still fails in the same way; then it is the best.
+    fn attempt(&mut self, run: Scenario, seeds_more: u64) -> Result<bool, String> {
+        if self.late() || run == self.best {
+            return Ok(false);
+        }
+        let path = self.scratch.join("attempt.toml").to_string_lossy().into_owned();
+        let text = toml::to_string_pretty(&run).map_err(|e| format!("the run cannot be written: {e}"))?;
+        std::fs::write(&path, text).map_err(|e| format!("{path}: {e}"))?;
+        let others = (1..).filter(|seed| *seed != self.seed).take(seeds_more as usize);
+        let seeds: Vec<u64> = [self.seed].into_iter().chain(others).collect();
+        let found = AtomicBool::new(false);
+        let (mutant, broken) = (self.asked.job.mutant.as_deref(), &self.broken);
+        let reports = side_by_side(&seeds, self.asked.jobs, |seed| {
+            if found.load(Ordering::Relaxed) {
+                return None;
+            }
+            let report = child(&Job::new(&path, *seed, mutant), None);
+            let same = !matches!(report.class, Class::Pass | Class::Vacuous) && breaks(&report, broken);
+            found.fetch_or(same, Ordering::Relaxed);
+            Some((same, report))
+        });
+        self.runs += reports.len() as u64;
+        let Some((_, report)) = reports.into_iter().find(|(same, _)| *same) else { return Ok(false) };
+        let before = size(&self.best);
+        (self.seed, self.best, self.report) = (report.seed, run, report);
+        self.best.seed = Some(self.seed);
+        self.write()?;
+        if size(&self.best) != before {
+            println!("{:7.1} s  {} ({} runs)", wall_seconds() - self.began_s, self.size(), self.runs);
+        }
+        Ok(true)
+    }
+
+    /// What begins only after the promise was broken.
+    fn cut_the_end(&mut self) -> Result<(), String> {
+        let Some(at_s) = self.report.violations.first().map(|v| v.at_s) else { return Ok(()) };
+        let mut run = self.best.clone();
+        let before = |at_ms: u64| at_ms as f64 / 1e3 <= at_s;
+        run.faults.list.retain(|fault| before(fault.at_ms));
+        run.faults.disk.iter_mut().for_each(|disk| disk.retain(|fault| before(fault.at_ms)));
+        run.operations.iter_mut().for_each(|all| all.retain(|operation| before(operation.at_ms)));
+        self.attempt(run, SEEDS_MANY).map(drop)
+    }
+
+    fn leave_out_faults(&mut self) -> Result<(), String> {
+        let none = Scenario {
+            faults: spec::Faults { disk: Some(vec![]), ..self.best.faults.clone() },
+            ..self.best.clone()
+        };
+        self.attempt(none, SEEDS_MANY)?;
+        let list = |run: &mut Scenario, faults: Vec<Fault>| run.faults.list = faults;
+        self.leave_out(self.best.faults.list.clone(), &list, SEEDS_MANY)?;
+        let disk = |run: &mut Scenario, faults: Vec<Fault>| run.faults.disk = Some(faults);
+        self.leave_out(self.best.faults.disk.clone().unwrap_or_default(), &disk, SEEDS_MANY)
+    }
+
+    fn leave_out_clients(&mut self) -> Result<(), String> {
+        for client in 0..self.best.workload.clients {
+            let mut run = self.best.clone();
+            let Some(all) = &mut run.operations else { continue };
+            let before = all.len();
+            all.retain(|operation| operation.client != client);
+            if all.len() < before {
+                self.attempt(run, SEEDS_MORE)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn leave_out_operations(&mut self) -> Result<(), String> {
+        let set = |run: &mut Scenario, operations: Vec<Operation>| run.operations = Some(operations);
+        let few = self.best.operations.as_ref().is_none_or(|all| all.len() < 40);
+        let all = self.best.operations.clone().unwrap_or_default();
+        self.leave_out(all, &set, if few { SEEDS_MANY } else { SEEDS_MORE })
+    }
+
+    /// Delta debugging over a list: ever smaller pieces are left out.
+    fn leave_out<T: Clone>(
+        &mut self,
+        mut items: Vec<T>,
+        set: &dyn Fn(&mut Scenario, Vec<T>),
+        seeds_more: u64,
+    ) -> Result<(), String> {
+        let mut piece = items.len();
+        while piece > 0 && !items.is_empty() {
+            let mut from = 0;
+            while from < items.len() {
+                let mut rest = items.clone();
+                rest.drain(from..(from + piece).min(items.len()));
+                let mut run = self.best.clone();
+                set(&mut run, rest.clone());
+                if self.attempt(run, seeds_more)? {
+                    items = rest;
+                } else {
+                    from += piece;
+                }
+                if self.late() {
+                    return Ok(());
+                }
+            }
+            piece = if piece == 1 { 0 } else { piece.div_ceil(2).min(items.len()) };
+        }
+        Ok(())
+    }
+
+    /// The usual sizes and limits instead of what the seed drew.
+    fn plainer_system(&mut self) -> Result<(), String> {
+        type Change = fn(&mut Scenario);
+        let changes: [Change; 6] = [
+            |run| (run.topology.gateways, run.topology.loss) = (0, 0.0),
+            |run| run.topology.replicas = run.topology.replicas.min(3),
+            |run| run.draw.iter_mut().for_each(|draw| draw.buggify.clear()),
+            |run| run.draw.iter_mut().for_each(|draw| draw.product_rows_min = None),
+            |run| run.draw.iter_mut().for_each(|draw| draw.nodes.fill(NodeDraw::default())),
+            |run| run.draw = Some(Draw::usual(run.topology.replicas + run.topology.gateways)),
+        ];
+        for change in changes {
+            let mut run = self.best.clone();
+            change(&mut run);
+            let nodes = run.topology.replicas + run.topology.gateways;
+            run.draw.iter_mut().for_each(|draw| draw.nodes.truncate(nodes));
+            self.attempt(run, SEEDS_MORE)?;
+        }
+        for number in (0..self.best.draw.as_ref().map_or(0, |draw| draw.buggify.len())).rev() {
+            let mut run = self.best.clone();
+            if let Some(draw) = run.draw.as_mut().filter(|draw| number < draw.buggify.len()) {
+                draw.buggify.remove(number);
+            }
+            self.attempt(run, SEEDS_MORE)?;
+        }
+        Ok(())
+    }
+
+    /// Everything earlier, and at times that a person can read.
+    fn rounder_times(&mut self) -> Result<(), String> {
+        let mut run = self.best.clone();
+        let first = run
+            .operations
+            .iter()
+            .flatten()
+            .map(|o| o.at_ms)
+            .chain(run.faults.list.iter().map(|f| f.at_ms))
+            .min();
+        let earlier = first.unwrap_or(0).saturating_sub(FIRST_MS);
+        run.operations.iter_mut().flatten().for_each(|o| o.at_ms -= earlier.min(o.at_ms));
+        let faults = |run: &mut Scenario, change: &dyn Fn(&mut Fault)| {
+            run.faults.list.iter_mut().chain(run.faults.disk.iter_mut().flatten()).for_each(change);
+        };
+        faults(&mut run, &|fault| fault.at_ms -= earlier.min(fault.at_ms));
+        self.attempt(run, SEEDS_MANY)?;
+        for step in ROUND_MS {
+            for number in 0..self.best.faults.list.len() {
+                let mut run = self.best.clone();
+                run.faults.list[number].at_ms = run.faults.list[number].at_ms.next_multiple_of(step);
+                // They are played in the order of the list.
+                if run.faults.list.is_sorted_by_key(|fault| fault.at_ms) {
+                    self.attempt(run, SEEDS_MORE)?;
+                }
+                let mut run = self.best.clone();
+                run.faults.list[number].lasts_ms = run.faults.list[number].lasts_ms.next_multiple_of(step);
+                self.attempt(run, SEEDS_MORE)?;
+            }
+        }
+        let mut run = self.best.clone();
+        run.operations.iter_mut().flatten().for_each(|o| o.at_ms = o.at_ms.next_multiple_of(100));
+        self.attempt(run, SEEDS_MANY).map(drop)
+    }
+
+    /// Only the clients that do something, numbered from 0.
+    fn fewer_clients(&mut self) -> Result<(), String> {
+        let mut run = self.best.clone();
+        let tenants = run.workload.tenants;
+        let mut used: Vec<usize> = run.operations.iter().flatten().map(|o| o.client).collect();
+        used.sort_unstable();
+        used.dedup();
+        // A client's tenant is its number's rest, so that it only may take the place of one of the same tenant.
+        let mut taken = vec![];
+        for client in &used {
+            let place =
+                (0..).find(|n| n % tenants == client % tenants && !taken.contains(n)).unwrap_or(*client);
+            taken.push(place);
+        }
+        for operation in run.operations.iter_mut().flatten() {
+            if let Some(at) = used.iter().position(|client| *client == operation.client) {
+                operation.client = taken[at];
+            }
+        }
+        run.workload.clients = taken.iter().max().map_or(1, |most| most + 1);
+        self.attempt(run, SEEDS_MANY).map(drop)
+    }
+
+    /// Without its planted bug the run must pass, or it shows something else.
+    fn prove(&mut self) -> Result<String, String> {
+        if self.asked.job.mutant.is_none() {
+            return Ok(
+                "it stays a failing run until its cause is fixed; then keep it in scenarios/regressions"
+                    .into(),
+            );
+        }
+        let path = self.scratch.join("proof.toml").to_string_lossy().into_owned();
+        let text =
+            toml::to_string_pretty(&self.best).map_err(|e| format!("the run cannot be written: {e}"))?;
+        std::fs::write(&path, text).map_err(|e| format!("{path}: {e}"))?;
+        let clean = child(&Job::new(&path, self.seed, None), None);
+        self.runs += 1;
+        self.best.enough.acked = clean.acked.min(1);
+        Ok(match clean.class {
+            Class::Pass => "without the planted bug it passes".into(),
+            _ => format!("BUT without the planted bug it is {:?}: {}", clean.class, clean.why),
+        })
+    }
+
+    fn write(&self) -> Result<(), String> {
+        let text =
+            toml::to_string_pretty(&self.best).map_err(|e| format!("the run cannot be written: {e}"))?;
+        let mutant = self.asked.job.mutant.as_ref().map_or(String::new(), |m| format!(" --mutant {m}"));
+        let what = self.report.violations.first().map_or(&self.report.why, |v| &v.what);
+        let what: String = what.chars().take(600).map(|c| if c == '\n' { ' ' } else { c }).collect();
+        let head = format!("# cargo sim run {}{mutant}\n# {}: {what}\n", self.asked.out, self.broken);
+        // Written aside first: a shrinker that is ended leaves the last good file.
+        let aside = format!("{}.new", self.asked.out);
+        std::fs::write(&aside, head + &text).map_err(|e| format!("{aside}: {e}"))?;
+        std::fs::rename(&aside, &self.asked.out).map_err(|e| format!("{}: {e}", self.asked.out))
+    }
+}
+
+fn breaks(report: &Report, broken: &str) -> bool {
+    report.violations.iter().any(|violation| violation.promise == broken) || gave_away(report) == broken
+}
