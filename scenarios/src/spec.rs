@@ -28,7 +28,7 @@ pub struct Scenario {
     #[serde(default = "yes")]
     pub bad_disk: bool,
     /// Each seed draws its own topology, load, and kinds of faults out of those that may be generated.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub swarm: bool,
     /// What the clients do; where absent, drawn by `workload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,6 +148,10 @@ pub struct Workload {
     pub strong_reads: f64,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn yes() -> bool {
     true
 }
@@ -163,7 +167,7 @@ pub struct Faults {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generate: Option<Generate>,
     /// Faults written by hand, one after the other.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub list: Vec<Fault>,
     /// A bad disk's, beside the others; where absent, drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -270,11 +274,11 @@ pub struct Fault {
     pub kind: FaultKind,
     pub target: Target,
     /// Chooses among `any`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub pick: u64,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub rate_ppm: i64,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub step_ms: i64,
 }
 

@@ -2,12 +2,12 @@
 
 use super::page::{self, Parted};
 use super::run::{Run, run};
-use super::runner::{Job, jobs};
+use super::runner::{self, Job, jobs};
 use super::shrink::Shrink;
 use super::sweep::{self, Sweep};
 use super::{events, hunt};
 use crate::mutants::MUTANTS;
-use crate::report::Report;
+use crate::report::{Report, Verdict};
 use crate::settle::settle;
 use crate::spec::{self, SHIPPED};
 use clap::{Args, Parser, Subcommand};
@@ -122,6 +122,13 @@ enum Cmd {
         #[arg(long, default_value_t = 0)]
         jobs: usize,
     },
+    /// Runs every scenario of a folder with its own seed: the failures that were found, shrunk and mended.
+    Regressions {
+        #[arg(default_value = "scenarios/regressions")]
+        folder: String,
+        #[arg(long, default_value_t = 0)]
+        jobs: usize,
+    },
     /// How many virtual seconds an idle cluster of three passes per second of wall time.
     Idle {
         #[arg(long, default_value_t = 600)]
@@ -154,6 +161,10 @@ pub fn main() -> ExitCode {
     // A run that panics has no report; what led there is printed instead.
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        // Whoever read the output has seen enough.
+        if panic.payload_as_str().is_some_and(|why| why.contains("Broken pipe")) {
+            std::process::exit(0);
+        }
         world::last_lines(LINES_BEFORE_PANIC).iter().for_each(|line| eprintln!("{}", readable(line)));
         usual(panic);
     }));
@@ -215,6 +226,7 @@ pub fn main() -> ExitCode {
             println!("{}", Shrink { job, out, minutes, jobs: jobs(asked) }.run()?);
             Ok(ExitCode::SUCCESS)
         }),
+        Cmd::Regressions { folder, jobs: asked } => regressions(&folder, jobs(asked)),
         Cmd::Idle { virtual_s } => idle(virtual_s),
     };
     done.unwrap_or_else(|error| {
@@ -269,6 +281,33 @@ fn list() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+fn regressions(folder: &str, jobs: usize) -> Result<ExitCode, String> {
+    let failed = |error: std::io::Error| format!("{folder}: {error}");
+    let mut files = vec![];
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        files.extend(
+            path.extension().is_some_and(|e| e == "toml").then(|| path.to_string_lossy().into_owned()),
+        );
+    }
+    files.sort();
+    let jobs_of = files.iter().map(|file| {
+        let seed = spec::find(file)?.seed.ok_or_else(|| format!("{file} does not say its seed"))?;
+        Ok(Job::new(file, seed, None))
+    });
+    let all: Vec<Job> = jobs_of.collect::<Result<_, String>>()?;
+    let reports = runner::side_by_side(&all, jobs, |job| Some(runner::child(job, None)));
+    for report in &reports {
+        match report.verdict {
+            Verdict::Pass => println!("passes  {}", report.scenario),
+            _ => print_report(report),
+        }
+    }
+    println!("{} of {} pass", reports.iter().filter(|r| r.verdict == Verdict::Pass).count(), reports.len());
+    let worst = reports.iter().map(|r| r.class).max().unwrap_or_default();
+    Ok(ExitCode::from(worst.exit_code()))
 }
 
 fn idle(virtual_s: u64) -> Result<ExitCode, String> {

@@ -19,6 +19,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const SEEDS_MORE: u64 = 3;
 /// More for the attempts that are few and gain much.
 const SEEDS_MANY: u64 = 11;
+/// What an attempt may take, about, in seconds.
+const ATTEMPT_S: f64 = 6.0;
+/// How closely the ends are cut.
+const CUT_MS: u64 = 300;
+/// Longer pauses in which nothing begins are shortened to this.
+const GAP_MS: u64 = 300;
 /// Operations are moved to multiples of these, faults too.
 const ROUND_MS: [u64; 4] = [5000, 1000, 500, 100];
 /// Nothing is moved before nodes have had the time to elect a leader.
@@ -87,12 +93,12 @@ impl State {
         (small.enough.acked, small.enough.virtual_s) = (0, 0.0);
         small.about = format!("{} broken, shrunk from {}", self.broken, self.asked.job.command("run"));
         self.attempt(small, SEEDS_MANY)?;
-        self.cut_the_end()?;
         loop {
+            self.cut_the_ends()?;
             let before = (size(&self.best), self.best.draw.clone(), self.best.topology.clone());
             self.leave_out_clients()?;
-            self.leave_out_faults()?;
             self.leave_out_operations()?;
+            self.leave_out_faults()?;
             self.plainer_system()?;
             if (size(&self.best), self.best.draw.clone(), self.best.topology.clone()) == before || self.late()
             {
@@ -125,7 +131,10 @@ impl State {
         let path = self.scratch.join("attempt.toml").to_string_lossy().into_owned();
         let text = toml::to_string_pretty(&run).map_err(|e| format!("the run cannot be written: {e}"))?;
         std::fs::write(&path, text).map_err(|e| format!("{path}: {e}"))?;
-        let others = (1..).filter(|seed| *seed != self.seed).take(seeds_more as usize);
+        // Where a run takes long, fewer are better.
+        let affordable = (ATTEMPT_S * self.asked.jobs as f64 / self.report.wall_s.max(0.05)) as u64;
+        let more = seeds_more.min(affordable.max(1));
+        let others = (1..).filter(|seed| *seed != self.seed).take(more as usize);
         let seeds: Vec<u64> = [self.seed].into_iter().chain(others).collect();
         let found = AtomicBool::new(false);
         let (mutant, broken) = (self.asked.job.mutant.as_deref(), &self.broken);
@@ -150,15 +159,35 @@ impl State {
         Ok(true)
     }
 
-    /// What begins only after the promise was broken.
-    fn cut_the_end(&mut self) -> Result<(), String> {
-        let Some(at_s) = self.report.violations.first().map(|v| v.at_s) else { return Ok(()) };
-        let mut run = self.best.clone();
-        let before = |at_ms: u64| at_ms as f64 / 1e3 <= at_s;
-        run.faults.list.retain(|fault| before(fault.at_ms));
-        run.faults.disk.iter_mut().for_each(|disk| disk.retain(|fault| before(fault.at_ms)));
-        run.operations.iter_mut().for_each(|all| all.retain(|operation| before(operation.at_ms)));
-        self.attempt(run, SEEDS_MANY).map(drop)
+    /// Nothing from as early a time on as may be, and nothing before as late a time as may be.
+    fn cut_the_ends(&mut self) -> Result<(), String> {
+        let time = |run: &Scenario| {
+            let operations = run.operations.iter().flatten().map(|o| o.at_ms);
+            let faults = run.faults.list.iter().chain(run.faults.disk.iter().flatten()).map(|f| f.at_ms);
+            operations.chain(faults).fold((u64::MAX, 0), |(first, last), at| (first.min(at), last.max(at)))
+        };
+        let within = |run: &Scenario, from: u64, to: u64| {
+            let mut run = run.clone();
+            let keep = |at: u64| (from..=to).contains(&at);
+            run.faults.list.retain(|fault| keep(fault.at_ms));
+            run.faults.disk.iter_mut().for_each(|disk| disk.retain(|fault| keep(fault.at_ms)));
+            run.operations.iter_mut().for_each(|all| all.retain(|operation| keep(operation.at_ms)));
+            run
+        };
+        for end in [true, false] {
+            let (mut first, mut last) = time(&self.best);
+            while first + CUT_MS < last && !self.late() {
+                let middle = first.midpoint(last);
+                let run =
+                    if end { within(&self.best, 0, middle) } else { within(&self.best, middle, u64::MAX) };
+                let fails = self.attempt(run, SEEDS_MANY)?;
+                match fails == end {
+                    true => last = middle,
+                    false => first = middle,
+                }
+            }
+        }
+        Ok(())
     }
 
     fn leave_out_faults(&mut self) -> Result<(), String> {
@@ -200,7 +229,7 @@ impl State {
         set: &dyn Fn(&mut Scenario, Vec<T>),
         seeds_more: u64,
     ) -> Result<(), String> {
-        let mut piece = items.len();
+        let mut piece = items.len().div_ceil(2);
         while piece > 0 && !items.is_empty() {
             let mut from = 0;
             while from < items.len() {
@@ -225,12 +254,22 @@ impl State {
     /// The usual sizes and limits instead of what the seed drew.
     fn plainer_system(&mut self) -> Result<(), String> {
         type Change = fn(&mut Scenario);
-        let changes: [Change; 6] = [
+        let changes: [Change; 8] = [
             |run| (run.topology.gateways, run.topology.loss) = (0, 0.0),
             |run| run.topology.replicas = run.topology.replicas.min(3),
             |run| run.draw.iter_mut().for_each(|draw| draw.buggify.clear()),
             |run| run.draw.iter_mut().for_each(|draw| draw.product_rows_min = None),
             |run| run.draw.iter_mut().for_each(|draw| draw.nodes.fill(NodeDraw::default())),
+            |run| {
+                let plain =
+                    |node: &mut NodeDraw| *node = NodeDraw { sync_us: node.sync_us, ..NodeDraw::default() };
+                run.draw.iter_mut().flat_map(|draw| &mut draw.nodes).for_each(plain);
+            },
+            |run| {
+                let true_clocks =
+                    |node: &mut NodeDraw| (node.rate_ppm, node.offset_ms, node.calendar_ms) = (0, 0, 0);
+                run.draw.iter_mut().flat_map(|draw| &mut draw.nodes).for_each(true_clocks);
+            },
             |run| run.draw = Some(Draw::usual(run.topology.replicas + run.topology.gateways)),
         ];
         for change in changes {
@@ -252,21 +291,24 @@ impl State {
 
     /// Everything earlier, and at times that a person can read.
     fn rounder_times(&mut self) -> Result<(), String> {
-        let mut run = self.best.clone();
-        let first = run
-            .operations
-            .iter()
-            .flatten()
-            .map(|o| o.at_ms)
-            .chain(run.faults.list.iter().map(|f| f.at_ms))
-            .min();
-        let earlier = first.unwrap_or(0).saturating_sub(FIRST_MS);
-        run.operations.iter_mut().flatten().for_each(|o| o.at_ms -= earlier.min(o.at_ms));
-        let faults = |run: &mut Scenario, change: &dyn Fn(&mut Fault)| {
-            run.faults.list.iter_mut().chain(run.faults.disk.iter_mut().flatten()).for_each(change);
-        };
-        faults(&mut run, &|fault| fault.at_ms -= earlier.min(fault.at_ms));
-        self.attempt(run, SEEDS_MANY)?;
+        let mut times: Vec<u64> = self.best.operations.iter().flatten().map(|o| o.at_ms).collect();
+        times.extend(
+            self.best.faults.list.iter().chain(self.best.faults.disk.iter().flatten()).map(|f| f.at_ms),
+        );
+        times.extend([FIRST_MS]);
+        times.sort_unstable();
+        // The last gap first, so that the times before it stay as they are.
+        for gap in times.windows(2).rev().filter(|w| w[1] > w[0] + GAP_MS && w[0] >= FIRST_MS) {
+            let earlier = |at: &mut u64| *at -= if *at >= gap[1] { gap[1] - gap[0] - GAP_MS } else { 0 };
+            let mut run = self.best.clone();
+            run.operations.iter_mut().flatten().for_each(|o| earlier(&mut o.at_ms));
+            run.faults
+                .list
+                .iter_mut()
+                .chain(run.faults.disk.iter_mut().flatten())
+                .for_each(|f| earlier(&mut f.at_ms));
+            self.attempt(run, SEEDS_MORE)?;
+        }
         for step in ROUND_MS {
             for number in 0..self.best.faults.list.len() {
                 let mut run = self.best.clone();
@@ -285,20 +327,24 @@ impl State {
         self.attempt(run, SEEDS_MANY).map(drop)
     }
 
-    /// Only the clients that do something, numbered from 0.
+    /// Only the clients that do something, numbered from 0, and only as many tenants as it takes.
     fn fewer_clients(&mut self) -> Result<(), String> {
-        let mut run = self.best.clone();
-        let tenants = run.workload.tenants;
-        let mut used: Vec<usize> = run.operations.iter().flatten().map(|o| o.client).collect();
+        let tenant_of = |client: usize| client % self.best.workload.tenants;
+        let mut used: Vec<usize> = self.best.operations.iter().flatten().map(|o| o.client).collect();
         used.sort_unstable();
         used.dedup();
-        // A client's tenant is its number's rest, so that it only may take the place of one of the same tenant.
-        let mut taken = vec![];
+        let mut tenants: Vec<usize> = used.iter().map(|client| tenant_of(*client)).collect();
+        tenants.sort_unstable();
+        tenants.dedup();
+        // A client's tenant is what is left of its number, so that it may only take the place of one of the same tenant.
+        let mut taken: Vec<usize> = vec![];
         for client in &used {
-            let place =
-                (0..).find(|n| n % tenants == client % tenants && !taken.contains(n)).unwrap_or(*client);
-            taken.push(place);
+            let tenant = tenants.iter().position(|t| *t == tenant_of(*client)).unwrap_or(0);
+            let place = (tenant..).step_by(tenants.len().max(1)).find(|place| !taken.contains(place));
+            taken.extend(place);
         }
+        let mut run = self.best.clone();
+        run.workload.tenants = tenants.len().max(1);
         for operation in run.operations.iter_mut().flatten() {
             if let Some(at) = used.iter().position(|client| *client == operation.client) {
                 operation.client = taken[at];
