@@ -12,6 +12,7 @@
 pub mod access;
 pub mod auth;
 pub mod config;
+pub mod control;
 pub mod convert;
 pub mod edge;
 pub mod error;

@@ -23,6 +23,7 @@ pub mod model;
 mod query;
 mod records;
 mod shard;
+pub mod slots;
 mod snapshot;
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,416 @@
+//! The cluster map: which nodes there are, which of them hold which shard, and which shard has which slots. Its changes are plain functions from one map to the
+//! next; [`super`] writes them down, one version after the other.
+//!
+//! Long operations stand in the map itself, as a plan and how far it is: whoever leads the control group goes on with them.
+//! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
+
+use crate::error::Error;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use storage::slots::{MoveId, SLOTS, Slot, SlotSet};
+
+/// A node's number, the same in every group that it is a member of.
+pub type NodeId = u64;
+pub type ShardId = u32;
+
+/// Replicas that vote in a shard's ledger, where there are as many nodes.
+pub const REPLICAS: usize = 3;
+/// Shards at most; a slot cannot be divided.
+pub const SHARDS_MAX: u32 = 256;
+/// Slots in one move: what is sealed at a time, so that writers wait briefly.
+pub const SLOTS_PER_MOVE: usize = 64;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ClusterMap {
+    /// Greater with every change. 0: there is no map yet.
+    pub version: u64,
+    pub nodes: BTreeMap<NodeId, NodeEntry>,
+    pub shards: BTreeMap<ShardId, ShardEntry>,
+    /// The last move of slots that was begun.
+    pub last_move: MoveId,
+    /// A change of the number of shards that is under way.
+    pub resize: Option<Resize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NodeEntry {
+    pub addr: String,
+    pub state: NodeState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NodeState {
+    /// It may be given shards.
+    Member,
+    /// Its shards go to others, then it may be removed.
+    Draining,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ShardEntry {
+    pub epoch: u64,
+    /// Those whose ledgers vote.
+    pub members: BTreeSet<NodeId>,
+    pub slots: SlotSet,
+    /// A replica that goes from one node to another.
+    pub handover: Option<Handover>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Handover {
+    /// The one that leaves, if one does.
+    pub from: Option<NodeId>,
+    pub to: NodeId,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Resize {
+    /// Shards that there are to be.
+    pub shards: u32,
+    pub slots_moved: usize,
+    pub slots_to_move: usize,
+    pub moving: Option<Move>,
+}
+
+/// Slots on their way from one shard to another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Move {
+    pub id: MoveId,
+    pub from: ShardId,
+    pub to: ShardId,
+    pub slots: SlotSet,
+    /// The map sends callers to the destination; the source's rows are still to be removed.
+    pub switched: bool,
+}
+
+impl ClusterMap {
+    /// The first map: `count` shards over `nodes`.
+    pub fn found(nodes: &BTreeMap<NodeId, String>, count: u32) -> Result<ClusterMap, Error> {
+        if nodes.is_empty() || !(1..=SHARDS_MAX).contains(&count) {
+            return Err(Error::invalid("shards", format!("at least one node, and 1 to {SHARDS_MAX} shards")));
+        }
+        let entry = |(id, addr): (&NodeId, &String)| {
+            (*id, NodeEntry { addr: addr.clone(), state: NodeState::Member })
+        };
+        let mut map =
+            ClusterMap { version: 1, nodes: nodes.iter().map(entry).collect(), ..ClusterMap::default() };
+        for shard in 0..count {
+            let share = |shard: u32| (u32::from(SLOTS) * shard / count) as Slot;
+            let slots = (share(shard)..share(shard + 1)).collect();
+            let members = map.fresh_members();
+            map.shards.insert(shard, ShardEntry { epoch: 1, members, slots, handover: None });
+        }
+        Ok(map)
+    }
+
+    pub fn shard_of(&self, slot: Slot) -> Option<ShardId> {
+        self.shards.iter().find(|(_, shard)| shard.slots.contains(slot)).map(|(id, _)| *id)
+    }
+
+    /// Addresses of a shard's voting replicas.
+    pub fn addrs(&self, shard: ShardId) -> Vec<String> {
+        let members = self.shards.get(&shard).map(|shard| &shard.members);
+        members.into_iter().flatten().filter_map(|id| self.nodes.get(id)).map(|n| n.addr.clone()).collect()
+    }
+
+    /// Shards whose replica a node keeps: as a member, or about to be one.
+    pub fn kept_by(&self, node: NodeId) -> BTreeSet<ShardId> {
+        let keeps = |shard: &ShardEntry| {
+            shard.members.contains(&node) || shard.handover.is_some_and(|handover| handover.to == node)
+        };
+        self.shards.iter().filter(|(_, shard)| keeps(shard)).map(|(id, _)| *id).collect()
+    }
+
+    /// How many replicas each node has that may be given more.
+    fn loads(&self) -> BTreeMap<NodeId, usize> {
+        let members = self.nodes.iter().filter(|(_, node)| node.state == NodeState::Member);
+        members.map(|(id, _)| (*id, self.kept_by(*id).len())).collect()
+    }
+
+    /// The nodes with the fewest replicas.
+    fn fresh_members(&self) -> BTreeSet<NodeId> {
+        let mut loads: Vec<(usize, NodeId)> = self.loads().into_iter().map(|(id, load)| (load, id)).collect();
+        loads.sort_unstable();
+        loads.into_iter().take(REPLICAS).map(|(_, id)| id).collect()
+    }
+
+    fn changed(&self, change: impl FnOnce(&mut ClusterMap)) -> ClusterMap {
+        let mut map = self.clone();
+        change(&mut map);
+        if map != *self {
+            map.version += 1;
+        }
+        map
+    }
+
+    /// Takes a node in; if it is there, its address is brought up to date, and it is drained no longer.
+    pub fn join(&self, id: NodeId, addr: &str) -> Result<ClusterMap, Error> {
+        if let Some((other, _)) = self.nodes.iter().find(|(other, node)| **other != id && node.addr == addr) {
+            return Err(Error::invalid(
+                "addr",
+                format!("{addr} is node {other}'s; every node needs its own"),
+            ));
+        }
+        let entry = NodeEntry { addr: addr.into(), state: NodeState::Member };
+        Ok(self.changed(|map| drop(map.nodes.insert(id, entry))))
+    }
+
+    /// Gives a node's shards to others, one after the other.
+    pub fn drain(&self, id: NodeId) -> Result<ClusterMap, Error> {
+        let Some(node) = self.nodes.get(&id) else { return Err(Error::NotFound(format!("node {id}"))) };
+        let rest = self.loads().len() - (node.state == NodeState::Member) as usize;
+        if let Some((shard, entry)) = self.shards.iter().find(|(_, entry)| entry.members.len() > rest) {
+            let problem =
+                format!("shard {shard} has {} replicas, and {rest} nodes would be left", entry.members.len());
+            return Err(Error::invalid("node", format!("{problem}; join another node first")));
+        }
+        Ok(self.changed(|map| {
+            map.nodes.entry(id).and_modify(|node| node.state = NodeState::Draining);
+        }))
+    }
+
+    /// Forgets a node that has no shard.
+    pub fn remove(&self, id: NodeId) -> Result<ClusterMap, Error> {
+        if let Some(shard) = self.kept_by(id).first() {
+            return Err(Error::invalid("node", format!("{id} still has shard {shard}; drain it first")));
+        }
+        Ok(self.changed(|map| drop(map.nodes.remove(&id))))
+    }
+
+    /// Begins to change the number of shards.
+    pub fn begin_resize(&self, shards: u32) -> Result<ClusterMap, Error> {
+        if !(1..=SHARDS_MAX).contains(&shards) {
+            return Err(Error::invalid("shards", format!("is {shards}; 1 to {SHARDS_MAX} are possible")));
+        }
+        if let Some(resize) = self.resize.as_ref().filter(|resize| resize.shards != shards) {
+            let problem = format!("a change to {} shards is under way; wait for its end", resize.shards);
+            return Err(Error::invalid("shards", problem));
+        }
+        if self.resize.is_some() || self.shards.len() == shards as usize {
+            return Ok(self.clone());
+        }
+        Ok(self.changed(|map| {
+            for id in 0..shards {
+                if !map.shards.contains_key(&id) {
+                    let members = map.fresh_members();
+                    let slots = SlotSet::default();
+                    map.shards.insert(id, ShardEntry { epoch: 1, members, slots, handover: None });
+                }
+            }
+            let slots_to_move = map.surplus(shards).values().sum();
+            map.resize = Some(Resize { shards, slots_moved: 0, slots_to_move, moving: None });
+        }))
+    }
+
+    /// How many slots each shard has at the end: as equal as can be, and no more moves than needed: those that have more than others
+    /// keep one more.
+    fn shares(&self, shards: u32) -> BTreeMap<ShardId, usize> {
+        let (each, more) = (SLOTS as usize / shards as usize, SLOTS as usize % shards as usize);
+        let mut stay: Vec<(usize, ShardId)> = self
+            .shards
+            .iter()
+            .filter(|(id, _)| **id < shards)
+            .map(|(id, shard)| (usize::MAX - shard.slots.len(), *id))
+            .collect();
+        stay.sort_unstable();
+        stay.into_iter().enumerate().map(|(at, (_, id))| (id, each + (at < more) as usize)).collect()
+    }
+
+    /// How many slots each shard has more than it is to have.
+    fn surplus(&self, shards: u32) -> BTreeMap<ShardId, usize> {
+        let shares = self.shares(shards);
+        let more = |(id, shard): (&ShardId, &ShardEntry)| {
+            (*id, shard.slots.len().saturating_sub(shares.get(id).copied().unwrap_or(0)))
+        };
+        self.shards.iter().map(more).filter(|(_, more)| *more > 0).collect()
+    }
+
+    /// Plans the next move of a resize; where all is moved, ends it.
+    pub fn plan_move(&self) -> ClusterMap {
+        let Some(resize) = self.resize.as_ref().filter(|resize| resize.moving.is_none()) else {
+            return self.clone();
+        };
+        let shares = self.shares(resize.shards);
+        let surplus = self.surplus(resize.shards);
+        let lacks = |(id, share): (&ShardId, &usize)| {
+            let has = self.shards.get(id).map_or(0, |shard| shard.slots.len());
+            (*id, share.saturating_sub(has))
+        };
+        let lacking = shares.iter().map(lacks).find(|(_, lack)| *lack > 0);
+        self.changed(|map| match (surplus.first_key_value(), lacking) {
+            (Some((&from, &more)), Some((to, lack))) => {
+                let count = more.min(lack).min(SLOTS_PER_MOVE);
+                // From the end, so that ranges stay few.
+                let has: Vec<Slot> = map.shards[&from].slots.iter().collect();
+                let slots: SlotSet = has[has.len() - count..].iter().copied().collect();
+                map.last_move += 1;
+                let moving = Move { id: map.last_move, from, to, slots, switched: false };
+                map.resize.iter_mut().for_each(|resize| resize.moving = Some(moving.clone()));
+            }
+            _ => {
+                let shards = map.resize.take().map_or(u32::MAX, |resize| resize.shards);
+                map.shards.retain(|id, _| *id < shards);
+            }
+        })
+    }
+
+    /// Sends callers to a move's destination. The source has released the slots, the destination has adopted them.
+    pub fn switch(&self, id: MoveId) -> ClusterMap {
+        self.changed(|map| {
+            let Some(resize) = &mut map.resize else { return };
+            let Some(moving) = resize.moving.as_mut().filter(|m| m.id == id && !m.switched) else { return };
+            moving.switched = true;
+            resize.slots_moved += moving.slots.len();
+            let Move { from, to, slots, .. } = moving.clone();
+            if let Some(source) = map.shards.get_mut(&from) {
+                source.slots = source.slots.minus(&slots);
+            }
+            if let Some(destination) = map.shards.get_mut(&to) {
+                destination.slots = destination.slots.union(&slots);
+            }
+        })
+    }
+
+    /// Ends a move: the source has no rows of it left.
+    pub fn end_move(&self, id: MoveId) -> ClusterMap {
+        self.changed(|map| {
+            if let Some(resize) = &mut map.resize {
+                resize.moving = resize.moving.take().filter(|moving| moving.id != id || !moving.switched);
+            }
+        })
+    }
+
+    /// Plans the next handover: away from nodes that are drained, then to shards that lack replicas.
+    pub fn plan_handover(&self) -> ClusterMap {
+        let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| node.state == NodeState::Draining);
+        self.changed(|map| {
+            for (id, shard) in &self.shards {
+                if shard.handover.is_some() {
+                    continue;
+                }
+                let from = shard.members.iter().copied().find(draining);
+                let lacks = shard.members.len() < REPLICAS.min(self.loads().len());
+                if from.is_none() && !lacks {
+                    continue;
+                }
+                let free = map.loads().into_iter().filter(|(node, _)| !shard.members.contains(node));
+                let Some((_, to)) = free.map(|(node, load)| (load, node)).min() else { continue };
+                map.shards.entry(*id).and_modify(|shard| shard.handover = Some(Handover { from, to }));
+            }
+        })
+    }
+
+    /// A handover is done: the ledger has the new member, and the old one no longer.
+    pub fn end_handover(&self, shard: ShardId, done: Handover) -> ClusterMap {
+        self.changed(|map| {
+            let Some(entry) = map.shards.get_mut(&shard).filter(|entry| entry.handover == Some(done)) else {
+                return;
+            };
+            entry.handover = None;
+            entry.members.insert(done.to);
+            if let Some(from) = done.from {
+                entry.members.remove(&from);
+            }
+        })
+    }
+
+    /// What no map may be.
+    pub fn check(&self) -> Result<(), String> {
+        let slots: usize = self.shards.values().map(|shard| shard.slots.len()).sum();
+        let every = (0..SLOTS).all(|slot| self.shard_of(slot).is_some());
+        if slots != SLOTS as usize || !every {
+            return Err(format!("{slots} slots have a shard, of {SLOTS}, each of which needs just one"));
+        }
+        let unknown = |(_, shard): &(&ShardId, &ShardEntry)| {
+            shard.members.is_empty() || shard.members.iter().any(|id| !self.nodes.contains_key(id))
+        };
+        if let Some((id, _)) = self.shards.iter().find(unknown) {
+            return Err(format!("shard {id} has no members, or one that is no node"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn nodes(count: u64) -> BTreeMap<NodeId, String> {
+        (1..=count).map(|id| (id, format!("n{id}:1"))).collect()
+    }
+
+    /// Resizes to the end, without any data; how many slots moved.
+    fn resized(map: &ClusterMap, shards: u32) -> Result<(ClusterMap, usize), Error> {
+        let mut map = map.begin_resize(shards)?;
+        let mut moved = 0;
+        while map.resize.is_some() {
+            map = map.plan_move();
+            let Some(moving) = map.resize.as_ref().and_then(|resize| resize.moving.clone()) else { continue };
+            moved += moving.slots.len();
+            map = map.switch(moving.id);
+            assert_eq!(map.check(), Ok(()));
+            map = map.end_move(moving.id);
+        }
+        Ok((map, moved))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// No slot moves that need not: to a shard that had too few, never between two that stay as they are.
+        #[test]
+        fn resizing_moves_the_least_that_it_can(from in 1u32..20, to in 1u32..20, then in 1u32..20) {
+            let map = ClusterMap::found(&nodes(5), from).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            let mut map = map;
+            for target in [to, then] {
+                let before: Vec<usize> = map.shards.values().map(|shard| shard.slots.len()).collect();
+                let (after, moved) = resized(&map, target).map_err(|e| TestCaseError::fail(e.to_string()))?;
+                let sizes: Vec<usize> = after.shards.values().map(|shard| shard.slots.len()).collect();
+                prop_assert_eq!(sizes.len(), target as usize);
+                prop_assert!(sizes.iter().max().zip(sizes.iter().min()).is_some_and(|(max, min)| max - min <= 1));
+                let changed = (0..SLOTS).filter(|slot| map.shard_of(*slot) != after.shard_of(*slot)).count();
+                prop_assert_eq!(changed, moved, "a slot moved more than once");
+                // Whoever stays gives only what is beyond its share; whoever goes gives all.
+                let share = SLOTS as usize / target as usize;
+                let least: usize = before.iter().enumerate().map(|(id, has)| match id < target as usize {
+                    true => has.saturating_sub(share + 1),
+                    false => *has,
+                }).sum();
+                let most: usize = before.iter().enumerate().map(|(id, has)| match id < target as usize {
+                    true => has.saturating_sub(share),
+                    false => *has,
+                }).sum();
+                prop_assert!((least..=most).contains(&moved), "{} slots moved, {} to {} had to", moved, least, most);
+                map = after;
+            }
+        }
+    }
+
+    #[test]
+    fn a_drained_node_gives_its_shards_away_and_can_then_be_removed() -> Result<(), Error> {
+        let map = ClusterMap::found(&nodes(3), 4)?;
+        assert!(map.drain(2).is_err(), "two nodes cannot hold three replicas");
+        let mut map = map.join(4, "n4:1")?.drain(2)?;
+        assert_eq!(map, map.drain(2)?, "a repeated command changes nothing");
+        assert!(map.remove(2).is_err());
+        map = map.plan_handover();
+        assert_eq!(map, map.plan_handover());
+        for (id, shard) in map.shards.clone() {
+            assert_eq!(shard.handover, Some(Handover { from: Some(2), to: 4 }));
+            map = map.end_handover(id, Handover { from: Some(2), to: 4 });
+        }
+        assert_eq!(map.check(), Ok(()));
+        assert!(map.kept_by(2).is_empty());
+        assert_eq!(map.remove(2)?.check(), Ok(()));
+        assert!(map.join(5, "n4:1").is_err(), "an address of another node");
+        Ok(())
+    }
+
+    #[test]
+    fn a_map_survives_being_written_down() -> Result<(), Box<dyn std::error::Error>> {
+        let map = ClusterMap::found(&nodes(5), 7)?.begin_resize(9)?.plan_move();
+        assert_eq!(serde_json::from_str::<ClusterMap>(&serde_json::to_string(&map)?)?, map);
+        Ok(())
+    }
+}

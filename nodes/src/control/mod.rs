@@ -1,0 +1,3 @@
+//! The control group: the cluster map and the long operations on it.
+
+pub mod map;
