@@ -16,6 +16,9 @@ pub struct At {
     pub item: u32,
 }
 
+/// The client of the reads that are made of what a replica holds in the end.
+pub const LAST_LOOK: usize = usize::MAX;
+
 #[derive(Clone, Debug)]
 pub struct Op {
     pub client: usize,

@@ -115,7 +115,8 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 26] = [
+pub const PROBES: [&str; 31] = [
+    "apply: a repeated write answered as before",
     "disk: power losses",
     "disk: unsynced writes lost",
     "disk: unsynced writes torn",
@@ -127,9 +128,13 @@ pub const PROBES: [&str; 26] = [
     "disk: writes refused, full",
     "disk: operations stuck",
     "fact: healed from its second copy",
+    "ledger: a deposed leader's entries cut",
+    "ledger: a write's outcome unknown",
+    "ledger: snapshot installed",
     "log: damage cut",
     "log: repaired from peers",
     "log: rewritten after a failed sync",
+    "log: torn tail cut",
     "replica: started over",
     "vectors: sealed",
     "vectors: merged",

@@ -94,6 +94,7 @@ impl<'a> Applier<'a> {
             if row.hash != command.request_hash {
                 return Ok(Outcome::KeyReused);
             }
+            sim::trace::probe("apply: a repeated write answered as before");
             return codec::decode(&row.outcome).map_err(StorageError::corrupt("a remembered outcome"));
         }
         let outcome = self.operation(command, at)?;

@@ -66,10 +66,12 @@ const USE_THE_PAGE: &str = r##"<script>
 const seen = document.body.dataset, said = [], span = () => seen.to - seen.from;
 const check = (what, holds) => said.push((holds ? "ok " : "NOT ") + what);
 const key = (key, more) => dispatchEvent(new KeyboardEvent("keydown", { key, ...more }));
-const pixels = color => { const canvas = document.getElementById("board"), all = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+const pixels = color => { paint(); const canvas = document.getElementById("board"), all = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   const probe = document.createElement("canvas").getContext("2d"); probe.fillStyle = css(color); probe.fillRect(0, 0, 1, 1); const want = probe.getImageData(0, 0, 1, 1).data;
   let count = 0; for (let at = 0; at < all.length; at += 4) if ([0, 1, 2].every(i => Math.abs(all[at + i] - want[i]) < 12)) count++; return count; };
-check("opens at the violation", Math.abs(seen.cursor - run.violations[0].at) < 0.001);
+const atProof = v => Math.abs(seen.cursor - (v.ops.length ? run.ops[v.ops[0]].to : v.at)) < 0.001;
+check("opens at the violation", atProof(run.violations[0]));
+check("tells the story of what breaks the promise", !document.getElementById("story").hidden && run.violations[0].story.length > 0 && run.ops[run.violations[0].ops[0]].on !== null);
 check("marks the violation", pixels("red") > 200);
 check("names the operations that prove it", proofs.size > 0);
 key("0"); const whole = span(); check("shows the whole run", Math.abs(whole - run.end) < 0.001);
@@ -80,9 +82,11 @@ key("Home"); check("goes to the start", +seen.cursor === 0); key("ArrowRight"); 
 key("m"); check("shows messages", seen.messages === "true"); key("m");
 const find = document.getElementById("find"); find.value = "leads now"; find.dispatchEvent(new Event("input")); const few = +seen.hits;
 check("finds and filters", few > 0 && few < items.length && document.querySelectorAll("#list li").length <= few); find.value = ""; find.dispatchEvent(new Event("input"));
-key("v"); check("comes back to a violation", run.violations.some(v => Math.abs(seen.cursor - v.at) < 0.001));
+key("v"); check("comes back to a violation", run.violations.some(atProof));
+const earlier = +seen.cursor; key("ArrowUp"); check("goes to the event before", +seen.cursor < earlier && seen.chosen.length > 5); key("ArrowDown"); key("ArrowDown"); check("and to those after", +seen.cursor >= earlier);
+const kind = document.getElementById("kind"), rest = items.filter(i => i.kind === "op" || i.kind === "proof").length; kind.value = "op proof"; kind.dispatchEvent(new Event("change")); check("lists one kind alone", shown.length === rest && rest < items.length); kind.value = ""; kind.dispatchEvent(new Event("change"));
 document.querySelector("#list li").click(); check("chooses an event", document.getElementById("chosen").textContent.length > 5);
-key("v"); key("t"); check("is drawn in the dark too", pixels("red") + pixels("green") > 50);
+key("v"); key("t"); check("is drawn in the dark too", pixels("red") + pixels("green") > 50 && document.documentElement.dataset.theme === "dark");
 document.body.innerHTML = "<pre id=said></pre>"; document.getElementById("said").textContent = "RESULT\n" + said.join("\n") + "\nEND";
 </script>"##;
 
@@ -111,7 +115,7 @@ fn the_page_of_a_replay_works_in_a_browser() -> Result<()> {
     let said = said.ok_or_else(|| {
         format!("the page's script did not end: {}", text(&output).chars().take(2000).collect::<String>())
     })?;
-    assert!(!said.contains("NOT ") && said.matches("ok ").count() == 14, "{said}");
+    assert!(!said.contains("NOT ") && said.matches("ok ").count() == 18, "{said}");
     Ok(())
 }
 

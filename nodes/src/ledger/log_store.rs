@@ -258,6 +258,7 @@ impl RaftLogStorage<Types> for LogStore {
             sim::task::abort(&format!("the ledger's log cannot be truncated ({error}); check the disk"))
                 .await;
         }
+        sim::trace::probe("ledger: a deposed leader's entries cut");
         Ok(())
     }
 

@@ -327,7 +327,10 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
                 commands.iter_mut().for_each(|command| command.idempotency_key.clear());
                 encoded = None;
             }
-            Proposed::Unknown(cause) => return Err(Error::OutcomeUnknown(cause)),
+            Proposed::Unknown(cause) => {
+                sim::trace::probe("ledger: a write's outcome unknown");
+                return Err(Error::OutcomeUnknown(cause));
+            }
             Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
             Proposed::NotLeader(Some(leader)) => hint = Some(leader),
             Proposed::NotLeader(None) => {}

@@ -69,7 +69,9 @@ impl StateMachine {
         let views = shard.clone();
         sim::task::blocking(move || views.checkpoint()).await.map_err(io_error)?;
         let known = applied_meta(&shard)?;
-        sim::debug!("views opened at {}", known.last_log_id.map_or(0, |l| position_index(l.index)));
+        let index = known.last_log_id.map_or(0, |l| position_index(l.index));
+        sim::debug!("views opened at {index}");
+        sim::trace::gauge("applied", index);
         let snapshot = Arc::new(Mutex::new(known.clone()));
         Ok(StateMachine { shard, keeper, epoch, known, snapshot })
     }
@@ -203,7 +205,10 @@ impl RaftStateMachine<Types> for StateMachine {
             Ok(shard.applied().0)
         });
         match installed.await {
-            Ok(position) => sim::info!("snapshot to {index} installed, views at {}", position.index),
+            Ok(position) => {
+                sim::trace::probe("ledger: snapshot installed");
+                sim::info!("snapshot to {index} installed, views at {}", position.index);
+            }
             Err(error) if recovery::is_fatal_to_views(&error) => {
                 recovery::give_up_views(&self.shard, error).await
             }

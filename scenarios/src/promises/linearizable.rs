@@ -4,7 +4,7 @@
 //! earliest answer still open, apply it to the model, go on; come back when stuck. A set of taken operations with the state it
 //! led to is never tried twice. A write whose outcome is unknown has no answer: it may be taken at any time, or never.
 
-use crate::history::{Op, Refusal, Request, Response};
+use crate::history::{LAST_LOOK, Op, Refusal, Request, Response};
 use std::collections::HashSet;
 use std::fmt;
 
@@ -30,8 +30,11 @@ impl fmt::Display for State {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
     Linearizable,
-    /// The deepest state reached, and the operations that no order could continue with.
-    Impossible(String),
+    /// The deepest state reached, the operations that no order could continue with, and when the first of them was answered.
+    Impossible {
+        why: String,
+        at_ns: u64,
+    },
     Undecided,
 }
 
@@ -126,19 +129,21 @@ pub fn check(ops: &[&Op]) -> Verdict {
     }
     let (done, state, taken) = deepest;
     let stuck = (0..ops.len()).filter(|&i| !has(&taken, i) && ops[i].response != Response::Unknown);
-    let stuck: Vec<String> = stuck.take(3).map(|i| describe(ops[i])).collect();
-    Verdict::Impossible(format!(
-        "after {done} operations it is {state}, and none of these fits: {}",
-        stuck.join("; ")
-    ))
+    let stuck: Vec<&Op> = stuck.take(3).map(|i| ops[i]).collect();
+    let named: Vec<String> = stuck.iter().map(|op| describe(op)).collect();
+    Verdict::Impossible {
+        why: format!("after {done} operations it is {state}, and none of these fits: {}", named.join("; ")),
+        at_ns: stuck.first().map_or(0, |op| op.return_ns),
+    }
 }
 
 /// An operation as a person reads it.
 pub fn describe(op: &Op) -> String {
     let (from, to) = (op.call_ns as f64 / 1e9, op.return_ns as f64 / 1e9);
-    let (client, tenant, node) = (op.client, op.tenant, &op.node);
-    format!(
-        "client {client} (tenant {tenant}) at {node} {from:.3}–{to:.3} s: {} -> {}",
-        op.request, op.response
-    )
+    let (tenant, node) = (op.tenant, &op.node);
+    let client = match op.client {
+        LAST_LOOK => "the last look".to_string(),
+        client => format!("client {client}"),
+    };
+    format!("{client} (tenant {tenant}) at {node} {from:.3}–{to:.3} s: {} -> {}", op.request, op.response)
 }

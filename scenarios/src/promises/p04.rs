@@ -6,7 +6,7 @@
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
-use crate::history::{History, Op, Request, Response, number};
+use crate::history::{History, LAST_LOOK, Op, Request, Response, number};
 use std::collections::BTreeMap;
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -24,10 +24,10 @@ pub fn check(history: &History) -> Vec<Violation> {
         let all: Vec<&Op> = ops.iter().copied().chain(&end).collect();
         match linearize(&all) {
             Verdict::Linearizable => {}
-            Verdict::Impossible(why) => {
+            Verdict::Impossible { why, at_ns } => {
                 found.push(violation(
                     "P4",
-                    last_ns,
+                    at_ns,
                     format!("memory {} of tenant {tenant} is not linearizable: {why}", number(id)),
                 ));
             }
@@ -52,7 +52,7 @@ fn last_read(replica: &crate::history::Final, tenant: usize, id: &str, history: 
         None => Response::Absent { shown },
     };
     Op {
-        client: usize::MAX,
+        client: LAST_LOOK,
         tenant,
         node: replica.sample.node.clone(),
         call_ns: end_ns,

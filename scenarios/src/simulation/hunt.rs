@@ -44,17 +44,10 @@ pub fn hunt(seeds: Range<u64>, named: Vec<String>, jobs: usize, json: bool) -> R
             bar.set_message(format!("{} survives {seed} seeds", mutant.name));
         });
         bar.inc(1);
-        if !json {
-            bar.suspend(|| show(&caught));
-        }
+        bar.suspend(|| if json { print_json(&caught) } else { show(&caught) });
         Some(caught)
     });
     bar.finish_and_clear();
-    if json {
-        for found in &all {
-            println!("{}", serde_json::to_string(found).map_err(|e| e.to_string())?);
-        }
-    }
     let caught = all.iter().filter(|found| found.caught).count();
     if !json {
         println!(
@@ -66,6 +59,14 @@ pub fn hunt(seeds: Range<u64>, named: Vec<String>, jobs: usize, json: bool) -> R
         );
     }
     Ok(if caught == all.len() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One planted bug's fate, for a program; as it is known, since the others may take long.
+fn print_json(found: &Caught) {
+    match serde_json::to_string(found) {
+        Ok(line) => println!("{line}"),
+        Err(error) => eprintln!("{} cannot be written: {error}", found.mutant),
+    }
 }
 
 /// One planted bug's fate, for a person.

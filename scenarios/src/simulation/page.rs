@@ -4,13 +4,13 @@
 
 use super::run::Run;
 use super::runner::Job;
-use crate::history::{Op, Response};
-use crate::promises::describe;
+use crate::history::{Id, Op, Refusal, Request, Response, number};
+use crate::promises::{Violation, describe};
 use crate::report::Fired;
 use serde::Serialize;
 use sim::trace::Level;
 use sim::world::What;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const PAGE: &str = include_str!("page.html");
 /// Text of one operation at most.
@@ -20,6 +20,8 @@ const TEXT_MAX: usize = 1500;
 struct Page {
     title: String,
     meta: String,
+    /// What a person types to see this run again.
+    command: String,
     verdict: String,
     end: f64,
     nodes: Vec<String>,
@@ -73,20 +75,29 @@ struct Gauge {
 #[derive(Serialize)]
 struct Shown {
     node: usize,
+    /// Who answered.
+    on: Option<usize>,
     from: f64,
     to: f64,
     kind: &'static str,
-    short: String,
+    label: String,
     text: String,
 }
 
 #[derive(Serialize)]
 struct Broken {
     promise: String,
+    /// What that is, in words.
+    means: &'static str,
     at: f64,
     what: String,
-    /// The operations that prove it.
+    /// The operations that prove it, first the one that should not have been.
     ops: Vec<usize>,
+    /// The memories that they are about, and all that was written of these.
+    memories: String,
+    story: Vec<usize>,
+    /// The nodes that are named in it.
+    nodes: Vec<usize>,
 }
 
 /// Where this run and another part.
@@ -106,36 +117,20 @@ pub fn page(run: &Run, job: &Job, parted: Option<Parted>) -> Result<String, serd
     let mut all = faults(&report.faults, false);
     all.extend(faults(&report.disk_faults, true));
     let described: Vec<String> = run.history.ops.iter().map(describe).collect();
-    let prove = |what: &str| (0..described.len()).filter(|op| what.contains(&described[*op])).collect();
-    let broken = report.violations.iter().map(|violation| Broken {
-        promise: violation.promise.clone(),
-        at: violation.at_s.min(report.virtual_s),
-        what: violation.what.clone(),
-        ops: prove(&violation.what),
-    });
+    let broken = report.violations.iter().map(|violation| broken(run, violation, &described, &nodes));
     let mutant = job.mutant.as_ref().map_or(String::new(), |m| format!(" with the planted bug {m}"));
     let page = Page {
         title: format!("{} · seed {}{mutant}", job.scenario, job.seed),
         meta: format!(
-            "{} writes acknowledged, {} lost · {:.1} virtual seconds · trace {} · build {} · {}",
-            report.acked,
-            report.lost,
-            report.virtual_s,
-            report.trace_hash,
-            report.build,
-            job.command("replay"),
+            "{} writes acknowledged, {} lost · {:.1} virtual seconds · trace {} · build {}",
+            report.acked, report.lost, report.virtual_s, report.trace_hash, report.build,
         ),
+        command: job.command("replay"),
         verdict: format!("{:?}", report.verdict).to_lowercase(),
         end: report.virtual_s,
         faults: all,
         violations: broken.collect(),
-        ops: run
-            .history
-            .ops
-            .iter()
-            .zip(&described)
-            .filter_map(|(op, text)| shown(op, text, &nodes))
-            .collect(),
+        ops: run.history.ops.iter().zip(&described).map(|(op, text)| shown(op, text, &nodes)).collect(),
         parted,
         ..events(run)
     };
@@ -152,23 +147,119 @@ fn fault(fired: &Fired, disk: bool, nodes: &BTreeMap<&str, usize>) -> Fault {
     Fault { at, to, kind, nodes, disk, text }
 }
 
-fn shown(op: &Op, text: &str, nodes: &BTreeMap<&str, usize>) -> Option<Shown> {
+/// A broken promise with its story: what its proofs are about, and what was written of that.
+fn broken(run: &Run, violation: &Violation, described: &[String], nodes: &BTreeMap<&str, usize>) -> Broken {
+    let (what, ops) = (violation.what.as_str(), &run.history.ops);
+    let mut proofs: Vec<(usize, usize)> =
+        described.iter().enumerate().filter_map(|(op, text)| Some((what.find(text.as_str())?, op))).collect();
+    proofs.sort_unstable();
+    let proofs: Vec<usize> = proofs.into_iter().map(|(_, op)| op).collect();
+    let about: BTreeSet<(usize, &Id)> =
+        proofs.iter().flat_map(|&op| memories(&ops[op], what).map(move |id| (ops[op].tenant, id))).collect();
+    let written = |op: &Op| {
+        let done = matches!(op.response, Response::Written { .. } | Response::Linked | Response::Unknown);
+        let ids = [op.request.id(), ends(&op.request).0, ends(&op.request).1];
+        done && ids.into_iter().flatten().any(|id| about.contains(&(op.tenant, id)))
+    };
+    let story = (0..ops.len()).filter(|&op| proofs.contains(&op) || written(&ops[op]));
+    let numbers: Vec<String> = about.iter().map(|(_, id)| number(id)).collect();
+    let named = what.split(|c: char| !c.is_alphanumeric()).filter_map(|word| nodes.get(word).copied());
+    Broken {
+        promise: violation.promise.clone(),
+        means: means(&violation.promise),
+        at: violation.at_s.min(run.report.virtual_s),
+        what: violation.what.clone(),
+        story: if proofs.is_empty() { vec![] } else { story.collect() },
+        memories: match &numbers[..] {
+            [] => "the proof".into(),
+            [one] => format!("memory {one}"),
+            all => format!("memories {}", all.join(", ")),
+        },
+        nodes: named.collect::<BTreeSet<usize>>().into_iter().collect(),
+        ops: proofs,
+    }
+}
+
+/// The memories that a proof is about: the one that it names, or those of its answer that the violation names.
+fn memories<'a>(op: &'a Op, what: &str) -> impl Iterator<Item = &'a Id> {
+    let (from, to) = ends(&op.request);
+    let mut found: Vec<&Id> = [op.request.id(), from, to].into_iter().flatten().collect();
+    match &op.response {
+        Response::Walked { rows, edges } => {
+            let named =
+                |from: &Id, to: &Id| what.contains(&format!("from {} to {} ", number(from), number(to)));
+            found.extend(edges.iter().filter(|(from, to)| named(from, to)).flat_map(|(from, to)| [from, to]));
+            found.extend(rows.iter().filter(|row| what.contains(&row.to_string())).map(|row| &row.id));
+        }
+        Response::Rows(rows) => {
+            found.extend(rows.iter().filter(|row| what.contains(&row.to_string())).map(|row| &row.id));
+        }
+        _ => {}
+    }
+    found.into_iter()
+}
+
+/// The ends of the edge that is set.
+fn ends(request: &Request) -> (Option<&Id>, Option<&Id>) {
+    match request {
+        Request::Link { from, to } => (Some(from), Some(to)),
+        _ => (None, None),
+    }
+}
+
+/// What it is that a broken promise lets happen.
+fn means(promise: &str) -> &'static str {
+    match promise {
+        "P1" => "An acknowledged write is gone.",
+        "P3" => "Two acknowledged writes hold one place in the ledger.",
+        "P4" => "An answer shows what cannot be: too old, or out of order.",
+        "P5" => "Replicas at one position hold different states.",
+        "P6" => "What was deleted came back.",
+        "P7" => "An answer shows another tenant's data.",
+        "P10" => "One request was applied twice.",
+        "P12" => "The replicas did not come to agree in time.",
+        _ => "",
+    }
+}
+
+fn shown(op: &Op, text: &str, nodes: &BTreeMap<&str, usize>) -> Shown {
     let kind = match &op.response {
         Response::Unknown => "unknown",
         Response::Refused(_) => "refused",
         Response::Written { .. } | Response::Linked | Response::Changed { .. } => "acked",
         _ => "read",
     };
-    let request = op.request.to_string();
-    let short = request.split(['(', ',']).next().unwrap_or_default().trim().to_string();
-    Some(Shown {
-        node: *nodes.get(format!("client{}", op.client).as_str())?,
+    Shown {
+        node: nodes.get(format!("client{}", op.client).as_str()).copied().unwrap_or(0),
+        on: nodes.get(op.node.as_str()).copied(),
         from: op.call_ns as f64 / 1e9,
         to: op.return_ns as f64 / 1e9,
         kind,
-        short,
+        label: label(op),
         text: text.chars().take(TEXT_MAX).collect(),
-    })
+    }
+}
+
+/// An operation in three or four words.
+fn label(op: &Op) -> String {
+    let request = op.request.to_string();
+    let asked = request.split(['(', ',']).next().unwrap_or_default();
+    let asked = asked.split(" expecting").next().unwrap_or_default();
+    let asked = asked.split(" at ").next().unwrap_or_default().trim();
+    let answer = match &op.response {
+        Response::Written { version, .. } => format!("v{version}"),
+        Response::Linked => "set".into(),
+        Response::Changed { .. } => "another answer".into(),
+        Response::Refused(Refusal::NotFound) => "refused: not there".into(),
+        Response::Refused(Refusal::AlreadyExists { version }) => format!("refused: is v{version}"),
+        Response::Refused(Refusal::VersionMismatch { actual }) => format!("refused: is v{actual}"),
+        Response::Unknown => "unknown".into(),
+        Response::Value { row, .. } => format!("v{}", row.version),
+        Response::Absent { .. } => "not found".into(),
+        Response::Rows(rows) => format!("{} found", rows.len()),
+        Response::Walked { rows, edges } => format!("{} memories, {} edges", rows.len(), edges.len()),
+    };
+    format!("{asked} → {answer}")
 }
 
 /// What the events tell: lines, messages, figures, and who led or was down when.
@@ -221,11 +312,12 @@ fn events(run: &Run) -> Page {
     down.extend(away.into_iter().map(|(node, from)| Down { node, from, to: end }));
     let gauges = gauges.into_iter().filter(|((_, name), _)| *name != "leads");
     let gauges = gauges.map(|((node, name), points)| Gauge { node, name, points }).collect();
-    let (title, meta, verdict, faults, ops, violations, parted) = Default::default();
+    let (title, meta, command, verdict, faults, ops, violations, parted) = Default::default();
     let nodes = run.nodes.clone();
     Page {
         title,
         meta,
+        command,
         verdict,
         end,
         nodes,

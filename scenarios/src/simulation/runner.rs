@@ -3,13 +3,19 @@
 use super::run::empty;
 use crate::report::{Class, Report, Verdict};
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// A run that takes longer, or needs more memory, is broken.
-pub const WALL_MAX: Duration = Duration::from_secs(120);
+/// A run that computes longer, or needs more memory, is broken. It is the processor's time that counts: what else a machine does must not
+/// decide over a run.
+const CPU_MAX_S: u64 = 120;
+/// One that waits for ever computes nothing.
+const WALL_MAX: Duration = Duration::from_secs(20 * 60);
+/// SIGXCPU: how the kernel ends a process whose time is up.
+const OUT_OF_TIME: i32 = 24;
 const MEMORY_MAX_KIB: u64 = 4 << 20;
 
 /// One run.
@@ -107,6 +113,9 @@ pub fn child(job: &Job, events: Option<&str>) -> Report {
     let Some(status) = status else {
         return broken(Class::Timeout, format!("not finished after {} s", WALL_MAX.as_secs()));
     };
+    if status.signal() == Some(OUT_OF_TIME) {
+        return broken(Class::Timeout, format!("not finished after {CPU_MAX_S} s of the processor's time"));
+    }
     match text.lines().last().map(serde_json::from_str::<Report>) {
         Some(Ok(report)) => report,
         _ => {
@@ -119,7 +128,7 @@ pub fn child(job: &Job, events: Option<&str>) -> Report {
 
 fn start(job: &Job, events: Option<&str>) -> std::io::Result<Child> {
     // The shell sets the memory bound and becomes the run.
-    let bounded = format!("ulimit -v {MEMORY_MAX_KIB}; exec \"$0\" \"$@\"");
+    let bounded = format!("ulimit -v {MEMORY_MAX_KIB}; ulimit -S -t {CPU_MAX_S}; exec \"$0\" \"$@\"");
     let mut command = Command::new("sh");
     command.arg("-c").arg(bounded).arg(std::env::current_exe()?);
     command.args(["run", &job.scenario, "--seed", &job.seed.to_string(), "--json"]);

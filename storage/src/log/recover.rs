@@ -91,6 +91,7 @@ impl Log {
         } else if let (true, Some(segment)) = (torn, segments.last()) {
             // Durable with the sync that ends the recovery.
             segment.file.set_len(segment.len).map_err(io_error(segment.name.as_str()))?;
+            sim::trace::probe("log: torn tail cut");
         }
         // The last one left may lie wholly below the base.
         if let Some(old) = segments.pop_if(|s| s.end() <= base + 1 && s.first <= base) {
