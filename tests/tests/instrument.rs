@@ -63,7 +63,7 @@ fn a_failing_run_is_shrunk_and_passes_without_its_bug() -> Result<()> {
 
 /// What is done to the page, and what must come of it; written into the page's end.
 const USE_THE_PAGE: &str = r##"<script>
-const seen = document.body.dataset, said = [], span = () => seen.to - seen.from;
+const seen = document.body.dataset, said = [], inSight = () => seen.to - seen.from;
 const check = (what, holds) => said.push((holds ? "ok " : "NOT ") + what);
 const key = (key, more) => dispatchEvent(new KeyboardEvent("keydown", { key, ...more }));
 const pixels = color => { paint(); const canvas = document.getElementById("board"), all = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -74,13 +74,13 @@ check("opens at the violation", atProof(run.violations[0]));
 check("tells the story of what breaks the promise", !document.getElementById("story").hidden && run.violations[0].story.length > 0 && run.ops[run.violations[0].ops[0]].on !== null);
 check("marks the violation", pixels("red") > 200);
 check("names the operations that prove it", proofs.size > 0);
-key("0"); const whole = span(); check("shows the whole run", Math.abs(whole - run.end) < 0.001);
-key("+"); const closer = span(); check("zooms in by key", closer < whole);
-document.getElementById("board").dispatchEvent(new WheelEvent("wheel", { deltaY: -300, cancelable: true })); check("zooms in by wheel", span() < closer);
+key("0"); const whole = inSight(); check("shows the whole run", Math.abs(whole - run.end) < 0.001);
+key("+"); const closer = inSight(); check("zooms in by key", closer < whole);
+document.getElementById("board").dispatchEvent(new WheelEvent("wheel", { deltaY: -300, cancelable: true })); check("zooms in by wheel", inSight() < closer);
 const left = +seen.from; key("ArrowRight", { shiftKey: true }); check("pans", +seen.from > left);
 key("Home"); check("goes to the start", +seen.cursor === 0); key("ArrowRight"); check("scrubs", +seen.cursor > 0);
 key("m"); check("shows messages", seen.messages === "true"); key("m");
-const find = document.getElementById("find"); find.value = "leads now"; find.dispatchEvent(new Event("input")); const few = +seen.hits;
+const find = document.getElementById("find"); find.value = "leads now"; find.dispatchEvent(new Event("input")); const few = +seen.hits; paint();
 check("finds and filters", few > 0 && few < items.length && document.querySelectorAll("#list li").length <= few); find.value = ""; find.dispatchEvent(new Event("input"));
 key("v"); check("comes back to a violation", run.violations.some(atProof));
 const earlier = +seen.cursor; key("ArrowUp"); check("goes to the event before", +seen.cursor < earlier && seen.chosen.length > 5); key("ArrowDown"); key("ArrowDown"); check("and to those after", +seen.cursor >= earlier);

@@ -4,7 +4,7 @@
 
 use super::run::Run;
 use super::runner::Job;
-use crate::history::{Id, Op, Refusal, Request, Response, number};
+use crate::history::{Id, Op, Refusal, Request, Response, Row, number};
 use crate::promises::{Violation, describe};
 use crate::report::Fired;
 use serde::Serialize;
@@ -154,8 +154,7 @@ fn broken(run: &Run, violation: &Violation, described: &[String], nodes: &BTreeM
         described.iter().enumerate().filter_map(|(op, text)| Some((what.find(text.as_str())?, op))).collect();
     proofs.sort_unstable();
     let proofs: Vec<usize> = proofs.into_iter().map(|(_, op)| op).collect();
-    let about: BTreeSet<(usize, &Id)> =
-        proofs.iter().flat_map(|&op| memories(&ops[op], what).map(move |id| (ops[op].tenant, id))).collect();
+    let about: BTreeSet<(usize, &Id)> = proofs.iter().flat_map(|&op| memories(&ops[op], what)).collect();
     let written = |op: &Op| {
         let done = matches!(op.response, Response::Written { .. } | Response::Linked | Response::Unknown);
         let ids = [op.request.id(), ends(&op.request).0, ends(&op.request).1];
@@ -180,23 +179,24 @@ fn broken(run: &Run, violation: &Violation, described: &[String], nodes: &BTreeM
     }
 }
 
-/// The memories that a proof is about: the one that it names, or those of its answer that the violation names.
-fn memories<'a>(op: &'a Op, what: &str) -> impl Iterator<Item = &'a Id> {
+/// The memories that a proof is about, with their tenants: the one that it names, or those of its answer that the violation names.
+fn memories<'a>(op: &'a Op, what: &str) -> Vec<(usize, &'a Id)> {
     let (from, to) = ends(&op.request);
-    let mut found: Vec<&Id> = [op.request.id(), from, to].into_iter().flatten().collect();
+    let mut found: Vec<(usize, &Id)> =
+        [op.request.id(), from, to].into_iter().flatten().map(|id| (op.tenant, id)).collect();
+    let (mut rows, mut edges): (&[Row], &[(Id, Id)]) = (&[], &[]);
     match &op.response {
-        Response::Walked { rows, edges } => {
-            let named =
-                |from: &Id, to: &Id| what.contains(&format!("from {} to {} ", number(from), number(to)));
-            found.extend(edges.iter().filter(|(from, to)| named(from, to)).flat_map(|(from, to)| [from, to]));
-            found.extend(rows.iter().filter(|row| what.contains(&row.to_string())).map(|row| &row.id));
-        }
-        Response::Rows(rows) => {
-            found.extend(rows.iter().filter(|row| what.contains(&row.to_string())).map(|row| &row.id));
-        }
+        Response::Walked { rows: walked, edges: along } => (rows, edges) = (walked, along),
+        Response::Rows(all) => rows = all,
         _ => {}
     }
-    found.into_iter()
+    let named = |from: &Id, to: &Id| what.contains(&format!("from {} to {} ", number(from), number(to)));
+    let edges = edges.iter().filter(|(from, to)| named(from, to)).flat_map(|(from, to)| [from, to]);
+    found.extend(edges.map(|id| (op.tenant, id)));
+    // The text of a memory says whose it is, whoever was shown it.
+    let rows = rows.iter().filter(|row| what.contains(&row.to_string()));
+    found.extend(rows.map(|row| (row.tenant, &row.id)));
+    found
 }
 
 /// The ends of the edge that is set.
