@@ -107,7 +107,7 @@ pub fn sweep(asked: Sweep) -> Result<ExitCode, String> {
     });
     bar.finish_and_clear();
     let (wall_s, runs) = ((wall_seconds() - begun).max(0.01), fresh.len());
-    let virtual_s: f64 = fresh.iter().map(|r| r.virtual_s).sum();
+    let virtual_s = fresh.iter().fold(0.0, |sum, r| sum + r.virtual_s);
     reports.extend(fresh);
     let code = table(&reports);
     println!(
