@@ -1,7 +1,7 @@
 //! Compiles the protocol with protox, so that no `protoc` needs to be installed.
 
 use prost::Message;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["proto/loci/v1/loci.proto", "proto/loci/internal/v1/replica.proto"];
@@ -16,16 +16,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".loci.internal.v1")
         .compile_fds(descriptors)?;
     // Names the build in status, results and replays.
-    let commit = std::process::Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
-    let commit = commit
-        .ok()
-        .filter(|o| o.status.success())
-        .map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string());
-    println!(
-        "cargo:rustc-env=LOCI_BUILD={}",
-        commit.filter(|c| !c.is_empty()).unwrap_or_else(|| "unknown".into())
-    );
-    println!("cargo:rerun-if-changed=../.git/HEAD");
-    println!("cargo:rerun-if-changed=../.git/refs/heads/main");
+    let commit = git(&["rev-parse", "--short=12", "HEAD"]);
+    println!("cargo:rustc-env=LOCI_BUILD={}", commit.unwrap_or_else(|| "unknown".into()));
+    // Only files that exist: one that does not makes every build begin anew. In a worktree of git they lie elsewhere.
+    let branch = git(&["symbolic-ref", "--quiet", "HEAD"]).unwrap_or_default();
+    for name in ["HEAD", "packed-refs", &branch] {
+        if let Some(path) = git(&["rev-parse", "--git-path", name]).filter(|path| Path::new(path).is_file()) {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
     Ok(())
+}
+
+/// What git says, if it is there and has something to say.
+fn git(args: &[&str]) -> Option<String> {
+    let output = std::process::Command::new("git").args(args).output().ok()?;
+    let said = String::from_utf8(output.stdout).ok()?.trim().to_string();
+    (output.status.success() && !said.is_empty()).then_some(said)
 }
