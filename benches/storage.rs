@@ -106,6 +106,7 @@ fn memory(number: u64, user: u64, text: String, dimension: usize) -> Memory {
 fn batch(operations: impl Iterator<Item = Operation>) -> Batch {
     let command = |operation| Command {
         tenant: "acme".into(),
+        slot: None,
         idempotency_key: String::new(),
         request_hash: [0; 16],
         now: START,
@@ -405,7 +406,7 @@ fn opening(scale: f64) -> Result<()> {
     let started = Instant::now();
     let shard = open(&disk)?;
     let opened = started.elapsed();
-    shard.get("acme", &id(7), 0)?.ok_or("the memory is not there")?;
+    shard.get("acme", None, &id(7), 0)?.ok_or("the memory is not there")?;
     let read = started.elapsed();
     let owners = vec![Owner::User { tenant: "acme".into(), user: "user 7".into() }];
     let value = 1.0 / 384f32.sqrt();

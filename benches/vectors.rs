@@ -348,7 +348,8 @@ impl Bench {
         let begun = Instant::now();
         let segment = Segment::open(&*self.disk, &path)?;
         let opened = begun.elapsed();
-        let wanted = Wanted { statuses: &[Status::Active], now: START, allowed: None, dead: None };
+        let wanted =
+            Wanted { statuses: &[Status::Active], now: START, allowed: None, shown: None, dead: None };
         let ask = |query: &[f32], ef: usize| -> Result<Vec<u32>> {
             let block = segment.block(0, false)?;
             let (asked, mut best) = (Asked::new(query), Best::new(K, None));
@@ -486,10 +487,11 @@ impl Bench {
             let begun = Instant::now();
             let segment = Segment::open(&*self.disk, &path)?;
             let opened = begun.elapsed();
-            let wanted = Wanted { statuses: &[Status::Active], now: START, allowed: None, dead: None };
+            let wanted =
+                Wanted { statuses: &[Status::Active], now: START, allowed: None, shown: None, dead: None };
             let mut random = Random(99);
             let compared = AtomicU64::new(0);
-            let fetch = |id: &MemoryId| {
+            let fetch = |_: usize, id: &MemoryId| {
                 let mut vector = vec![0f32; DIMENSION];
                 let bytes = bytemuck::cast_slice_mut(&mut vector);
                 vectors.read_at(bytes, number(id) * DIMENSION as u64 * 4)?;
@@ -812,7 +814,7 @@ fn apply(shard: &Shard, index: u64, vectors: &[f32], first: usize, users: usize)
         };
         let operation = Operation::Add(memory);
         let (tenant, idempotency_key) = ("t".into(), String::new());
-        Command { tenant, idempotency_key, request_hash: [0; 16], now: START, operation }
+        Command { tenant, slot: None, idempotency_key, request_hash: [0; 16], now: START, operation }
     };
     let commands = vectors.chunks_exact(DIMENSION).enumerate().map(add).collect();
     shard.apply(&[Entry { epoch: 1, index, batch: Some(&Batch { commands }) }], b"")?;

@@ -61,6 +61,7 @@ impl Accesses {
                 for touches in touched.chunks(TOUCHES_MAX) {
                     commands.push(Command {
                         tenant: tenant.clone(),
+                        slot: None,
                         idempotency_key: String::new(),
                         request_hash: [0; 16],
                         now,

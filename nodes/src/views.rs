@@ -127,9 +127,9 @@ impl LocalViews {
 
 fn answer(shard: &Shard, ask: Ask) -> Result<Found, StorageError> {
     match ask {
-        Ask::Get { tenant, id, now } => shard.get(&tenant, &id, now).map(Found::Memory),
+        Ask::Get { tenant, id, now } => shard.get(&tenant, None, &id, now).map(Found::Memory),
         Ask::List(query) => shard.list(&query).map(Found::Page),
-        Ask::History { tenant, id } => shard.history(&tenant, &id).map(Found::Changes),
+        Ask::History { tenant, id } => shard.history(&tenant, None, &id).map(Found::Changes),
         Ask::Changes { tenant, after, limit } => {
             shard.changes_after(&tenant, after, limit as usize).map(Found::Changes)
         }

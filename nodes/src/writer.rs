@@ -58,6 +58,9 @@ fn written(outcome: Outcome) -> Result<Written, Error> {
         Outcome::AlreadyExists { id, version } => Err(Error::AlreadyExists { id: id_text(&id), version }),
         Outcome::VersionMismatch { id, actual } => Err(Error::VersionMismatch { id: id_text(&id), actual }),
         Outcome::KeyReused => Err(Error::KeyReused),
+        Outcome::NotHere | Outcome::MoveRefused => {
+            Err(Error::Unavailable("the memories that this is about are moving to another shard".into()))
+        }
     }
 }
 
@@ -85,7 +88,14 @@ impl Writer {
             memory.space = LEXICAL_SPACE.into();
         }
         let tenant = memory.tenant.clone();
-        Ok(Command { tenant, idempotency_key: key, request_hash, now, operation: Operation::Add(memory) })
+        Ok(Command {
+            tenant,
+            slot: None,
+            idempotency_key: key,
+            request_hash,
+            now,
+            operation: Operation::Add(memory),
+        })
     }
 
     pub async fn add(
@@ -154,7 +164,8 @@ impl Writer {
         let operation = Operation::Update { id, expected_version: request.expected_version, patch };
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
+            .await
     }
 
     pub async fn delete(
@@ -170,7 +181,8 @@ impl Writer {
         let operation = Operation::Delete { id, expected_version: request.expected_version };
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
+            .await
     }
 
     pub async fn upsert_edges(
@@ -185,7 +197,8 @@ impl Writer {
         let operation = Operation::UpsertEdges(convert::edges(request.edges)?);
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
+            .await
     }
 
     pub async fn delete_edges(
@@ -202,7 +215,8 @@ impl Writer {
         let operation = Operation::DeleteEdges(keys);
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, idempotency_key, request_hash, now, operation }, deadline).await
+        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
+            .await
     }
 
     /// Drops a month of everybody's memories; how many there were.
@@ -210,6 +224,7 @@ impl Writer {
         let request_hash = convert::hash_of(month.to_string().as_bytes());
         let (tenant, now) = (GLOBAL_TENANT.to_string(), time::calendar_ms());
         let operation = Operation::DropMonth(month);
-        self.one(Command { tenant, idempotency_key: key, request_hash, now, operation }, deadline).await
+        self.one(Command { tenant, slot: None, idempotency_key: key, request_hash, now, operation }, deadline)
+            .await
     }
 }

@@ -47,7 +47,14 @@ pub fn edge(source: u8, target: u8, weight: f32) -> Edge {
 }
 
 pub fn command(key: String, operation: Operation) -> Command {
-    Command { tenant: "t".into(), idempotency_key: key, request_hash: [7; 16], now: MONTHS[1], operation }
+    Command {
+        tenant: "t".into(),
+        slot: None,
+        idempotency_key: key,
+        request_hash: [7; 16],
+        now: MONTHS[1],
+        operation,
+    }
 }
 
 /// A ledger that uses every kind of command, of `length` entries.

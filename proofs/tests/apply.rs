@@ -20,7 +20,14 @@ fn command() -> impl Strategy<Value = Command> {
             _ => Operation::Touch(vec![([id; 16], 1, 5)]),
         };
         let idempotency_key = if keyed { format!("key {key}") } else { String::new() };
-        Command { tenant: "t".into(), idempotency_key, request_hash: [kind; 16], now: 10, operation }
+        Command {
+            tenant: "t".into(),
+            slot: None,
+            idempotency_key,
+            request_hash: [kind; 16],
+            now: 10,
+            operation,
+        }
     })
 }
 

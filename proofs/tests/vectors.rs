@@ -471,9 +471,9 @@ proptest! {
                 let _ = block.graph().map(|graph| graph.sound(block.rows.len()));
                 let vector = vec![0.1; block.rows.dimension];
                 let asked = storage::vectors::scan::Asked::new(&vector);
-                let wanted = storage::vectors::rows::Wanted { statuses: &[Status::Active], now: 0, allowed: None, dead: None };
+                let wanted = storage::vectors::rows::Wanted { statuses: &[Status::Active], now: 0, allowed: None, shown: None, dead: None };
                 let mut best = storage::vectors::scan::Best::new(3, None);
-                let _ = storage::vectors::scan::scan(&asked, &block.rows, &wanted, 0, &mut best, &|_| Ok(vector.clone()));
+                let _ = storage::vectors::scan::scan(&asked, &block.rows, &wanted, 0, &mut best, &|_, _| Ok(vector.clone()));
                 if let Some(graph) = block.graph() {
                     storage::vectors::near(&asked, &block.rows, &graph, &wanted, 0, 10, &mut best);
                 }

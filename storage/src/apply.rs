@@ -5,10 +5,11 @@
 
 use crate::codec;
 use crate::error::StorageError;
-use crate::graph;
+use crate::graph::{self, EdgeRow};
 use crate::model::*;
 use crate::records::months::{self, MonthState, Months};
 use crate::records::rows::{self, KeyRow, Place, State, Stored};
+use crate::slots::{SLOTS, Slot};
 use crate::vectors::Coded;
 use rusqlite::Connection;
 use std::collections::BTreeSet;
@@ -27,6 +28,12 @@ pub enum Effect {
     Remove { memory: Memory, position: i64, dimension: usize },
     /// The memory as it is now; its version and its vector are the same.
     Touch { memory: Arc<Memory> },
+    /// A vector that came with a move: not shown yet.
+    Arrive { coded: Coded },
+    /// The memory as it was of a slot that is gone, and was not shown any more.
+    Leave { memory: Memory, position: i64, dimension: usize },
+    /// Slots are shown that were not.
+    Adopt,
     /// All of a month was removed.
     DropMonth(Month),
 }
@@ -36,13 +43,18 @@ pub struct Applier<'a> {
     pub db: &'a Connection,
     pub state: State,
     pub effects: Vec<Effect>,
-    months: Months,
+    pub months: Months,
     changed: BTreeSet<Month>,
+    /// The place in the entry that the next command gets.
+    pub next_item: u32,
+    /// The slot of the memory that the command is about; [`rows::STAYS`]: it found none.
+    about: Slot,
 }
 
 impl<'a> Applier<'a> {
     pub fn new(db: &'a Connection, state: State) -> Result<Applier<'a>, StorageError> {
-        Ok(Applier { db, state, effects: vec![], months: months::load(db)?, changed: BTreeSet::new() })
+        let (effects, months, changed) = (vec![], months::load(db)?, BTreeSet::new());
+        Ok(Applier { db, state, effects, months, changed, next_item: 0, about: rows::STAYS })
     }
 
     /// Writes what is known of the months and of all; what is to be done outside.
@@ -74,9 +86,13 @@ impl<'a> Applier<'a> {
         batch: Option<&Batch>,
     ) -> Result<Vec<Outcome>, StorageError> {
         let mut outcomes = vec![];
-        for (item, command) in batch.iter().flat_map(|b| &b.commands).enumerate() {
+        self.next_item = 0;
+        for command in batch.iter().flat_map(|b| &b.commands) {
             self.state.ledger_time = self.state.ledger_time.max(command.now);
-            outcomes.push(self.command(command, Position { epoch, index, item: item as u32 })?);
+            let at = Position { epoch, index, item: self.next_item };
+            outcomes.push(self.command(command, at)?);
+            // An import has taken up one for each of its pieces.
+            self.next_item = self.next_item.max(at.item + 1);
         }
         if !outcomes.is_empty() {
             self.forget_old_keys(KEYS_PURGED + 2 * outcomes.len())?;
@@ -86,11 +102,24 @@ impl<'a> Applier<'a> {
     }
 
     fn command(&mut self, command: &Command, at: Position) -> Result<Outcome, StorageError> {
+        if let Operation::Move(step) = &command.operation {
+            return self.step(step, at);
+        }
+        if !self.is_here(command) {
+            return Ok(Outcome::NotHere);
+        }
+        self.about = command.slot.unwrap_or(rows::STAYS);
+        if let Operation::Add(memory) = &command.operation {
+            self.about = memory.slot();
+        }
         let key = &command.idempotency_key;
         if key.is_empty() || sim::planted!("forget-idempotency-keys") {
             return self.operation(command, at);
         }
-        if let Some(row) = rows::find_key(self.db, &command.tenant, key)? {
+        // A key is the tenant's: were it used for another slot that is here, that counts too.
+        let mut held = rows::find_keys(self.db, &command.tenant, key)?;
+        held.retain(|row| row.slot == rows::STAYS || self.state.slots.shows(row.slot));
+        if let Some(row) = held.iter().min_by_key(|row| row.slot != self.about) {
             if row.hash != command.request_hash {
                 return Ok(Outcome::KeyReused);
             }
@@ -98,32 +127,58 @@ impl<'a> Applier<'a> {
             return codec::decode(&row.outcome).map_err(StorageError::corrupt("a remembered outcome"));
         }
         let outcome = self.operation(command, at)?;
-        let row = KeyRow {
+        self.restore_key(&KeyRow {
             tenant: command.tenant.clone(),
             key: key.clone(),
+            slot: self.about,
             time: self.state.ledger_time,
             hash: command.request_hash,
             outcome: codec::encode(&outcome),
-        };
-        rows::put_key(self.db, &row)?;
-        self.state.digest = self.state.digest.wrapping_add(rows::key_hash(&row));
-        self.state.keys += 1;
+        })?;
         Ok(outcome)
     }
 
+    /// Whether a command may be decided here: see [`Command::slot`].
+    fn is_here(&self, command: &Command) -> bool {
+        let slots = &self.state.slots;
+        let takes = |slot: Slot| slot < SLOTS && slots.takes(slot);
+        match (&command.operation, command.slot) {
+            (Operation::Touch(_) | Operation::Move(_), _) => true,
+            (Operation::DropMonth(_), _) => slots.moving().is_none(),
+            (_, None) => slots.takes_all(),
+            (Operation::Add(memory), Some(slot)) => memory.slot() == slot && takes(slot),
+            (_, Some(slot)) => takes(slot),
+        }
+    }
+
+    /// Takes over a key as it is.
+    pub fn restore_key(&mut self, row: &KeyRow) -> Result<(), StorageError> {
+        rows::put_key(self.db, row)?;
+        self.state.digest = self.state.digest.wrapping_add(rows::key_hash(row));
+        self.state.keys += 1;
+        Ok(())
+    }
+
+    pub fn forget_key(&mut self, row: &KeyRow) -> Result<(), StorageError> {
+        rows::remove_key(self.db, row)?;
+        self.state.digest = self.state.digest.wrapping_sub(rows::key_hash(row));
+        self.state.keys -= 1;
+        Ok(())
+    }
+
     fn operation(&mut self, command: &Command, at: Position) -> Result<Outcome, StorageError> {
+        let whose = (&command.tenant[..], command.slot);
         match &command.operation {
             Operation::Add(memory) => self.add_memory(&command.tenant, memory, at),
             Operation::Update { id, expected_version, patch } => {
-                self.update(&command.tenant, id, *expected_version, patch, command.now, at)
+                self.update(whose, id, *expected_version, patch, command.now, at)
             }
-            Operation::Delete { id, expected_version } => {
-                self.delete(&command.tenant, id, *expected_version, at)
-            }
-            Operation::Touch(touches) => self.touch(&command.tenant, touches, at),
-            Operation::UpsertEdges(edges) => self.upsert_edges(&command.tenant, edges, at),
-            Operation::DeleteEdges(edges) => self.delete_edges(&command.tenant, edges, at),
+            Operation::Delete { id, expected_version } => self.delete(whose, id, *expected_version, at),
+            Operation::Touch(touches) => self.touch(whose, touches, at),
+            Operation::UpsertEdges(edges) => self.upsert_edges(whose, edges, at),
+            Operation::DeleteEdges(edges) => self.delete_edges(whose, edges, at),
             Operation::DropMonth(month) => self.drop_month(*month, at),
+            Operation::Move(step) => self.step(step, at),
         }
     }
 
@@ -133,7 +188,8 @@ impl<'a> Applier<'a> {
             return Ok(Outcome::NotFound { id: memory.id });
         }
         // Versions never go backwards: one that was deleted goes on where it ended.
-        let place = rows::place(self.db, tenant, &memory.id)?;
+        let slot = self.about;
+        let place = rows::place(self.db, tenant, &memory.id, slot)?;
         if let Some(place) = place.filter(|p| p.position != 0) {
             let held = rows::stored_at(self.db, place)?;
             let old = rows::decode_body(&held.body)?;
@@ -141,7 +197,7 @@ impl<'a> Applier<'a> {
                 return Ok(Outcome::AlreadyExists { id: memory.id, version: old.version });
             }
             self.retire(held, &old)?;
-            self.remove_edges_of(tenant, &old.id)?;
+            self.remove_edges_of(tenant, &old.id, slot)?;
         }
         let version =
             place.filter(|_| !sim::planted!("forget-a-deletions-version")).map_or(0, |p| p.version) + 1;
@@ -151,37 +207,43 @@ impl<'a> Applier<'a> {
         Ok(Outcome::Done { id, version, position: at })
     }
 
-    /// The current row, or what to answer instead.
+    /// The current row, or what to answer instead: of one slot, or of the smallest that has it.
     fn current(
-        &self,
-        tenant: &str,
+        &mut self,
+        (tenant, slot): (&str, Option<Slot>),
         id: &MemoryId,
         expected: Option<u64>,
     ) -> Result<Result<(Stored, Memory), Outcome>, StorageError> {
-        let Some(held) = rows::find(self.db, tenant, id)? else {
-            return Ok(Err(Outcome::NotFound { id: *id }));
-        };
-        let memory = rows::decode_body(&held.body)?;
-        // By the ledger's time, whatever a replica's own clock says.
-        if memory.expired(self.state.ledger_time) {
-            return Ok(Err(Outcome::NotFound { id: *id }));
+        for (slot, place) in rows::places(self.db, tenant, id, slot)? {
+            if place.position == 0 || !self.state.slots.takes(slot) {
+                continue;
+            }
+            let held = rows::stored_at(self.db, place)?;
+            let memory = rows::decode_body(&held.body)?;
+            // By the ledger's time, whatever a replica's own clock says.
+            if memory.expired(self.state.ledger_time) {
+                continue;
+            }
+            self.about = slot;
+            if expected.is_some_and(|e| e != memory.version) && !sim::planted!("ignore-the-expected-version")
+            {
+                return Ok(Err(Outcome::VersionMismatch { id: *id, actual: memory.version }));
+            }
+            return Ok(Ok((held, memory)));
         }
-        if expected.is_some_and(|e| e != memory.version) && !sim::planted!("ignore-the-expected-version") {
-            return Ok(Err(Outcome::VersionMismatch { id: *id, actual: memory.version }));
-        }
-        Ok(Ok((held, memory)))
+        Ok(Err(Outcome::NotFound { id: *id }))
     }
 
     fn update(
         &mut self,
-        tenant: &str,
+        whose: (&str, Option<Slot>),
         id: &MemoryId,
         expected: Option<u64>,
         patch: &Patch,
         now: UnixMs,
         at: Position,
     ) -> Result<Outcome, StorageError> {
-        let (held, old) = match self.current(tenant, id, expected)? {
+        let (held, old) = match self.current(whose, id, expected)? {
             Ok(found) => found,
             Err(outcome) => return Ok(outcome),
         };
@@ -202,12 +264,12 @@ impl<'a> Applier<'a> {
 
     fn delete(
         &mut self,
-        tenant: &str,
+        whose: (&str, Option<Slot>),
         id: &MemoryId,
         expected: Option<u64>,
         at: Position,
     ) -> Result<Outcome, StorageError> {
-        let (held, old) = match self.current(tenant, id, expected)? {
+        let (held, old) = match self.current(whose, id, expected)? {
             Ok(found) => found,
             Err(outcome) => return Ok(outcome),
         };
@@ -222,21 +284,24 @@ impl<'a> Applier<'a> {
             vector: vec![],
         };
         self.put_history(&deleted, &old, version)?;
-        let place = Place { month: Month::of(old.created), position: 0, version };
-        rows::put_place(self.db, tenant, id, place)?;
-        self.remove_edges_of(tenant, id)?;
+        let (place, slot) = (Place { month: Month::of(old.created), position: 0, version }, self.about);
+        rows::put_place(self.db, whose.0, id, slot, place)?;
+        self.remove_edges_of(whose.0, id, slot)?;
         Ok(Outcome::Done { id: *id, version, position: at })
     }
 
     /// Counts accesses in place: no new version, no new position.
     fn touch(
         &mut self,
-        tenant: &str,
+        (tenant, slot): (&str, Option<Slot>),
         touches: &[(MemoryId, u64, UnixMs)],
         at: Position,
     ) -> Result<Outcome, StorageError> {
         for (id, count, last) in touches {
-            let Some(held) = rows::find(self.db, tenant, id)? else { continue };
+            let places = rows::places(self.db, tenant, id, slot)?;
+            let taken = |(slot, place): &(Slot, Place)| place.position != 0 && self.state.slots.takes(*slot);
+            let Some((_, place)) = places.into_iter().find(taken) else { continue };
+            let held = rows::stored_at(self.db, place)?;
             let mut memory = rows::decode_body(&held.body)?;
             memory.access_count = memory.access_count.saturating_add(*count);
             memory.last_access = memory.last_access.max(Some(*last));
@@ -251,74 +316,101 @@ impl<'a> Applier<'a> {
     }
 
     /// Sets edges, all or none.
-    fn upsert_edges(&mut self, tenant: &str, edges: &[Edge], at: Position) -> Result<Outcome, StorageError> {
+    fn upsert_edges(
+        &mut self,
+        whose: (&str, Option<Slot>),
+        edges: &[Edge],
+        at: Position,
+    ) -> Result<Outcome, StorageError> {
+        let mut slots = Vec::with_capacity(edges.len());
         for edge in edges {
-            if let Err(outcome) = self.current(tenant, &edge.source, None)? {
+            if let Err(outcome) = self.current(whose, &edge.source, None)? {
                 return Ok(outcome);
             }
+            slots.push(self.about);
         }
+        let tenant = whose.0;
         let number = rows::number_owner(self.db, &Owner::Shared { tenant: tenant.into() })?;
-        for edge in edges {
+        for (edge, slot) in edges.iter().zip(slots) {
             let key = (&edge.source, &edge.relation[..], &edge.target);
-            if let Some(old) = graph::find(self.db, number, key)? {
-                self.remove_edge(tenant, number, &old)?;
+            if let Some(edge) = graph::find(self.db, (slot, number), key)? {
+                self.remove_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge })?;
             }
-            self.put_edge(tenant, number, edge)?;
+            self.put_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge: edge.clone() })?;
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
 
-    /// Takes over an edge of a snapshot.
-    pub fn restore_edge(&mut self, tenant: &str, edge: &Edge) -> Result<(), StorageError> {
-        let number = rows::number_owner(self.db, &Owner::Shared { tenant: tenant.into() })?;
-        self.put_edge(tenant, number, edge)
+    /// Takes over an edge as it is.
+    pub fn restore_edge(&mut self, row: &EdgeRow) -> Result<(), StorageError> {
+        let number = rows::number_owner(self.db, &Owner::Shared { tenant: row.tenant.clone() })?;
+        self.put_edge(number, row)
     }
 
     /// Writes an edge that is not there.
-    fn put_edge(&mut self, tenant: &str, number: i64, edge: &Edge) -> Result<(), StorageError> {
-        graph::put(self.db, number, edge)?;
-        self.state.digest = self.state.digest.wrapping_add(graph::hash(tenant, edge));
+    fn put_edge(&mut self, number: i64, row: &EdgeRow) -> Result<(), StorageError> {
+        graph::put(self.db, (row.slot, number), &row.edge)?;
+        self.state.digest = self.state.digest.wrapping_add(graph::hash(row));
         self.state.edges += 1;
         Ok(())
     }
 
     fn delete_edges(
         &mut self,
-        tenant: &str,
+        (tenant, slot): (&str, Option<Slot>),
         edges: &[(MemoryId, String, MemoryId)],
         at: Position,
     ) -> Result<Outcome, StorageError> {
-        if let Some(number) = graph::tenant_number(self.db, tenant)? {
-            for (source, relation, target) in edges {
-                if let Some(old) = graph::find(self.db, number, (source, relation, target))? {
-                    self.remove_edge(tenant, number, &old)?;
+        let Some(number) = graph::tenant_number(self.db, tenant)? else {
+            return Ok(Outcome::Done { id: [0; 16], version: 0, position: at });
+        };
+        for (source, relation, target) in edges {
+            // An edge goes with its source, so where none is there is no edge.
+            let slots = match slot {
+                Some(slot) => vec![slot],
+                None => rows::places(self.db, tenant, source, None)?.into_iter().map(|(s, _)| s).collect(),
+            };
+            for slot in slots {
+                if let Some(edge) = graph::find(self.db, (slot, number), (source, relation, target))? {
+                    self.about = slot;
+                    self.remove_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge })?;
+                    break;
                 }
             }
         }
         Ok(Outcome::Done { id: [0; 16], version: 0, position: at })
     }
 
-    fn remove_edge(&mut self, tenant: &str, number: i64, edge: &Edge) -> Result<(), StorageError> {
-        graph::remove(self.db, number, edge)?;
-        self.state.digest = self.state.digest.wrapping_sub(graph::hash(tenant, edge));
+    pub fn remove_edge(&mut self, number: i64, row: &EdgeRow) -> Result<(), StorageError> {
+        graph::remove(self.db, (row.slot, number), &row.edge)?;
+        self.state.digest = self.state.digest.wrapping_sub(graph::hash(row));
         self.state.edges -= 1;
         Ok(())
     }
 
-    /// Removes a memory's edges in both directions.
-    fn remove_edges_of(&mut self, tenant: &str, id: &MemoryId) -> Result<(), StorageError> {
+    /// Removes a memory's edges, those to it only if no other memory of the tenant has its id. Edges whose slots are not taken here stay, and
+    /// lead nowhere.
+    fn remove_edges_of(&mut self, tenant: &str, id: &MemoryId, slot: Slot) -> Result<(), StorageError> {
         if self.state.edges == 0 {
             return Ok(());
         }
         let Some(number) = graph::tenant_number(self.db, tenant)? else { return Ok(()) };
-        for edge in graph::outbound(self.db, number, id)? {
-            self.remove_edge(tenant, number, &edge)?;
+        for edge in graph::outbound(self.db, number, id, slot)? {
+            self.remove_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge })?;
         }
         if sim::planted!("leave-inbound-edges-behind") {
             return Ok(());
         }
-        for edge in graph::inbound(self.db, number, id)? {
-            self.remove_edge(tenant, number, &edge)?;
+        let inbound = graph::inbound(self.db, number, id)?;
+        let shows = |slot: Slot| self.state.slots.shows(slot);
+        let other = |(of, place): &(Slot, Place)| *of != slot && place.position != 0 && shows(*of);
+        if inbound.is_empty() || rows::places(self.db, tenant, id, None)?.iter().any(other) {
+            return Ok(());
+        }
+        for (slot, edge) in inbound {
+            if self.state.slots.takes(slot) {
+                self.remove_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge })?;
+            }
         }
         Ok(())
     }
@@ -332,18 +424,19 @@ impl<'a> Applier<'a> {
         let mut gone = BTreeSet::new();
         rows::each(self.db, &only, ("body", 'm'), &mut |_, row| {
             let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
-            gone.insert((memory.tenant, memory.id));
+            let slot = memory.slot();
+            gone.insert((memory.tenant, memory.id, slot));
             Ok(())
         })?;
-        rows::each(self.db, &only, ("tenant, id", 'h'), &mut |_, row| {
-            gone.insert((row.get(0)?, row.get(1)?));
+        rows::each(self.db, &only, ("tenant, id, slot", 'h'), &mut |_, row| {
+            gone.insert((row.get(0)?, row.get(1)?, row.get(2)?));
             Ok(())
         })?;
-        for (tenant, id) in &gone {
-            let place = rows::place(self.db, tenant, id)?;
+        for (tenant, id, slot) in &gone {
+            let place = rows::place(self.db, tenant, id, *slot)?;
             if place.is_some_and(|p| p.month == month) {
-                rows::remove_place(self.db, tenant, id)?;
-                self.remove_edges_of(tenant, id)?;
+                rows::remove_place(self.db, tenant, id, *slot)?;
+                self.remove_edges_of(tenant, id, *slot)?;
             }
         }
         months::remove(self.db, month)?;
@@ -357,21 +450,35 @@ impl<'a> Applier<'a> {
 
     /// Moves the current row into the history.
     fn retire(&mut self, mut held: Stored, old: &Memory) -> Result<(), StorageError> {
-        rows::remove_memory(self.db, held.position, old)?;
-        let (month, has_vector) = (Month::of(old.created), !held.vector.is_empty() as u64);
-        self.take(month, rows::memory_hash("memories", &held))?;
-        let of_month = self.month(month)?;
-        of_month.memories -= 1;
-        of_month.vectors -= has_vector;
-        self.state.memories -= 1;
-        self.state.vectors -= has_vector;
+        self.unstore(&held, old)?;
         let (position, dimension) = (held.position, held.vector.len() / 4);
         self.effects.push(Effect::Remove { memory: old.clone(), position, dimension });
         held.vector.clear();
         self.put_history(&held, old, old.version)
     }
 
-    fn put_history(&mut self, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
+    /// Removes a memory's row, but not its place. `old` is what the row's body encodes.
+    pub fn unstore(&mut self, held: &Stored, old: &Memory) -> Result<(), StorageError> {
+        rows::remove_memory(self.db, held.position, old)?;
+        let (month, has_vector) = (Month::of(old.created), !held.vector.is_empty() as u64);
+        self.take(month, rows::memory_hash("memories", held))?;
+        let of_month = self.month(month)?;
+        of_month.memories -= 1;
+        of_month.vectors -= has_vector;
+        self.state.memories -= 1;
+        self.state.vectors -= has_vector;
+        Ok(())
+    }
+
+    /// Removes a row of the history.
+    pub fn unput_history(&mut self, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+        let month = Month::of(memory.created);
+        rows::remove_history(self.db, month, row.position)?;
+        self.month(month)?.history -= 1;
+        self.take(month, rows::memory_hash("history", row))
+    }
+
+    pub fn put_history(&mut self, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
         let month = Month::of(memory.created);
         let of_month = self.month(month)?;
         of_month.history += 1;
@@ -391,7 +498,7 @@ impl<'a> Applier<'a> {
     }
 
     /// Writes a memory's row and counts it. `memory` is what the row's body encodes.
-    fn store(&mut self, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+    pub fn store(&mut self, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
         let (month, has_vector) = (Month::of(memory.created), !row.vector.is_empty() as u64);
         let of_month = self.month(month)?;
         of_month.position = of_month.position.max(rows::unpack(row.epoch, row.position));
@@ -413,10 +520,8 @@ impl<'a> Applier<'a> {
 
     fn forget_old_keys(&mut self, limit: usize) -> Result<(), StorageError> {
         let before = self.state.ledger_time.saturating_sub(KEY_LIFE_MS);
-        for row in rows::old_keys(self.db, before, limit)? {
-            rows::remove_key(self.db, &row)?;
-            self.state.digest = self.state.digest.wrapping_sub(rows::key_hash(&row));
-            self.state.keys -= 1;
+        for row in rows::old_keys(self.db, before, limit, &self.state.slots)? {
+            self.forget_key(&row)?;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@
 //!
 //! # On disk
 //!
-//! A directory of files `base-INDEX.snap` (`LOCISNP1`, then frames as [`Shard::export`] gives them, the last of which counts the others and
+//! A directory of files `base-INDEX.snap` (`LOCISNP2`, then frames as [`Shard::export`] gives them, the last of which counts the others and
 //! carries the digest of the state), and the fact `manifest`, which names those that count: its replacement is the only commit point.
 //!
 //! # What can go wrong
@@ -31,7 +31,7 @@ use sim::disk::{Disk, File};
 use std::io;
 use std::sync::{Arc, Mutex};
 
-pub const MAGIC: &[u8; 8] = b"LOCISNP1";
+pub const MAGIC: &[u8; 8] = b"LOCISNP2";
 const MANIFEST: &str = "manifest";
 /// The older one is for whom the newer one is too new, or damaged.
 const KEPT: usize = 2;

@@ -5,22 +5,23 @@
 //! something older than what apply put there.
 
 use crate::model::{Memory, MemoryId};
+use crate::slots::Slot;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Few lines of memory are touched by a lookup: most of them are far away.
 #[derive(Default)]
-struct Slots {
+struct Generation {
     tenants: HashMap<String, u32>,
-    memories: HashMap<(u32, MemoryId), Option<Arc<Memory>>>,
+    memories: HashMap<(u32, Slot, MemoryId), Option<Arc<Memory>>>,
 }
 
 /// Two generations: when the young one is full, it becomes the old one, and the old one goes.
 #[derive(Default)]
 struct Generations {
-    young: Slots,
+    young: Generation,
     young_bytes: usize,
-    old: Slots,
+    old: Generation,
     evictions: u64,
 }
 
@@ -42,25 +43,30 @@ fn size(memory: &Option<Arc<Memory>>) -> usize {
     memory.as_ref().map_or(0, |m| m.text.len() + m.metadata.len()) + 400
 }
 
-impl Slots {
-    fn get(&self, tenant: &str, id: &MemoryId) -> Option<Option<Arc<Memory>>> {
-        self.memories.get(&(*self.tenants.get(tenant)?, *id)).cloned()
+impl Generation {
+    fn get(&self, tenant: &str, slot: Slot, id: &MemoryId) -> Option<Option<Arc<Memory>>> {
+        self.memories.get(&(*self.tenants.get(tenant)?, slot, *id)).cloned()
     }
 
-    fn put(&mut self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>) {
+    fn put(&mut self, tenant: &str, slot: Slot, id: MemoryId, memory: Option<Arc<Memory>>) {
         let next = self.tenants.len() as u32;
         let number = match self.tenants.get(tenant) {
             Some(number) => *number,
             None => *self.tenants.entry(tenant.to_string()).or_insert(next),
         };
-        self.memories.insert((number, id), memory);
+        self.memories.insert((number, slot, id), memory);
     }
 }
 
 impl Generations {
-    fn put(&mut self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>, bytes_max: usize) {
+    fn put(
+        &mut self,
+        (tenant, slot, id): (&str, Slot, MemoryId),
+        memory: Option<Arc<Memory>>,
+        bytes_max: usize,
+    ) {
         self.young_bytes += size(&memory);
-        self.young.put(tenant, id, memory);
+        self.young.put(tenant, slot, id, memory);
         if self.young_bytes > bytes_max / 2 {
             self.old = std::mem::take(&mut self.young);
             self.young_bytes = 0;
@@ -78,14 +84,14 @@ impl Cache {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    pub fn get(&self, tenant: &str, id: &MemoryId) -> Lookup {
+    pub fn get(&self, tenant: &str, slot: Slot, id: &MemoryId) -> Lookup {
         let mut state = self.lock();
-        let found = match state.young.get(tenant, id) {
+        let found = match state.young.get(tenant, slot, id) {
             Some(found) => Some(found),
             None => {
-                let found = state.old.get(tenant, id);
+                let found = state.old.get(tenant, slot, id);
                 if let Some(memory) = &found {
-                    state.put(tenant, *id, memory.clone(), self.bytes_max);
+                    state.put((tenant, slot, *id), memory.clone(), self.bytes_max);
                 }
                 found
             }
@@ -97,20 +103,25 @@ impl Cache {
         }
     }
 
-    /// Stores what a reader read after a lookup that gave `evictions`.
-    pub fn store_read(&self, memory: Arc<Memory>, evictions: u64) {
+    /// The number for [`Cache::store_read`] of whoever reads from a view of the records that is about to be opened.
+    pub fn evictions(&self) -> u64 {
+        self.lock().evictions
+    }
+
+    /// Stores what a reader read of a slot after a lookup that gave `evictions`.
+    pub fn store_read(&self, slot: Slot, memory: Arc<Memory>, evictions: u64) {
         let mut state = self.lock();
-        let known = state.young.get(&memory.tenant, &memory.id).is_some()
-            || state.old.get(&memory.tenant, &memory.id).is_some();
+        let known = state.young.get(&memory.tenant, slot, &memory.id).is_some()
+            || state.old.get(&memory.tenant, slot, &memory.id).is_some();
         if !known && state.evictions == evictions {
             let (tenant, id) = (memory.tenant.clone(), memory.id);
-            state.put(&tenant, id, Some(memory), self.bytes_max);
+            state.put((&tenant, slot, id), Some(memory), self.bytes_max);
         }
     }
 
     /// Stores what apply changed; `None`: deleted.
-    pub fn store_applied(&self, tenant: &str, id: MemoryId, memory: Option<Arc<Memory>>) {
-        self.lock().put(tenant, id, memory, self.bytes_max);
+    pub fn store_applied(&self, tenant: &str, slot: Slot, id: MemoryId, memory: Option<Arc<Memory>>) {
+        self.lock().put((tenant, slot, id), memory, self.bytes_max);
     }
 
     pub fn clear(&self) {
@@ -129,21 +140,26 @@ mod tests {
     fn a_slow_reader_never_puts_back_what_apply_replaced() {
         let cache = Cache::new(1 << 20);
         let old = Arc::new(memory("t", 1, "old"));
-        let Lookup::Unknown(before) = cache.get("t", &old.id) else { panic!("empty cache knew it") };
-        cache.store_applied("t", old.id, None);
-        cache.store_read(old.clone(), before);
-        assert!(matches!(cache.get("t", &old.id), Lookup::Gone));
+        let Lookup::Unknown(before) = cache.get("t", 1, &old.id) else { panic!("empty cache knew it") };
+        cache.store_applied("t", 1, old.id, None);
+        cache.store_read(1, old.clone(), before);
+        assert!(matches!(cache.get("t", 1, &old.id), Lookup::Gone));
         // Nor when the deletion itself has been evicted in between.
         cache.clear();
-        cache.store_read(old.clone(), before);
-        assert!(matches!(cache.get("t", &old.id), Lookup::Unknown(_)));
+        cache.store_read(1, old.clone(), before);
+        assert!(matches!(cache.get("t", 1, &old.id), Lookup::Unknown(_)));
     }
 
     #[test]
     fn the_cache_stays_within_its_bound() {
         let cache = Cache::new(100_000);
         for id in 0..10_000 {
-            cache.store_applied("t", memory("t", id, "x").id, Some(Arc::new(memory("t", id, "some text"))));
+            cache.store_applied(
+                "t",
+                1,
+                memory("t", id, "x").id,
+                Some(Arc::new(memory("t", id, "some text"))),
+            );
         }
         let state = cache.lock();
         assert!((state.young.memories.len() + state.old.memories.len()) * 400 <= 101_000);

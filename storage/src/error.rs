@@ -25,6 +25,9 @@ pub enum StorageError {
     InUse(String),
     #[error("snapshot refused: {0}; nothing was changed, send it again")]
     Snapshot(String),
+    /// A question about a move of slots that this shard has no answer to now.
+    #[error("{0}; ask the control group how far the move is")]
+    Move(String),
 }
 
 impl StorageError {

@@ -1,14 +1,17 @@
 //! The graph view: edges between the memories of a tenant, walked in both directions.
 //!
-//! An edge is (source, relation, target) with a weight and the time for which it holds; it lives with its source, in the tenant's part of
-//! one table, `edges`. Deleting a memory removes its edges in both directions in the same transaction. Still a target may not be
-//! there: it may have expired, or lie where this shard cannot see; so whoever walks asks for every memory it reaches,
+//! An edge is (source, relation, target) with a weight and the time for which it holds; it lives with its source, in that one's slot of
+//! one table, `edges`. Its target is an id of the tenant, in whatever slot. Deleting a memory removes its edges in both directions in the same
+//! transaction, as far as their slots are taken here: what is sealed does not change. So a target may not be
+//! there: it may also have expired, or lie where this shard cannot see; whoever walks asks for every memory it reaches,
 //! and what is not there is neither shown nor walked through.
 
 use crate::codec;
 use crate::error::StorageError;
 use crate::model::*;
 use crate::records::rows;
+use crate::shown::Shown;
+use crate::slots::Slot;
 use bincode::{Decode, Encode};
 use rusqlite::{Connection, Row, params};
 use std::collections::BTreeSet;
@@ -25,6 +28,8 @@ pub const REACHED_MAX: usize = 10_000;
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct EdgeRow {
     pub tenant: String,
+    /// Its source's.
+    pub slot: Slot,
     pub edge: Edge,
 }
 
@@ -57,13 +62,14 @@ pub struct Walked {
     pub cut: bool,
 }
 
-pub fn hash(tenant: &str, edge: &Edge) -> u128 {
-    rows::hash_of(b"edges", &codec::encode(&(tenant, edge)))
+pub fn hash(row: &EdgeRow) -> u128 {
+    rows::hash_of(b"edges", &codec::encode(row))
 }
 
-const EDGE: &str = "source, relation, target, weight, valid_from, valid_to";
+/// The columns that [`edge`] reads.
+pub const EDGE: &str = "source, relation, target, weight, valid_from, valid_to";
 
-fn edge(row: &Row<'_>) -> Result<Edge, rusqlite::Error> {
+pub fn edge(row: &Row<'_>) -> Result<Edge, rusqlite::Error> {
     let (source, target) = (row.get::<_, MemoryId>(0)?, row.get::<_, MemoryId>(2)?);
     let (weight, valid_from, valid_to) = (row.get::<_, f64>(3)? as f32, row.get(4)?, row.get(5)?);
     Ok(Edge { source, relation: row.get(1)?, target, weight, valid_from, valid_to })
@@ -74,36 +80,44 @@ pub fn tenant_number(db: &Connection, tenant: &str) -> Result<Option<i64>, Stora
     rows::owner_number(db, &Owner::Shared { tenant: tenant.into() })
 }
 
-fn collect(db: &Connection, sql: &str, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
-    let mut statement = db.prepare_cached(sql)?;
-    let found = statement.query_map(params![tenant, id], edge)?;
+/// The edges of a source, in the order of relation and target.
+pub fn outbound(db: &Connection, tenant: i64, id: &MemoryId, slot: Slot) -> Result<Vec<Edge>, StorageError> {
+    let sql = format!(
+        "SELECT {EDGE} FROM edges WHERE slot = ?1 AND tenant = ?2 AND source = ?3 ORDER BY relation, target"
+    );
+    let mut statement = db.prepare_cached(&sql)?;
+    let found = statement.query_map(params![slot, tenant, id], edge)?;
     Ok(found.collect::<Result<_, _>>()?)
 }
 
-pub fn outbound(db: &Connection, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
-    collect(db, &format!("SELECT {EDGE} FROM edges WHERE tenant = ?1 AND source = ?2"), tenant, id)
-}
-
-pub fn inbound(db: &Connection, tenant: i64, id: &MemoryId) -> Result<Vec<Edge>, StorageError> {
-    collect(db, &format!("SELECT {EDGE} FROM edges WHERE tenant = ?1 AND target = ?2"), tenant, id)
+/// The edges to a target, with their slots, in the order of source and relation.
+pub fn inbound(db: &Connection, tenant: i64, id: &MemoryId) -> Result<Vec<(Slot, Edge)>, StorageError> {
+    let sql = format!(
+        "SELECT {EDGE}, slot FROM edges WHERE tenant = ?1 AND target = ?2 ORDER BY source, relation, slot"
+    );
+    let mut statement = db.prepare_cached(&sql)?;
+    let found = statement.query_map(params![tenant, id], |row| Ok((row.get(6)?, edge(row)?)))?;
+    Ok(found.collect::<Result<_, _>>()?)
 }
 
 pub fn find(
     db: &Connection,
-    tenant: i64,
+    (slot, tenant): (Slot, i64),
     (source, relation, target): (&MemoryId, &str, &MemoryId),
 ) -> Result<Option<Edge>, StorageError> {
     let mut statement = db.prepare_cached(&format!(
-        "SELECT {EDGE} FROM edges WHERE tenant = ?1 AND source = ?2 AND relation = ?3 AND target = ?4"
+        "SELECT {EDGE} FROM edges
+         WHERE slot = ?1 AND tenant = ?2 AND source = ?3 AND relation = ?4 AND target = ?5"
     ))?;
-    let mut found = statement.query(params![tenant, source, relation, target])?;
+    let mut found = statement.query(params![slot, tenant, source, relation, target])?;
     Ok(found.next()?.map(edge).transpose()?)
 }
 
-pub fn put(db: &Connection, tenant: i64, edge: &Edge) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO edges VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+pub fn put(db: &Connection, (slot, tenant): (Slot, i64), edge: &Edge) -> Result<(), StorageError> {
+    let mut statement = db.prepare_cached("INSERT INTO edges VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
     let weight = edge.weight as f64;
     statement.execute(params![
+        slot,
         tenant,
         edge.source,
         edge.relation,
@@ -115,12 +129,23 @@ pub fn put(db: &Connection, tenant: i64, edge: &Edge) -> Result<(), StorageError
     Ok(())
 }
 
-pub fn remove(db: &Connection, tenant: i64, edge: &Edge) -> Result<(), StorageError> {
+pub fn remove(db: &Connection, (slot, tenant): (Slot, i64), edge: &Edge) -> Result<(), StorageError> {
     let mut statement = db.prepare_cached(
-        "DELETE FROM edges WHERE tenant = ?1 AND source = ?2 AND relation = ?3 AND target = ?4",
+        "DELETE FROM edges WHERE slot = ?1 AND tenant = ?2 AND source = ?3 AND relation = ?4 AND target = ?5",
     )?;
-    statement.execute(params![tenant, edge.source, edge.relation, edge.target])?;
+    statement.execute(params![slot, tenant, edge.source, edge.relation, edge.target])?;
     Ok(())
+}
+
+/// The tenant whose edges lie under a number's encoded owner.
+pub fn tenant_of(owner: &[u8]) -> Result<String, StorageError> {
+    match codec::decode(owner).map_err(StorageError::corrupt("an owner's name"))? {
+        Owner::Shared { tenant } => Ok(tenant),
+        other => {
+            let problem = format!("an edge belongs to {other:?}");
+            Err(StorageError::Corrupt { what: "the graph".into(), problem })
+        }
+    }
 }
 
 /// Calls `work` for every edge of the shard.
@@ -128,26 +153,22 @@ pub fn each(
     db: &Connection,
     work: &mut dyn FnMut(EdgeRow) -> Result<(), StorageError>,
 ) -> Result<(), StorageError> {
-    let sql = format!("SELECT {EDGE}, owners.owner FROM edges JOIN owners ON owners.number = edges.tenant");
+    let sql =
+        format!("SELECT {EDGE}, owners.owner, slot FROM edges JOIN owners ON owners.number = edges.tenant");
     let mut statement = db.prepare_cached(&sql)?;
     let mut found = statement.query([])?;
     while let Some(row) = found.next()? {
-        let owner = row.get_ref(6)?.as_blob().map_err(rusqlite::Error::from)?;
-        let owner: Owner = codec::decode(owner).map_err(StorageError::corrupt("an owner's name"))?;
-        let Owner::Shared { tenant } = owner else {
-            let problem = format!("an edge belongs to {owner:?}");
-            return Err(StorageError::Corrupt { what: "the graph".into(), problem });
-        };
-        work(EdgeRow { tenant, edge: edge(row)? })?;
+        let tenant = tenant_of(row.get_ref(6)?.as_blob().map_err(rusqlite::Error::from)?)?;
+        work(EdgeRow { tenant, slot: row.get(7)?, edge: edge(row)? })?;
     }
     Ok(())
 }
 
-/// Gives a memory if it is there to be seen.
-type See<'a> = dyn FnMut(&MemoryId) -> Result<Option<Arc<Memory>>, StorageError> + 'a;
+/// Gives a memory, of one slot or of any, if it is there to be seen.
+type See<'a> = dyn FnMut(&MemoryId, Option<Slot>) -> Result<Option<Arc<Memory>>, StorageError> + 'a;
 
-/// Walks breadth first. `see` gives a memory if it is there to be seen.
-pub fn walk(db: &Connection, walk: &Walk, see: &mut See<'_>) -> Result<Walked, StorageError> {
+/// Walks breadth first. `see` gives a memory if it is there to be seen; edges of slots that are not shown are not followed.
+pub fn walk(db: &Connection, walk: &Walk, shown: &Shown, see: &mut See<'_>) -> Result<Walked, StorageError> {
     let mut walked = Walked::default();
     let tenant = tenant_number(db, &walk.tenant)?;
     let mut reached: BTreeSet<MemoryId> = BTreeSet::new();
@@ -156,9 +177,9 @@ pub fn walk(db: &Connection, walk: &Walk, see: &mut See<'_>) -> Result<Walked, S
         if reached.contains(id) {
             continue;
         }
-        if let Some(memory) = see(id)? {
+        if let Some(memory) = see(id, None)? {
             reached.insert(*id);
-            layer.push(*id);
+            layer.push((*id, memory.slot()));
             walked.memories.push(memory);
         }
     }
@@ -170,28 +191,29 @@ pub fn walk(db: &Connection, walk: &Walk, see: &mut See<'_>) -> Result<Walked, S
     let Some(tenant) = tenant else { return Ok(walked) };
     for _ in 0..walk.hops.min(HOPS_MAX) {
         let mut next = vec![];
-        for id in &layer {
-            let mut edges = match walk.inbound {
-                true => inbound(db, tenant, id)?,
-                false => outbound(db, tenant, id)?,
+        for (id, slot) in &layer {
+            // With each edge the slot of what lies at its other end, if that is known.
+            let mut edges: Vec<(Option<Slot>, Edge)> = match walk.inbound {
+                true => inbound(db, tenant, id)?.into_iter().map(|(slot, e)| (Some(slot), e)).collect(),
+                false => outbound(db, tenant, id, *slot)?.into_iter().map(|e| (None, e)).collect(),
             };
-            edges.retain(holds);
-            // Heaviest first, equal ones in the order of the table.
-            edges.sort_by(|a, b| b.weight.total_cmp(&a.weight));
+            edges.retain(|(slot, edge)| slot.is_none_or(|slot| shown.slot(slot)) && holds(edge));
+            // Heaviest first, equal ones by source, relation and target.
+            edges.sort_by(|(_, a), (_, b)| b.weight.total_cmp(&a.weight));
             let mut followed = 0;
-            for edge in edges {
+            for (slot, edge) in edges {
                 if followed == walk.fan_out.min(FAN_OUT_MAX) {
                     break;
                 }
                 let other = if walk.inbound { edge.source } else { edge.target };
                 if !reached.contains(&other) {
-                    let Some(memory) = see(&other)? else { continue };
+                    let Some(memory) = see(&other, slot)? else { continue };
                     if reached.len() == REACHED_MAX {
                         walked.cut = true;
                         continue;
                     }
                     reached.insert(other);
-                    next.push(other);
+                    next.push((other, memory.slot()));
                     walked.memories.push(memory);
                 }
                 followed += 1;

@@ -6,6 +6,7 @@ use crate::facts;
 use crate::graph;
 use crate::log::{self, ENTRY_HEAD, HEAD_BYTES};
 use crate::records::{SCHEMA_VERSION, months, rows};
+use crate::slots::{Moving, SLOTS};
 use crate::snapshot::Piece;
 use crate::vectors::manifest::Manifest;
 use crate::vectors::segment::{self as vectors, Segment};
@@ -213,12 +214,13 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
                     ("superseded versions and deletions", rows::memory_hash("history", row))
                 }
                 Piece::Key(row) => ("idempotency keys", rows::key_hash(row)),
-                Piece::Edge(row) => ("edges", graph::hash(&row.tenant, &row.edge)),
+                Piece::Edge(row) => ("edges", graph::hash(row)),
                 Piece::Deleted { .. } => ("places of deleted memories", 0),
                 Piece::End { pieces: counted, state } => {
                     ended = true;
                     say!(found, "snapshot of the views at position {:?}, {len} bytes", state.position);
-                    say!(found, "digest {:032x}", state.digest);
+                    say!(found, "digest {:032x}", state.whole_digest());
+                    slots(&state, &mut found.text);
                     if (*counted, state.digest) != (pieces, digest) {
                         found.problems.push("its pieces are not those that its end tells".into());
                     }
@@ -237,6 +239,25 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
         found.problems.push(format!("byte {at}: it has no end"));
     }
     Ok(())
+}
+
+/// Which slots are here, and what is on its way.
+fn slots(state: &rows::State, text: &mut String) {
+    let owned = state.slots.owned();
+    let _ = writeln!(text, "slots {owned} ({} of {SLOTS})", owned.len());
+    let _ = match state.slots.moving() {
+        None => Ok(()),
+        Some((id, Moving::Leaving(slots))) => writeln!(text, "  move {id}: {slots} are leaving, not written"),
+        Some((id, Moving::Left(slots))) => {
+            let rows = state.dropping.as_ref().map_or(0, |dropping| dropping.rows);
+            writeln!(text, "  move {id}: {slots} have left, {rows} of their rows are still here")
+        }
+        Some((id, Moving::Arriving(arrived))) => writeln!(
+            text,
+            "  move {id}: {} are arriving, {} pieces in {} imports so far",
+            arrived.slots, arrived.pieces, arrived.next
+        ),
+    };
 }
 
 fn database(disk: &dyn Disk, path: &str, found: &mut Inspection) -> Result<(), String> {
@@ -282,7 +303,8 @@ fn database(disk: &dyn Disk, path: &str, found: &mut Inspection) -> Result<(), S
             found.problems.push(sound);
         }
         let state = rows::load_state(&db).map_err(|e| e.to_string())?;
-        say!(found, "applied up to {:?}, digest {:032x}", state.position, state.digest);
+        say!(found, "applied up to {:?}, digest {:032x}", state.position, state.whole_digest());
+        slots(&state, &mut found.text);
         say!(
             found,
             "{} memories, {} with a vector, {} edges, {} idempotency keys",
@@ -323,7 +345,8 @@ mod tests {
             (memory.vector, memory.space) = (vec![index as f32, 1.0], "s".into());
             let operation = Operation::Add(memory);
             let (tenant, idempotency_key) = ("t".into(), String::new());
-            let command = Command { tenant, idempotency_key, request_hash: [0; 16], now: 5, operation };
+            let command =
+                Command { tenant, slot: None, idempotency_key, request_hash: [0; 16], now: 5, operation };
             let batch = Batch { commands: vec![command] };
             log.append(&[(index, &codec::encode(&batch))])?;
             log.sync()?;

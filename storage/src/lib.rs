@@ -20,9 +20,11 @@ pub mod graph;
 pub mod inspect;
 pub mod log;
 pub mod model;
+mod moves;
 mod query;
 mod records;
 mod shard;
+mod shown;
 pub mod slots;
 mod snapshot;
 #[cfg(test)]
@@ -33,5 +35,6 @@ mod upkeep;
 pub mod vectors;
 
 pub use error::StorageError;
+pub use moves::{Leaving, piece_hash};
 pub use query::{Hit, ListQuery, Page, Partition, SearchQuery, TimeField, TimeRange};
 pub use shard::{Counts, Entry, Shard, ShardOptions};

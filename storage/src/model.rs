@@ -3,6 +3,7 @@
 //! Everything that could differ between two replicas (ids, times, vectors, expiry) is already fixed in these types when they
 //! enter the ledger, so that applying an entry is a pure function of the state before it.
 
+use crate::slots::{MoveId, Slot, SlotSet, slot_of};
 use bincode::{Decode, Encode};
 
 /// Milliseconds since the Unix epoch, on a calendar clock.
@@ -150,6 +151,11 @@ impl Memory {
         }
     }
 
+    /// Where it lives, for ever: no change of a memory changes its owner.
+    pub fn slot(&self) -> Slot {
+        slot_of(&self.owner(), &self.id)
+    }
+
     pub fn expired(&self, now: UnixMs) -> bool {
         self.expires.is_some_and(|at| at <= now)
     }
@@ -188,7 +194,8 @@ pub enum Operation {
         id: MemoryId,
         expected_version: Option<u64>,
     },
-    /// Batched access counts: (id, how many, last time). Unknown ids are skipped. Changes no version.
+    /// Batched access counts: (id, how many, last time). Unknown ids are skipped, and those in slots that are not taken here. Changes no
+    /// version.
     Touch(Vec<(MemoryId, u64, UnixMs)>),
     /// Sets edges, by source, relation and target. All or none: `NotFound` names a source that does not exist.
     UpsertEdges(Vec<Edge>),
@@ -196,13 +203,38 @@ pub enum Operation {
     DeleteEdges(Vec<(MemoryId, String, MemoryId)>),
     /// Removes everything that was created in a month, of every tenant, with its history. Only operators ask for it.
     DropMonth(Month),
+    /// A step of a move of slots between shards ([`crate::slots`]). It carries no idempotency key: each step may be repeated.
+    Move(MoveStep),
+}
+
+/// What a step of a move asks of a shard. Its outcome is `Done`, with the memory id 0, or `MoveRefused`.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum MoveStep {
+    /// Tells a new shard, which holds nothing yet, what it has.
+    Own { slots: SlotSet },
+    /// The source takes no more writes for these slots.
+    Seal { id: MoveId, slots: SlotSet },
+    /// The destination takes over a part of the copy, as [`crate::Shard::leaving`] gave it; `cursor` is kept for whoever goes on from there.
+    /// A piece that cannot be read, or is of another slot, or is there already, refuses the whole.
+    Import { id: MoveId, slots: SlotSet, sequence: u64, pieces: Vec<Vec<u8>>, cursor: Vec<u8> },
+    /// The destination shows the slots and takes writes, if what arrived has this many pieces and this sum of their hashes.
+    Adopt { id: MoveId, slots: SlotSet, pieces: u64, hash: u128 },
+    /// The source shows the slots no more.
+    Release { id: MoveId },
+    /// The source removes at most so many rows of what it released; the outcome's `version` is how many are left.
+    Drop { id: MoveId, rows_max: u32 },
 }
 
 /// One command of one client, decided when its entry is applied.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Command {
     pub tenant: String,
-    /// Empty: none. Unique per tenant for 24 hours.
+    /// The slot that it is about: the memory's, or that of all the edges' sources. It is decided only where that slot is taken, and looks
+    /// for memories in no other. `None`: the caller knows none, which is enough where all slots are taken; then the smallest slot
+    /// counts that has the memory. `Touch`, `DropMonth` and `Move` are about no one slot and need none.
+    pub slot: Option<Slot>,
+    /// Empty: none. Unique per tenant for 24 hours. It is kept with the slot that the command was about, and moves with it; one that was
+    /// about no memory stays with the shard.
     pub idempotency_key: String,
     /// Hash of what the client sent; the same key with another hash is an error.
     pub request_hash: [u8; 16],
@@ -239,9 +271,13 @@ pub enum Outcome {
     },
     /// The key was used within 24 hours for a request with another content.
     KeyReused,
+    /// The command's slot is not taken here; nothing was done, and nothing is remembered under its key.
+    NotHere,
+    /// The step belongs to a move that is over, or cannot be taken now, or its pieces are not sound; nothing was done.
+    MoveRefused,
 }
 
-/// A place in one shard's ledger. `item` is the command's place in its entry.
+/// A place in one shard's ledger. `item` is the command's place in its entry; an import takes up one for each of its pieces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct Position {
     pub epoch: u64,

@@ -14,9 +14,11 @@ use crate::model::*;
 use crate::query::{Hit, ListQuery, Page, Partition, SearchQuery, TimeRange};
 use crate::records::fields;
 use crate::records::months::{self, Months, suffix};
-use crate::records::rows::{self, HISTORY, MEMORY, State, Stored};
+use crate::records::rows::{self, HISTORY, KEY, MEMORY, State, Stored};
 use crate::records::words;
 use crate::records::{LazyReader, Records};
+use crate::shown::Shown;
+use crate::slots::{Moving, Slot, Slots, slot_of};
 use crate::upkeep::Upkeep;
 use crate::vectors::{Failed, Scan, Tree, VectorOptions};
 use rusqlite::{Connection, params};
@@ -71,8 +73,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A memory by tenant and id, and its score.
-type Scored = ((String, MemoryId), f32);
+/// A memory by tenant, slot and id, and its score.
+type Scored = ((String, Slot, MemoryId), f32);
 
 /// The fact that views are damaged.
 const CONDEMNED: &str = "condemned";
@@ -160,6 +162,11 @@ impl Shard {
         (state.position, state.meta.clone())
     }
 
+    /// Which slots are here, and the move that this shard takes part in.
+    pub fn slots(&self) -> Slots {
+        self.state().slots.clone()
+    }
+
     /// Applies entries in order, in one transaction, and stores `meta` with it. Entries at or below the applied position are skipped:
     /// their outcomes are empty. One list of outcomes per entry.
     pub fn apply(&self, entries: &[Entry<'_>], meta: &[u8]) -> Result<Vec<Vec<Outcome>>, StorageError> {
@@ -184,12 +191,14 @@ impl Shard {
             return Ok(outcomes);
         }
         let (state, effects) = applier.finish()?;
+        let sealed = self.tree().sealed;
+        rows::forget_dropped(&transaction, sealed)?;
         // Searches wait for the commit, which is short if the pages are in the log before.
         transaction.cache_flush()?;
         let mut tree = self.tree_mut();
         transaction.commit()?;
         let cache = |memory: &Arc<Memory>| {
-            self.cache.store_applied(&memory.tenant, memory.id, Some(memory.clone()));
+            self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, Some(memory.clone()));
         };
         for effect in &effects {
             match effect {
@@ -203,9 +212,12 @@ impl Shard {
                 Effect::Remove { memory, position, dimension } => {
                     tree.remove(memory, *position, *dimension);
                     if !sim::planted!("keep-a-deleted-memory-in-the-cache") {
-                        self.cache.store_applied(&memory.tenant, memory.id, None);
+                        self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, None);
                     }
                 }
+                Effect::Arrive { coded } => tree.put(coded),
+                Effect::Leave { memory, position, dimension } => tree.remove(memory, *position, *dimension),
+                Effect::Adopt => self.cache.clear(),
                 Effect::DropMonth(month) => {
                     tree.drop_month(*month);
                     self.cache.clear();
@@ -218,57 +230,93 @@ impl Shard {
         Ok(outcomes)
     }
 
-    /// A record of exactly this tenant, through the cache.
+    /// A record of exactly this tenant and slot, through the cache. `since`: the cache's number of before the reader's snapshot was taken, if
+    /// that may be older than this call.
     fn record(
         &self,
         reader: &LazyReader<'_>,
-        tenant: &str,
-        id: &MemoryId,
+        (tenant, slot, id): (&str, Slot, &MemoryId),
+        since: Option<u64>,
     ) -> Result<Option<Arc<Memory>>, StorageError> {
-        let evictions = match self.cache.get(tenant, id) {
+        let evictions = match self.cache.get(tenant, slot, id) {
             Lookup::Found(memory) => return Ok(Some(memory)),
             Lookup::Gone => return Ok(None),
-            Lookup::Unknown(evictions) => evictions,
+            Lookup::Unknown(evictions) => since.unwrap_or(evictions),
         };
-        let Some(body) = rows::find_body(reader.get(), tenant, id)? else { return Ok(None) };
+        let Some(body) = rows::find_body(reader.get(), tenant, id, slot)? else { return Ok(None) };
         let memory = Arc::new(rows::decode_body(&body)?);
-        self.cache.store_read(memory.clone(), evictions);
+        self.cache.store_read(slot, memory.clone(), evictions);
         Ok(Some(memory))
     }
 
-    /// A memory of the tenant, or a GLOBAL one, with its vector. Expired ones are not found.
-    pub fn get(&self, tenant: &str, id: &MemoryId, now: UnixMs) -> Result<Option<Arc<Memory>>, StorageError> {
+    /// A memory of the tenant, or a GLOBAL one, with its vector, of one slot or of the smallest that has it. Expired ones are not found.
+    pub fn get(
+        &self,
+        tenant: &str,
+        slot: Option<Slot>,
+        id: &MemoryId,
+        now: UnixMs,
+    ) -> Result<Option<Arc<Memory>>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let whole = |tenant| rows::find(&snapshot, tenant, id)?.map(|row| whole(&row)).transpose();
-        let found = match whole(tenant)? {
-            None => whole(GLOBAL_TENANT)?.filter(|m| m.scope == Scope::Global),
-            own => own,
-        };
-        Ok(found.filter(|m| !m.expired(now)).map(Arc::new))
+        let shown = Shown::in_snapshot(&snapshot)?;
+        for (slot, place) in rows::places(&snapshot, tenant, id, slot)? {
+            if place.position == 0 || !shown.slot(slot) {
+                continue;
+            }
+            let memory = whole(&rows::stored_at(&snapshot, place)?)?;
+            if !memory.expired(now) {
+                return Ok(Some(Arc::new(memory)));
+            }
+        }
+        let global = slot_of(&Owner::Global, id);
+        if slot.is_some_and(|slot| slot != global) || !shown.slot(global) {
+            return Ok(None);
+        }
+        let found = rows::find(&snapshot, GLOBAL_TENANT, id, global)?.map(|row| whole(&row)).transpose()?;
+        Ok(found.filter(|m| m.scope == Scope::Global && !m.expired(now)).map(Arc::new))
+    }
+
+    /// The slots in which the tenant's, or a GLOBAL, memory with this id is or was, deletions included, by rising slot; only of slots that
+    /// are shown here.
+    pub fn locate(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Slot>, StorageError> {
+        let reader = self.records.reader();
+        let snapshot = reader.unchecked_transaction()?;
+        let shown = Shown::in_snapshot(&snapshot)?;
+        let mut slots: BTreeSet<Slot> =
+            rows::places(&snapshot, tenant, id, None)?.into_iter().map(|(slot, _)| slot).collect();
+        let global = slot_of(&Owner::Global, id);
+        if rows::place(&snapshot, GLOBAL_TENANT, id, global)?.is_some() {
+            slots.insert(global);
+        }
+        Ok(slots.into_iter().filter(|slot| shown.slot(*slot)).collect())
     }
 
     /// Memories of the tenant (and GLOBAL ones, if their owner is asked for) in the order of their ids.
     pub fn list(&self, query: &ListQuery) -> Result<Page, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let months = months_in(&snapshot, &query.time)?;
+        let (months, shown) = (months_in(&snapshot, &query.time)?, Shown::in_snapshot(&snapshot)?);
         let after = query.after.map_or(vec![], |id| id.to_vec());
         let mut found: Vec<Arc<Memory>> = vec![];
         let decode = |row: &rusqlite::Row<'_>| -> Result<Option<Arc<Memory>>, StorageError> {
             let row = rows::stored(row)?;
             let memory = if query.with_vector { whole(&row)? } else { rows::decode_body(&row.body)? };
-            Ok(wanted(query, &memory).then(|| Arc::new(memory)))
+            Ok((wanted(query, &memory) && shown.memory(&memory)).then(|| Arc::new(memory)))
         };
         if query.owners.is_empty() {
-            // One more than asked for tells whether the listing goes on.
             let mut statement = snapshot.prepare_cached(
-                "SELECT month, position FROM directory WHERE tenant = ?1 AND id > ?2 AND position != 0 ORDER BY id",
+                "SELECT month, position, slot, id FROM directory WHERE tenant = ?1 AND id > ?2 AND position != 0
+                 ORDER BY id, slot",
             )?;
             let mut places = statement.query(params![query.tenant, after])?;
-            while let (true, Some(place)) = (found.len() <= query.limit, places.next()?) {
+            while let Some(place) = places.next()? {
+                // One more than asked for tells whether the listing goes on, and of one id all are needed.
+                if found.len() > query.limit && found.last().map(|m| m.id) != Some(place.get(3)?) {
+                    break;
+                }
                 let month = Month(place.get(0)?);
-                if !months.contains_key(&month) {
+                if !months.contains_key(&month) || !shown.slot(place.get(2)?) {
                     continue;
                 }
                 let sql = format!("SELECT {MEMORY} FROM m{} WHERE position = ?1", suffix(month));
@@ -278,7 +326,7 @@ impl Shard {
             }
         }
         let condition = query.filter.as_ref().and_then(fields::condition);
-        for owner in readable(&query.tenant, &query.owners) {
+        for owner in readable(&query.tenant, &query.owners, &shown) {
             let Some(number) = rows::owner_number(&snapshot, owner)? else { continue };
             for month in months.keys() {
                 let taken = Cell::new(0);
@@ -308,7 +356,7 @@ impl Shard {
         }
         found.sort_by_key(|m| m.id);
         let mut end = query.limit.min(found.len());
-        // A GLOBAL memory may share an id with one of the tenant's: a page never ends between them.
+        // Memories of several owners may share an id: a page never ends between them.
         while end > 0 && end < found.len() && found[end].id == found[end - 1].id {
             end += 1;
         }
@@ -317,25 +365,42 @@ impl Shard {
         Ok(Page { memories: found, next })
     }
 
-    /// Every version of a memory, oldest first, deletions included; without vectors.
-    pub fn history(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Change>, StorageError> {
+    /// Every version of a memory, oldest first, deletions included; without vectors. Of one slot, or of the smallest that knows the id.
+    pub fn history(
+        &self,
+        tenant: &str,
+        slot: Option<Slot>,
+        id: &MemoryId,
+    ) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let mut found = vec![];
-        for month in months::load(&snapshot)?.keys() {
-            let sql = format!("SELECT {HISTORY} FROM h{} WHERE tenant = ?1 AND id = ?2", suffix(*month));
+        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot)?);
+        let mut found: BTreeMap<Slot, Vec<Stored>> = BTreeMap::new();
+        let wanted = |of: Slot| slot.is_none_or(|slot| slot == of) && shown.slot(of);
+        for month in months.keys() {
+            let sql =
+                format!("SELECT {HISTORY}, slot FROM h{} WHERE tenant = ?1 AND id = ?2", suffix(*month));
             let mut statement = snapshot.prepare_cached(&sql)?;
-            let rows = statement.query_map(params![tenant, &id[..]], rows::stored)?;
-            for row in rows {
-                found.push(row?);
+            let mut rows = statement.query(params![tenant, &id[..]])?;
+            while let Some(row) = rows.next()? {
+                let slot = row.get(5)?;
+                if wanted(slot) {
+                    found.entry(slot).or_default().push(rows::stored(row)?);
+                }
             }
         }
-        found.extend(rows::find(&snapshot, tenant, id)?);
+        for (slot, place) in rows::places(&snapshot, tenant, id, slot)? {
+            if place.position != 0 && wanted(slot) {
+                found.entry(slot).or_default().push(rows::stored_at(&snapshot, place)?);
+            }
+        }
+        let mut found = found.into_values().next().unwrap_or_default();
         found.sort_by_key(|row| row.position);
         found.iter().map(change).collect()
     }
 
-    /// The tenant's changes after a position, in the order of the ledger; without vectors.
+    /// The tenant's changes after a position, in the order of the ledger; without vectors. What came with a move is told once it is adopted,
+    /// at the positions that it has here; whoever was told of something behind those by then is not told of it again.
     pub fn changes_after(
         &self,
         tenant: &str,
@@ -345,21 +410,27 @@ impl Shard {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
         let mut found = vec![];
-        for month in months::load(&snapshot)?.keys() {
+        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot)?);
+        for month in months.keys() {
             let of = suffix(*month);
             let memories = format!(
-                "SELECT epoch, position, kind, body, x'' FROM m{of} WHERE position > ?2
-                 AND (SELECT tenant FROM owners WHERE number = m{of}.owner) = ?1 ORDER BY position LIMIT ?3"
+                "SELECT epoch, position, kind, body, x'', slot FROM m{of} WHERE position > ?2
+                 AND (SELECT tenant FROM owners WHERE number = m{of}.owner) = ?1 ORDER BY position"
             );
             let history = format!(
-                "SELECT {HISTORY} FROM h{of} WHERE position > ?2 AND tenant = ?1 ORDER BY position LIMIT ?3"
+                "SELECT {HISTORY}, slot FROM h{of} WHERE position > ?2 AND tenant = ?1 ORDER BY position"
             );
             for sql in [memories, history] {
                 let mut statement = snapshot.prepare_cached(&sql)?;
-                let rows =
-                    statement.query_map(params![tenant, rows::pack(after), limit as i64], rows::stored)?;
-                for row in rows {
-                    found.push(row?);
+                let mut rows = statement.query(params![tenant, rows::pack(after)])?;
+                let mut some = 0;
+                while some < limit
+                    && let Some(row) = rows.next()?
+                {
+                    if shown.slot(row.get(5)?) {
+                        some += 1;
+                        found.push(rows::stored(row)?);
+                    }
                 }
             }
         }
@@ -370,16 +441,15 @@ impl Shard {
 
     /// How many vectors a search is about.
     pub fn vectors_of(&self, query: &SearchQuery) -> usize {
-        let owners = readable(&query.tenant, &query.owners);
+        let owners = readable(&query.tenant, &query.owners, &Shown::of(&self.state().slots));
         self.tree().count_of(&owners, &query.space, query.vector.len())
     }
 
     /// The k nearest memories by cosine, and the k that fit the query's words best; by cosine, best first, equal ones by id. Filters
     /// apply before the search.
     pub fn search(&self, query: &SearchQuery) -> Result<Vec<Hit>, StorageError> {
-        let owners = readable(&query.tenant, &query.owners);
         loop {
-            match self.search_once(query, &owners) {
+            match self.search_once(query) {
                 Ok(hits) => return Ok(hits),
                 // Damage is mended, and then the search begins again.
                 Err(failed) => self.healed(failed)?,
@@ -387,9 +457,17 @@ impl Shard {
         }
     }
 
-    fn search_once(&self, query: &SearchQuery, owners: &[&Owner]) -> Result<Vec<Hit>, Failed> {
-        // No transaction commits while this is held.
+    fn search_once(&self, query: &SearchQuery) -> Result<Vec<Hit>, Failed> {
+        // No transaction commits while this is held, nor is anything published.
         let tree = self.tree();
+        let shown = Shown::of(&self.state().slots);
+        let owners = &readable(&query.tenant, &query.owners, &shown)[..];
+        // Of GLOBAL memories each has its own.
+        let slots: Vec<Slot> = owners.iter().map(|owner| slot_of(owner, &[0; 16])).collect();
+        let key_of = |whose: usize, id: &MemoryId| match owners[whose] {
+            Owner::Global => (GLOBAL_TENANT, slot_of(&Owner::Global, id)),
+            _ => (&query.tenant[..], slots[whose]),
+        };
         let reader = self.records.lazy_reader();
         let (mut allowed, mut months) = (None, None);
         if query.filter.is_some() || query.time.is_some() {
@@ -398,12 +476,10 @@ impl Shard {
             allowed = Some(of.collect::<Result<Vec<_>, StorageError>>()?);
             months = Some(within.into_keys().collect());
         }
-        let tenant_of = |owner: &Owner| if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
-        let fetch = |id: &MemoryId| -> Result<Vec<f32>, StorageError> {
-            for owner in owners {
-                if let Some(row) = rows::find(reader.get(), tenant_of(owner), id)? {
-                    return Ok(rows::vector_from(&row.vector));
-                }
+        let fetch = |whose: usize, id: &MemoryId| -> Result<Vec<f32>, StorageError> {
+            let (tenant, slot) = key_of(whose, id);
+            if let Some(row) = rows::find(reader.get(), tenant, id, slot)? {
+                return Ok(rows::vector_from(&row.vector));
             }
             let problem = format!("memory {id:02x?} has a vector and no record");
             Err(StorageError::Corrupt { what: "the vector view".into(), problem })
@@ -418,31 +494,32 @@ impl Shard {
             now: query.now,
             allowed: allowed.as_deref(),
             months: months.as_ref(),
+            shown: shown.slots(),
         };
         let nearest = tree.search(&scan, &fetch)?;
         let mut keywords = match query.text.is_empty() {
             true => BTreeMap::new(),
-            false => self.keywords_with(reader.get(), query, owners)?.into_iter().collect(),
+            false => self.keywords_with(reader.get(), query, owners, &shown)?.into_iter().collect(),
         };
         let mut hits = vec![];
         for (id, similarity, whose) in nearest {
-            let tenant = tenant_of(owners[whose]);
-            let Some(memory) = self.record(&reader, tenant, &id)? else {
+            let (tenant, slot) = key_of(whose, &id);
+            let Some(memory) = self.record(&reader, (tenant, slot, &id), None)? else {
                 let problem = format!("memory {id:02x?} has a vector and no record");
                 return Err(StorageError::Corrupt { what: "the vector view".into(), problem }.into());
             };
-            let keywords = keywords.remove(&(tenant.to_string(), id)).unwrap_or_default();
+            let keywords = keywords.remove(&(tenant.to_string(), slot, id)).unwrap_or_default();
             hits.push(Hit { memory, similarity, keywords });
         }
         let vector_of = |memory: &Memory| -> Result<Vec<f32>, Failed> {
             if let Some(vector) = tree.get(memory, query.vector.len())? {
                 return Ok(vector);
             }
-            let row = rows::find(reader.get(), &memory.tenant, &memory.id)?;
+            let row = rows::find(reader.get(), &memory.tenant, &memory.id, memory.slot())?;
             Ok(row.map_or(vec![], |row| rows::vector_from(&row.vector)))
         };
-        for ((tenant, id), keywords) in keywords {
-            let Some(memory) = self.record(&reader, &tenant, &id)? else { continue };
+        for ((tenant, slot, id), keywords) in keywords {
+            let Some(memory) = self.record(&reader, (&tenant, slot, &id), None)? else { continue };
             let vector = if memory.space == query.space { vector_of(&memory)? } else { vec![] };
             let same = vector.len() == query.vector.len();
             let similarity = if same { crate::vectors::dot(&query.vector, &vector) } else { 0.0 };
@@ -462,42 +539,48 @@ impl Shard {
 
     /// The k memories that fit the query's words best, with their scores, best first. Its vector says nothing here.
     pub fn keywords(&self, query: &SearchQuery) -> Result<Vec<(Arc<Memory>, f32)>, StorageError> {
-        let owners = readable(&query.tenant, &query.owners);
         let reader = self.records.lazy_reader();
-        let found = self.keywords_with(reader.get(), query, &owners)?;
-        let memory = |((tenant, id), score): Scored| {
-            Ok(self.record(&reader, &tenant, &id)?.map(|memory| (memory, score)))
+        let found = {
+            let snapshot = reader.get().unchecked_transaction()?;
+            let shown = Shown::in_snapshot(&snapshot)?;
+            let owners = readable(&query.tenant, &query.owners, &shown);
+            self.keywords_with(&snapshot, query, &owners, &shown)?
+        };
+        let memory = |((tenant, slot, id), score): Scored| {
+            Ok(self.record(&reader, (&tenant, slot, &id), None)?.map(|memory| (memory, score)))
         };
         found.into_iter().filter_map(|found| memory(found).transpose()).collect()
     }
 
     fn keywords_with(
         &self,
-        db: &Connection,
+        snapshot: &Connection,
         query: &SearchQuery,
         owners: &[&Owner],
+        shown: &Shown,
     ) -> Result<Vec<Scored>, StorageError> {
-        let snapshot = db.unchecked_transaction()?;
         let mut numbers: Vec<i64> = owners
             .iter()
-            .filter_map(|owner| rows::owner_number(&snapshot, owner).transpose())
+            .filter_map(|owner| rows::owner_number(snapshot, owner).transpose())
             .collect::<Result<_, _>>()?;
         if sim::planted!("search-the-words-of-all-tenants") {
             numbers.extend(0..10);
         }
-        let months = months_in(&snapshot, &query.time)?;
+        let months = months_in(snapshot, &query.time)?;
         let mut best = vec![];
-        for found in words::search(&snapshot, &months, &numbers, &words::query_terms(&query.text))? {
+        for found in words::search(snapshot, &months, &numbers, &words::query_terms(&query.text))? {
             if best.len() == query.k {
                 break;
             }
             let place = rows::Place { month: found.month, position: found.position, version: 0 };
-            let memory = rows::decode_body(&rows::body_at(&snapshot, place)?)?;
-            if !memory.expired(query.now)
+            let memory = rows::decode_body(&rows::body_at(snapshot, place)?)?;
+            if shown.memory(&memory)
+                && !memory.expired(query.now)
                 && or_active(&query.statuses).contains(&memory.status)
                 && meets(&query.filter, &query.time, &memory)
             {
-                best.push(((memory.tenant, memory.id), found.score));
+                let slot = memory.slot();
+                best.push(((memory.tenant, slot, memory.id), found.score));
             }
         }
         Ok(best)
@@ -516,11 +599,13 @@ impl Shard {
         let Some(number) = rows::owner_number(&snapshot, owner)? else { return Ok(allowed) };
         let condition = query.filter.as_ref().and_then(fields::condition);
         let tenant = if *owner == Owner::Global { GLOBAL_TENANT } else { &query.tenant };
+        let slot = (*owner != Owner::Global).then(|| slot_of(owner, &[0; 16]));
         for month in months.keys() {
             if let Some(condition) = &condition {
                 condition.each(&snapshot, *month, "id", number, &mut |row| {
                     let id: MemoryId = row.get(0)?;
-                    let memory = self.record(reader, tenant, &id)?;
+                    let slot = slot.unwrap_or_else(|| slot_of(owner, &id));
+                    let memory = self.record(reader, (tenant, slot, &id), None)?;
                     if memory.is_some_and(|memory| meets(&query.filter, &query.time, &memory)) {
                         allowed.insert(id);
                     }
@@ -543,20 +628,33 @@ impl Shard {
 
     /// Walks along edges. What has expired, was deleted or is another tenant's is neither shown nor walked through.
     pub fn walk(&self, walk: &Walk) -> Result<Walked, StorageError> {
+        let evictions = self.cache.evictions();
         let reader = self.records.lazy_reader();
         let snapshot = reader.get().unchecked_transaction()?;
+        let shown = Shown::in_snapshot(&snapshot)?;
         let statuses: &[Status] =
             if walk.include_archived { &[Status::Active, Status::Archived] } else { &[Status::Active] };
-        graph::walk(&snapshot, walk, &mut |id| {
-            let found = match self.record(&reader, &walk.tenant, id)? {
-                None => self.record(&reader, GLOBAL_TENANT, id)?.filter(|m| m.scope == Scope::Global),
-                own => own,
-            };
-            Ok(found.filter(|m| !m.expired(walk.now) && statuses.contains(&m.status)))
+        let seen = |memory: &Memory| !memory.expired(walk.now) && statuses.contains(&memory.status);
+        graph::walk(&snapshot, walk, &shown, &mut |id, slot| {
+            for (slot, place) in rows::places(&snapshot, &walk.tenant, id, slot)? {
+                if place.position != 0 && shown.slot(slot) {
+                    let found = self.record(&reader, (&walk.tenant, slot, id), Some(evictions))?;
+                    // The first that is there stands for the id.
+                    if let Some(found) = found {
+                        return Ok(Some(found).filter(|memory| seen(memory)));
+                    }
+                }
+            }
+            let global = slot_of(&Owner::Global, id);
+            if slot.is_some_and(|slot| slot != global) || !shown.slot(global) {
+                return Ok(None);
+            }
+            let found = self.record(&reader, (GLOBAL_TENANT, global, id), Some(evictions))?;
+            Ok(found.filter(|memory| memory.scope == Scope::Global && seen(memory)))
         })
     }
 
-    /// The months that hold something, oldest first.
+    /// The months that hold something, oldest first, with all that is stored: what a move has brought and not yet shown too.
     pub fn partitions(&self) -> Result<Vec<Partition>, StorageError> {
         let partition = |(month, state): (Month, months::MonthState)| Partition {
             month,
@@ -568,20 +666,45 @@ impl Shard {
         Ok(months::load(&self.records.reader())?.into_iter().map(partition).collect())
     }
 
+    /// How many there are of each that are shown. While a move has rows here that are not, those are counted each time.
     pub fn counts(&self) -> Result<Counts, StorageError> {
-        let state = self.state();
-        Ok(Counts {
+        let reader = self.records.reader();
+        let snapshot = reader.unchecked_transaction()?;
+        let state = rows::load_state(&snapshot)?;
+        let mut counts = Counts {
             memories: state.memories,
             vectors: state.vectors,
             idempotency_keys: state.keys,
             edges: state.edges,
-        })
+        };
+        let hidden = match state.slots.moving() {
+            Some((_, Moving::Left(slots))) => slots,
+            Some((_, Moving::Arriving(arrived))) => &arrived.slots,
+            _ => return Ok(counts),
+        };
+        for (first, last) in hidden.ranges() {
+            let of = |table: &str, what: &str| -> Result<(u64, u64), StorageError> {
+                let sql = format!("SELECT count(*), {what} FROM {table} WHERE slot BETWEEN ?1 AND ?2");
+                let read = |row: &rusqlite::Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?));
+                let (rows, with) = snapshot.prepare_cached(&sql)?.query_row([*first, *last], read)?;
+                Ok((rows as u64, with as u64))
+            };
+            for month in months::load(&snapshot)?.keys() {
+                let (memories, vectors) =
+                    of(&format!("m{}", suffix(*month)), "count(*) FILTER (WHERE length(vector) > 0)")?;
+                counts.memories -= memories;
+                counts.vectors -= vectors;
+            }
+            counts.idempotency_keys -= of("keys", "0")?.0;
+            counts.edges -= of("edges", "0")?.0;
+        }
+        Ok(counts)
     }
 
     /// Position and digest of the logical state, as apply keeps it.
     pub fn digest(&self) -> (Position, [u8; 16]) {
         let state = self.state();
-        (state.position, state.digest.to_le_bytes())
+        (state.position, state.whole_digest().to_le_bytes())
     }
 
     /// The same, recomputed from every row; what is derived from rows is compared with them: the directory, the counts, the owners'
@@ -607,15 +730,17 @@ impl Shard {
         let mut counted = Months::new();
         let (mut memories, mut with_vector) = (0, 0);
         let mut owners: HashMap<(Month, i64), (i64, i64)> = HashMap::new();
-        rows::each(&reader, &months, (&format!("{MEMORY}, owner, words"), 'm'), &mut |month, row| {
+        rows::each(&reader, &months, (&format!("{MEMORY}, owner, words, slot"), 'm'), &mut |month, row| {
             let (owner, words): (i64, i64) = (row.get(5)?, row.get(6)?);
+            let slot: Slot = row.get(7)?;
             let row = rows::stored(row)?;
             let hash = rows::memory_hash("memories", &row);
             digest = digest.wrapping_add(hash);
             let memory = rows::decode_body(&row.body)?;
             let vector = rows::vector_from(&row.vector);
             let place = rows::Place { month, position: row.position, version: memory.version };
-            if rows::place(&reader, &memory.tenant, &memory.id)? != Some(place) {
+            if slot != memory.slot() || rows::place(&reader, &memory.tenant, &memory.id, slot)? != Some(place)
+            {
                 return Err(corrupt("the directory", format!("it has memory {:02x?} elsewhere", memory.id)));
             }
             let of_month = counted.entry(month).or_default();
@@ -637,6 +762,7 @@ impl Shard {
             Ok(())
         })?;
         let state = self.state();
+        digest = digest.wrapping_add(rows::slots_hash(&state.slots));
         if (memories, with_vector, tree.count()) != (state.memories, state.vectors, state.vectors) {
             let problem = format!(
                 "{memories} memories, {with_vector} with a vector, {} in the vector view, are not the {} and {} that are counted",
@@ -654,8 +780,16 @@ impl Shard {
                 ));
             }
         }
-        rows::each(&reader, &months, (HISTORY, 'h'), &mut |month, row| {
-            let hash = rows::memory_hash("history", &rows::stored(row)?);
+        rows::each(&reader, &months, (&format!("{HISTORY}, slot"), 'h'), &mut |month, row| {
+            let slot: Slot = row.get(5)?;
+            let row = rows::stored(row)?;
+            if rows::decode_body(&row.body)?.slot() != slot {
+                return Err(corrupt(
+                    "the history",
+                    format!("a row of {month} lies in slot {slot}, not in its own"),
+                ));
+            }
+            let hash = rows::memory_hash("history", &row);
             digest = digest.wrapping_add(hash);
             let of_month = counted.entry(month).or_default();
             of_month.history += 1;
@@ -672,12 +806,12 @@ impl Shard {
                 ));
             }
         }
-        each(&reader, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
+        each(&reader, &format!("SELECT {KEY} FROM keys"), |row| {
             digest = digest.wrapping_add(rows::key_hash(&rows::key_row(row)?));
             Ok(())
         })?;
         graph::each(&reader, &mut |row| {
-            digest = digest.wrapping_add(graph::hash(&row.tenant, &row.edge));
+            digest = digest.wrapping_add(graph::hash(&row));
             Ok(())
         })?;
         Ok((state.position, digest.to_le_bytes()))
@@ -743,15 +877,21 @@ fn change(row: &Stored) -> Result<Change, StorageError> {
     Ok(Change { position, kind: rows::change_kind(row.kind)?, memory: rows::decode_body(&row.body)? })
 }
 
-/// The owners that a tenant may read, each once.
-fn readable<'a>(tenant: &str, owners: &'a [Owner]) -> Vec<&'a Owner> {
+/// The owners that a tenant may read and of whom something is shown, each once.
+fn readable<'a>(tenant: &str, owners: &'a [Owner], shown: &Shown) -> Vec<&'a Owner> {
     let own = |owner: &&Owner| match owner {
         Owner::Agent { tenant: of, .. } | Owner::User { tenant: of, .. } | Owner::Shared { tenant: of } => {
             of == tenant
         }
         Owner::Global => true,
     };
-    owners.iter().filter(own).collect::<BTreeSet<_>>().into_iter().collect()
+    owners
+        .iter()
+        .filter(own)
+        .filter(|owner| shown.owner(owner))
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect()
 }
 
 fn or_active(statuses: &[Status]) -> &[Status] {

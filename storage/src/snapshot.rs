@@ -9,8 +9,9 @@ use crate::error::StorageError;
 use crate::graph::{self, EdgeRow};
 use crate::model::{MemoryId, Month, Position};
 use crate::records::months;
-use crate::records::rows::{self, HISTORY, KeyRow, MEMORY, Place, State, Stored};
+use crate::records::rows::{self, HISTORY, KEY, KeyRow, MEMORY, Place, State, Stored};
 use crate::shard::{Shard, each, lock};
+use crate::slots::Slot;
 use bincode::{Decode, Encode};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub enum Piece {
     Deleted {
         tenant: String,
         id: MemoryId,
+        slot: Slot,
         place: Place,
     },
 }
@@ -62,17 +64,19 @@ impl Shard {
         rows::each(&snapshot, &months, (&format!("{HISTORY}, version"), 'h'), &mut |_, row| {
             send(&Piece::History { version: row.get::<_, i64>(5)? as u64, row: rows::stored(row)? })
         })?;
-        each(&snapshot, "SELECT tenant, id, month, version FROM directory WHERE position = 0", |row| {
-            let place =
-                Place { month: Month(row.get(2)?), position: 0, version: row.get::<_, i64>(3)? as u64 };
-            send(&Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, place })
-        })?;
+        each(
+            &snapshot,
+            "SELECT tenant, id, month, version, slot FROM directory WHERE position = 0",
+            |row| {
+                let place =
+                    Place { month: Month(row.get(2)?), position: 0, version: row.get::<_, i64>(3)? as u64 };
+                send(&Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, slot: row.get(4)?, place })
+            },
+        )?;
         graph::each(&snapshot, &mut |edge| send(&Piece::Edge(edge)))?;
-        each(&snapshot, "SELECT tenant, key, time, hash, outcome FROM keys", |row| {
-            send(&Piece::Key(rows::key_row(row)?))
-        })?;
+        each(&snapshot, &format!("SELECT {KEY} FROM keys"), |row| send(&Piece::Key(rows::key_row(row)?)))?;
         let state = rows::load_state(&snapshot)?;
-        let (position, digest) = (state.position, state.digest.to_le_bytes());
+        let (position, digest) = (state.position, state.whole_digest().to_le_bytes());
         send(&Piece::End { pieces: pieces.get(), state })?;
         Ok((position, digest))
     }
@@ -91,7 +95,7 @@ impl Shard {
             months::remove(&transaction, *month)?;
         }
         transaction.execute_batch(
-            "DELETE FROM directory; DELETE FROM owners; DELETE FROM edges; DELETE FROM keys;",
+            "DELETE FROM directory; DELETE FROM owners; DELETE FROM edges; DELETE FROM keys; DELETE FROM dropped;",
         )?;
         let mut applier = Applier::new(&transaction, State::default())?;
         let (mut pieces, mut end) = (0, None);
@@ -143,13 +147,9 @@ fn put(applier: &mut Applier<'_>, piece: Piece) -> Result<(), StorageError> {
     match piece {
         Piece::Memory(row) => applier.restore(&row, None)?,
         Piece::History { version, row } => applier.restore(&row, Some(version))?,
-        Piece::Key(row) => {
-            rows::put_key(applier.db, &row)?;
-            applier.state.digest = applier.state.digest.wrapping_add(rows::key_hash(&row));
-            applier.state.keys += 1;
-        }
-        Piece::Edge(EdgeRow { tenant, edge }) => applier.restore_edge(&tenant, &edge)?,
-        Piece::Deleted { tenant, id, place } => rows::put_place(applier.db, &tenant, &id, place)?,
+        Piece::Key(row) => applier.restore_key(&row)?,
+        Piece::Edge(row) => applier.restore_edge(&row)?,
+        Piece::Deleted { tenant, id, slot, place } => rows::put_place(applier.db, &tenant, &id, slot, place)?,
         Piece::End { .. } => {}
     }
     Ok(())

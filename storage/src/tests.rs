@@ -26,7 +26,14 @@ fn with_vector(tenant: &str, id: u64, text: &str) -> Memory {
 }
 
 fn command(tenant: &str, key: &str, hash: u8, now: i64, operation: Operation) -> Command {
-    Command { tenant: tenant.into(), idempotency_key: key.into(), request_hash: [hash; 16], now, operation }
+    Command {
+        tenant: tenant.into(),
+        slot: None,
+        idempotency_key: key.into(),
+        request_hash: [hash; 16],
+        now,
+        operation,
+    }
 }
 
 fn add(id: u64) -> Operation {
@@ -79,7 +86,7 @@ fn same_key_applies_once() -> Result<()> {
     let again = apply(&shard, 3, vec![command("t", "k", 1, 9, update(1, "new", None))])?;
     assert_eq!(first, again);
     assert!(matches!(first[0], Outcome::Done { version: 2, .. }));
-    assert_eq!(shard.history("t", &memory("t", 1, "").id)?.len(), 2);
+    assert_eq!(shard.history("t", None, &memory("t", 1, "").id)?.len(), 2);
     check(&shard)
 }
 
@@ -132,7 +139,8 @@ fn versions_go_on_after_a_deletion() -> Result<()> {
     let versions: Vec<u64> =
         outcomes.iter().map(|o| if let Outcome::Done { version, .. } = o { *version } else { 0 }).collect();
     assert_eq!(versions, [1, 2, 3, 4]);
-    let kinds: Vec<ChangeKind> = shard.history("t", &memory("t", 1, "").id)?.iter().map(|c| c.kind).collect();
+    let kinds: Vec<ChangeKind> =
+        shard.history("t", None, &memory("t", 1, "").id)?.iter().map(|c| c.kind).collect();
     assert_eq!(kinds, [ChangeKind::Added, ChangeKind::Updated, ChangeKind::Deleted, ChangeKind::Added]);
     let positions: Vec<Position> = shard
         .changes_after("t", Position { epoch: 1, index: 1, item: 0 }, 10)?
@@ -168,11 +176,11 @@ fn other_tenant_is_never_found() -> Result<()> {
     let theirs = Operation::Add(with_vector("other", 1, "secret"));
     apply(&shard, 1, vec![command("other", "", 0, 5, theirs), command("t", "", 0, 5, add(1))])?;
     let id = memory("t", 1, "").id;
-    assert_eq!(shard.get("t", &id, 0)?.map(|m| m.tenant.clone()).as_deref(), Some("t"));
+    assert_eq!(shard.get("t", None, &id, 0)?.map(|m| m.tenant.clone()).as_deref(), Some("t"));
     assert!(shard.search(&search(10))?.iter().all(|h| h.memory.tenant == "t"));
     assert!(matches!(apply(&shard, 2, vec![command("t", "", 0, 5, delete(1))])?[0], Outcome::Done { .. }));
-    assert_eq!(shard.get("t", &id, 0)?, None);
-    assert!(shard.get("other", &id, 0)?.is_some());
+    assert_eq!(shard.get("t", None, &id, 0)?, None);
+    assert!(shard.get("other", None, &id, 0)?.is_some());
     check(&shard)
 }
 
@@ -242,8 +250,8 @@ fn an_expired_memory_is_gone_for_writers_too_and_its_id_is_free() -> Result<()> 
         ),
         "{late:?}"
     );
-    assert_eq!(shard.get("t", &memory("t", 1, "").id, 100)?.map(|m| m.version), Some(2));
-    assert_eq!(shard.history("t", &memory("t", 1, "").id)?.len(), 2);
+    assert_eq!(shard.get("t", None, &memory("t", 1, "").id, 100)?.map(|m| m.version), Some(2));
+    assert_eq!(shard.history("t", None, &memory("t", 1, "").id)?.len(), 2);
     assert_eq!(shard.counts()?.memories, 2, "the other one still has its row");
     check(&shard)
 }
@@ -401,10 +409,12 @@ fn global_memories_are_found_by_all_and_no_others_of_their_tenant() -> Result<()
     let outcomes = apply(&shard, 2, refused.into())?;
     assert!(outcomes.iter().all(|o| matches!(o, Outcome::NotFound { .. })), "{outcomes:?}");
     assert!(
-        shard.get("u", &global(1).id, 0)?.is_some_and(|m| m.scope == Scope::Global && !m.vector.is_empty())
+        shard
+            .get("u", None, &global(1).id, 0)?
+            .is_some_and(|m| m.scope == Scope::Global && !m.vector.is_empty())
     );
-    assert_eq!(shard.get("t", &global(1).id, 0)?.map(|m| m.text.clone()).as_deref(), Some("own"));
-    assert_eq!(shard.get("t", &private.id, 0)?, None);
+    assert_eq!(shard.get("t", None, &global(1).id, 0)?.map(|m| m.text.clone()).as_deref(), Some("own"));
+    assert_eq!(shard.get("t", None, &private.id, 0)?, None);
     let own = memory("t", 0, "").owner();
     let owners = vec![own.clone(), Owner::Global, own, private.owner()];
     let hits = shard.search(&SearchQuery { owners: owners.clone(), ..search(10) })?;
@@ -576,7 +586,7 @@ proptest! {
                 apply(&shard, index as u64 + 1, vec![command("t", "", 0, 5, operation)])?;
             }
             for id in 0..12 {
-                let held = shard.get("t", &memory("t", id, "").id, 0)?;
+                let held = shard.get("t", None, &memory("t", id, "").id, 0)?;
                 let held = held.map(|m| (m.version, m.text.clone(), m.access_count));
                 assert_eq!(held.as_ref(), model.get(&id), "memory {id}");
             }

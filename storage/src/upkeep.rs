@@ -10,7 +10,7 @@
 //! **The order that makes it safe.** A seal freezes the buffer at position S, writes its segments, makes the *records* durable up to S,
 //! and only then replaces the manifest by one that says S. So a manifest never knows more than the records will after a power loss, and
 //! opening fills the buffer with what the records have behind S, which are at most a buffer's worth. What died behind S follows from the
-//! records' history. Merges leave out only what was dead at S. What is made anew from the records leaves out what died until then, so a
+//! records' history, and what went with a slot from the records' list of that. Merges leave out only what was dead at S. What is made anew from the records leaves out what died until then, so a
 //! checkpoint follows before it is named.
 //!
 //! **What if it is not so.** At every start each month's live rows are counted and compared with what the records count; a month that differs, or
@@ -455,6 +455,13 @@ fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), Sto
             let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
             superseded(&memory, &mut std::iter::once(month), tree)?;
         }
+    }
+    // What went with a slot has left no history.
+    let mut statement = db.prepare_cached("SELECT month, kind, id, position FROM dropped WHERE at > ?1")?;
+    let mut found = statement.query([from])?;
+    while let Some(row) = found.next()? {
+        let (month, hash) = (Month(row.get(0)?), row.get(1)?);
+        tree.kill(Kill::Row { month, hash, id: row.get(2)?, position: row.get(3)? });
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use sim::disk::File;
 use std::io;
 use std::sync::Arc;
 
-pub const MAGIC: &[u8; 8] = b"LOCILOG2";
+pub const MAGIC: &[u8; 8] = b"LOCILOG3";
 pub const HEAD_BYTES: u64 = 20;
 pub const ENTRY_HEAD: usize = 24;
 /// The error number of a sector that cannot be read.

@@ -2,16 +2,20 @@
 //!
 //! | table | row | key |
 //! |---|---|---|
-//! | `mYYYY_MM` | each memory created in that month, as it is | its last change's position (as row id), and (owner, id) |
-//! | `hYYYY_MM` | each superseded version and each deletion of those | position, and (tenant, id) |
+//! | `mYYYY_MM` | each memory created in that month, as it is | its last change's position (as row id), (owner, id), and slot |
+//! | `hYYYY_MM` | each superseded version and each deletion of those | position, (tenant, id), and slot |
 //! | `fYYYY_MM` | the index of metadata ([`fields`]) | (owner, path, kind, value, position) |
 //! | `tYYYY_MM`, `vYYYY_MM`, `oYYYY_MM` | the index of words ([`words`]), its terms, and its counts by owner | |
 //! | `months` | what is known of each month ([`months`]) | month |
-//! | `directory` | where each memory is, or was when it was deleted | (tenant, id) |
+//! | `directory` | where each memory is, or was when it was deleted | (tenant, id, slot); of the deleted ones slot too |
 //! | `owners` | owners by number | owner |
-//! | `edges` | the graph ([`crate::graph`]) | (tenant, source, relation, target), and (tenant, target) |
-//! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key), and time |
+//! | `edges` | the graph ([`crate::graph`]) | (slot of the source, tenant, source, relation, target), and (tenant, target) |
+//! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key, slot), slot, and time |
+//! | `dropped` | vectors that went with a slot, until no manifest of the vector view needs to be told | |
 //! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
+//!
+//! A memory is known by (tenant, id, slot): two owners may have chosen one id ([`crate::slots`]). Whatever belongs to a slot has it as a column,
+//! and an index on it, so that a move finds what to take along without looking at the rest.
 //!
 //! A position is stored as one integer, `index << 20 | item`, so memories and history lie in the order of the ledger (whose index
 //! goes on from epoch to epoch) and new rows go to the end.
@@ -46,22 +50,29 @@ use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-pub const SCHEMA_VERSION: i64 = 2;
+pub const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
 CREATE TABLE months (month INTEGER PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE directory (
-  tenant TEXT NOT NULL, id BLOB NOT NULL, month INTEGER NOT NULL, position INTEGER NOT NULL, version INTEGER NOT NULL,
-  PRIMARY KEY (tenant, id)) WITHOUT ROWID;
+  tenant TEXT NOT NULL, id BLOB NOT NULL, slot INTEGER NOT NULL, month INTEGER NOT NULL, position INTEGER NOT NULL,
+  version INTEGER NOT NULL, PRIMARY KEY (tenant, id, slot)) WITHOUT ROWID;
+CREATE INDEX directory_deleted ON directory (slot, tenant, id) WHERE position = 0;
 CREATE TABLE owners (number INTEGER PRIMARY KEY, owner BLOB NOT NULL UNIQUE, tenant TEXT NOT NULL);
 CREATE TABLE edges (
-  tenant INTEGER NOT NULL, source BLOB NOT NULL, relation TEXT NOT NULL, target BLOB NOT NULL, weight REAL NOT NULL,
-  valid_from INTEGER, valid_to INTEGER, PRIMARY KEY (tenant, source, relation, target)) WITHOUT ROWID;
+  slot INTEGER NOT NULL, tenant INTEGER NOT NULL, source BLOB NOT NULL, relation TEXT NOT NULL, target BLOB NOT NULL,
+  weight REAL NOT NULL, valid_from INTEGER, valid_to INTEGER,
+  PRIMARY KEY (slot, tenant, source, relation, target)) WITHOUT ROWID;
 CREATE INDEX edges_in ON edges (tenant, target);
 CREATE TABLE keys (
-  tenant TEXT NOT NULL, key TEXT NOT NULL, time INTEGER NOT NULL, hash BLOB NOT NULL, outcome BLOB NOT NULL,
-  PRIMARY KEY (tenant, key)) WITHOUT ROWID;
+  tenant TEXT NOT NULL, key TEXT NOT NULL, slot INTEGER NOT NULL, time INTEGER NOT NULL, hash BLOB NOT NULL,
+  outcome BLOB NOT NULL, PRIMARY KEY (tenant, key, slot)) WITHOUT ROWID;
 CREATE INDEX keys_time ON keys (time);
+CREATE INDEX keys_slot ON keys (slot, tenant, key);
+CREATE TABLE dropped (
+  number INTEGER PRIMARY KEY, at INTEGER NOT NULL, month INTEGER NOT NULL, kind BLOB NOT NULL, id BLOB NOT NULL,
+  position INTEGER NOT NULL);
+CREATE INDEX dropped_at ON dropped (at);
 CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
 ";
 

@@ -65,12 +65,14 @@ pub fn create(db: &Connection, month: Month) -> Result<(), StorageError> {
     db.execute_batch(&format!(
         "CREATE TABLE m{of} (
            position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, id BLOB NOT NULL, owner INTEGER NOT NULL,
-           kind INTEGER NOT NULL, words INTEGER NOT NULL, body BLOB NOT NULL, vector BLOB NOT NULL);
+           slot INTEGER NOT NULL, kind INTEGER NOT NULL, words INTEGER NOT NULL, body BLOB NOT NULL, vector BLOB NOT NULL);
          CREATE UNIQUE INDEX m{of}_owner ON m{of} (owner, id);
+         CREATE INDEX m{of}_slot ON m{of} (slot);
          CREATE TABLE h{of} (
            position INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, tenant TEXT NOT NULL, id BLOB NOT NULL,
-           version INTEGER NOT NULL, kind INTEGER NOT NULL, body BLOB NOT NULL);
+           slot INTEGER NOT NULL, version INTEGER NOT NULL, kind INTEGER NOT NULL, body BLOB NOT NULL);
          CREATE INDEX h{of}_id ON h{of} (tenant, id, version);
+         CREATE INDEX h{of}_slot ON h{of} (slot);
          CREATE TABLE f{of} (
            owner INTEGER NOT NULL, path TEXT NOT NULL, kind INTEGER NOT NULL, value, position INTEGER NOT NULL,
            PRIMARY KEY (owner, path, kind, value, position)) WITHOUT ROWID;

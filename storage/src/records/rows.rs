@@ -5,11 +5,17 @@ use super::{fields, words};
 use crate::codec;
 use crate::error::StorageError;
 use crate::model::*;
+use crate::moves::Dropping;
+use crate::slots::{SLOTS, Slot, Slots, slot_of};
 use bincode::{Decode, Encode};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 /// Items of one entry fit into this many bits of a stored position.
 const ITEM_BITS: u32 = 20;
+/// Items of an entry are less than this; the greatest that fits stands for the entry's end.
+pub const ITEMS_MAX: u32 = (1 << ITEM_BITS) - 1;
+/// The slot of a key that was about no memory: it is in no move.
+pub const STAYS: Slot = SLOTS;
 
 pub fn pack(position: Position) -> i64 {
     ((position.index << ITEM_BITS) | position.item.min((1 << ITEM_BITS) - 1) as u64) as i64
@@ -34,9 +40,17 @@ pub struct State {
     pub vectors: u64,
     pub keys: u64,
     pub edges: u64,
+    pub slots: Slots,
+    /// How far the removal is of what was released.
+    pub dropping: Option<Dropping>,
 }
 
 impl State {
+    /// The digest of all that replicas must agree on: the rows', and which slots are whose.
+    pub fn whole_digest(&self) -> u128 {
+        self.digest.wrapping_add(slots_hash(&self.slots))
+    }
+
     /// Whether two states tell of the same rows.
     pub fn same_rows(&self, other: &State) -> bool {
         let rows = |s: &State| (s.digest, s.memories, s.vectors, s.keys, s.edges);
@@ -48,9 +62,16 @@ impl State {
 pub struct KeyRow {
     pub tenant: String,
     pub key: String,
+    /// Of the memory that its command was about, or [`STAYS`].
+    pub slot: Slot,
     pub time: UnixMs,
     pub hash: [u8; 16],
     pub outcome: Vec<u8>,
+}
+
+/// What the slots add to the digest of the rows.
+pub fn slots_hash(slots: &Slots) -> u128 {
+    hash_of(b"slots", &codec::encode(slots))
 }
 
 /// The part of the digest of a row of another kind.
@@ -133,25 +154,58 @@ pub struct Place {
     pub version: u64,
 }
 
-pub fn place(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Place>, StorageError> {
-    let mut statement =
-        db.prepare_cached("SELECT month, position, version FROM directory WHERE tenant = ?1 AND id = ?2")?;
+pub fn place(
+    db: &Connection,
+    tenant: &str,
+    id: &MemoryId,
+    slot: Slot,
+) -> Result<Option<Place>, StorageError> {
+    let mut statement = db.prepare_cached(
+        "SELECT month, position, version FROM directory WHERE tenant = ?1 AND id = ?2 AND slot = ?3",
+    )?;
     let place = |row: &Row<'_>| {
         let version = row.get::<_, i64>(2)? as u64;
         Ok(Place { month: Month(row.get(0)?), position: row.get(1)?, version })
     };
-    Ok(statement.query_row(params![tenant, &id[..]], place).optional()?)
+    Ok(statement.query_row(params![tenant, &id[..], slot], place).optional()?)
 }
 
-pub fn put_place(db: &Connection, tenant: &str, id: &MemoryId, place: Place) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT OR REPLACE INTO directory VALUES (?1, ?2, ?3, ?4, ?5)")?;
-    statement.execute(params![tenant, &id[..], place.month.0, place.position, place.version as i64])?;
+/// Where the tenant's memories with this id are or were, by rising slot; only in one slot if that is given.
+pub fn places(
+    db: &Connection,
+    tenant: &str,
+    id: &MemoryId,
+    slot: Option<Slot>,
+) -> Result<Vec<(Slot, Place)>, StorageError> {
+    if let Some(slot) = slot {
+        return Ok(place(db, tenant, id, slot)?.map(|place| (slot, place)).into_iter().collect());
+    }
+    let mut statement = db.prepare_cached(
+        "SELECT slot, month, position, version FROM directory WHERE tenant = ?1 AND id = ?2 ORDER BY slot",
+    )?;
+    let found = statement.query_map(params![tenant, &id[..]], |row| {
+        let version = row.get::<_, i64>(3)? as u64;
+        Ok((row.get(0)?, Place { month: Month(row.get(1)?), position: row.get(2)?, version }))
+    })?;
+    Ok(found.collect::<Result<_, _>>()?)
+}
+
+pub fn put_place(
+    db: &Connection,
+    tenant: &str,
+    id: &MemoryId,
+    slot: Slot,
+    place: Place,
+) -> Result<(), StorageError> {
+    let mut statement =
+        db.prepare_cached("INSERT OR REPLACE INTO directory VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+    statement.execute(params![tenant, &id[..], slot, place.month.0, place.position, place.version as i64])?;
     Ok(())
 }
 
-pub fn remove_place(db: &Connection, tenant: &str, id: &MemoryId) -> Result<(), StorageError> {
-    db.prepare_cached("DELETE FROM directory WHERE tenant = ?1 AND id = ?2")?
-        .execute(params![tenant, &id[..]])?;
+pub fn remove_place(db: &Connection, tenant: &str, id: &MemoryId, slot: Slot) -> Result<(), StorageError> {
+    db.prepare_cached("DELETE FROM directory WHERE tenant = ?1 AND id = ?2 AND slot = ?3")?
+        .execute(params![tenant, &id[..], slot])?;
     Ok(())
 }
 
@@ -183,13 +237,23 @@ fn alive(place: Option<Place>) -> Option<Place> {
     place.filter(|p| p.position != 0)
 }
 
-pub fn find(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Stored>, StorageError> {
-    alive(place(db, tenant, id)?).map(|place| stored_at(db, place)).transpose()
+pub fn find(
+    db: &Connection,
+    tenant: &str,
+    id: &MemoryId,
+    slot: Slot,
+) -> Result<Option<Stored>, StorageError> {
+    alive(place(db, tenant, id, slot)?).map(|place| stored_at(db, place)).transpose()
 }
 
 /// The body alone, for answers that need no vector.
-pub fn find_body(db: &Connection, tenant: &str, id: &MemoryId) -> Result<Option<Vec<u8>>, StorageError> {
-    alive(place(db, tenant, id)?).map(|place| body_at(db, place)).transpose()
+pub fn find_body(
+    db: &Connection,
+    tenant: &str,
+    id: &MemoryId,
+    slot: Slot,
+) -> Result<Option<Vec<u8>>, StorageError> {
+    alive(place(db, tenant, id, slot)?).map(|place| body_at(db, place)).transpose()
 }
 
 /// The number of an owner; `None` if it never had a memory.
@@ -214,24 +278,28 @@ pub fn number_owner(db: &Connection, owner: &Owner) -> Result<i64, StorageError>
 
 /// Writes a memory's row and its indexes. `memory` is what the row's body encodes.
 pub fn put_memory(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
-    let (month, owner) = (Month::of(memory.created), number_owner(db, &memory.owner())?);
+    let (month, of) = (Month::of(memory.created), memory.owner());
+    let owner = number_owner(db, &of)?;
     let words = words::add(db, month, row.position, owner, &memory.text)?;
     fields::add(db, month, owner, row.position, memory)?;
-    let mut statement = db
-        .prepare_cached(&format!("INSERT INTO m{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)", suffix(month)))?;
-    let (epoch, words) = (row.epoch as i64, words as i64);
+    let mut statement = db.prepare_cached(&format!(
+        "INSERT INTO m{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        suffix(month)
+    ))?;
+    let (epoch, words, slot) = (row.epoch as i64, words as i64, slot_of(&of, &memory.id));
     statement.execute(params![
         row.position,
         epoch,
         &memory.id[..],
         owner,
+        slot,
         row.kind,
         words,
         row.body,
         row.vector
     ])?;
     let place = Place { month, position: row.position, version: memory.version };
-    put_place(db, &memory.tenant, &memory.id, place)
+    put_place(db, &memory.tenant, &memory.id, slot, place)
 }
 
 /// Removes a memory's row and what indexes it, but not its place.
@@ -257,7 +325,7 @@ pub fn replace_body(db: &Connection, row: &Stored, memory: &Memory) -> Result<()
 /// `version` is that of the change: of a deletion, one more than its memory's.
 pub fn put_history(db: &Connection, row: &Stored, memory: &Memory, version: u64) -> Result<(), StorageError> {
     let mut statement = db.prepare_cached(&format!(
-        "INSERT INTO h{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        "INSERT INTO h{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         suffix(Month::of(memory.created))
     ))?;
     let (epoch, version) = (row.epoch as i64, version as i64);
@@ -266,10 +334,16 @@ pub fn put_history(db: &Connection, row: &Stored, memory: &Memory, version: u64)
         epoch,
         memory.tenant,
         &memory.id[..],
+        memory.slot(),
         version,
         row.kind,
         row.body
     ])?;
+    Ok(())
+}
+
+pub fn remove_history(db: &Connection, month: Month, position: i64) -> Result<(), StorageError> {
+    db.prepare_cached(&format!("DELETE FROM h{} WHERE position = ?1", suffix(month)))?.execute([position])?;
     Ok(())
 }
 
@@ -290,15 +364,20 @@ pub fn each(
     Ok(())
 }
 
-pub fn find_key(db: &Connection, tenant: &str, key: &str) -> Result<Option<KeyRow>, StorageError> {
-    let mut statement = db
-        .prepare_cached("SELECT tenant, key, time, hash, outcome FROM keys WHERE tenant = ?1 AND key = ?2")?;
-    Ok(statement.query_row(params![tenant, key], key_row).optional()?)
+/// The columns that [`key_row`] reads.
+pub const KEY: &str = "tenant, key, slot, time, hash, outcome";
+
+/// What is remembered under a tenant's key, by rising slot.
+pub fn find_keys(db: &Connection, tenant: &str, key: &str) -> Result<Vec<KeyRow>, StorageError> {
+    let mut statement =
+        db.prepare_cached(&format!("SELECT {KEY} FROM keys WHERE tenant = ?1 AND key = ?2 ORDER BY slot"))?;
+    let rows = statement.query_map(params![tenant, key], key_row)?;
+    Ok(rows.collect::<Result<_, _>>()?)
 }
 
 pub fn put_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("INSERT INTO keys VALUES (?1, ?2, ?3, ?4, ?5)")?;
-    statement.execute(params![row.tenant, row.key, row.time, &row.hash[..], row.outcome])?;
+    let mut statement = db.prepare_cached("INSERT INTO keys VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+    statement.execute(params![row.tenant, row.key, row.slot, row.time, &row.hash[..], row.outcome])?;
     Ok(())
 }
 
@@ -306,24 +385,47 @@ pub fn key_row(row: &Row<'_>) -> Result<KeyRow, rusqlite::Error> {
     Ok(KeyRow {
         tenant: row.get(0)?,
         key: row.get(1)?,
-        time: row.get(2)?,
-        hash: row.get(3)?,
-        outcome: row.get(4)?,
+        slot: row.get(2)?,
+        time: row.get(3)?,
+        hash: row.get(4)?,
+        outcome: row.get(5)?,
     })
 }
 
-/// Keys older than `before`, oldest first.
-pub fn old_keys(db: &Connection, before: UnixMs, limit: usize) -> Result<Vec<KeyRow>, StorageError> {
-    let mut statement = db.prepare_cached(
-        "SELECT tenant, key, time, hash, outcome FROM keys WHERE time < ?1 ORDER BY time, tenant, key LIMIT ?2",
-    )?;
-    let rows = statement.query_map(params![before, limit as i64], key_row)?;
-    Ok(rows.collect::<Result<_, _>>()?)
+/// Keys older than `before`, oldest first, of slots that are taken: what is sealed must not change, and what has not been adopted is not ours yet.
+pub fn old_keys(
+    db: &Connection,
+    before: UnixMs,
+    limit: usize,
+    slots: &Slots,
+) -> Result<Vec<KeyRow>, StorageError> {
+    let mut statement = db.prepare_cached(&format!(
+        "SELECT {KEY} FROM keys WHERE time < ?1 ORDER BY time, tenant, key, slot"
+    ))?;
+    let mut found = statement.query([before])?;
+    let mut old = vec![];
+    while old.len() < limit
+        && let Some(row) = found.next()?
+    {
+        let slot: Slot = row.get(2)?;
+        if slot == STAYS || slots.takes(slot) {
+            old.push(key_row(row)?);
+        }
+    }
+    Ok(old)
 }
 
 pub fn remove_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {
-    let mut statement = db.prepare_cached("DELETE FROM keys WHERE tenant = ?1 AND key = ?2")?;
-    statement.execute(params![row.tenant, row.key])?;
+    let mut statement = db.prepare_cached("DELETE FROM keys WHERE tenant = ?1 AND key = ?2 AND slot = ?3")?;
+    statement.execute(params![row.tenant, row.key, row.slot])?;
+    Ok(())
+}
+
+/// Of the list of dropped vectors, forgets some that the vector view's manifest knows by now.
+pub fn forget_dropped(db: &Connection, sealed: Position) -> Result<(), StorageError> {
+    let sealed = pack(Position { item: u32::MAX, ..sealed });
+    let some = "SELECT number FROM dropped WHERE at <= ?1 LIMIT 1000";
+    db.prepare_cached(&format!("DELETE FROM dropped WHERE number IN ({some})"))?.execute([sealed])?;
     Ok(())
 }
 

@@ -38,6 +38,7 @@ pub use dot::{dot, dot_rows};
 
 use crate::error::StorageError;
 use crate::model::{Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
+use crate::slots::Slots;
 use buffer::Buffer;
 pub use buffer::Coded;
 use codes::Query;
@@ -146,6 +147,8 @@ pub struct Scan<'a> {
     pub allowed: Option<&'a [HashSet<MemoryId>]>,
     /// If given: only these months.
     pub months: Option<&'a BTreeSet<Month>>,
+    /// If given: of GLOBAL memories only those whose slots are shown.
+    pub shown: Option<&'a Slots>,
 }
 
 /// An error, and the month whose segments must be made anew for it, if one's.
@@ -531,7 +534,8 @@ impl Tree {
             if allowed.is_some_and(HashSet::is_empty) {
                 continue;
             }
-            let wanted = Wanted { statuses: scan.statuses, now: scan.now, allowed, dead: None };
+            let shown = scan.shown.filter(|_| **owner == Owner::Global);
+            let wanted = Wanted { statuses: scan.statuses, now: scan.now, allowed, shown, dead: None };
             for (_, block) in self.buffer.of_kind(&hash).filter(|(month, _)| wanted_month(month)) {
                 scan::scan(&asked, &block.rows(), &wanted, whose, &mut best, fetch)?;
             }

@@ -4,6 +4,7 @@ use super::codes::{self, Loss};
 use super::product::Book;
 use crate::codec;
 use crate::model::{MemoryId, Owner, Status, UnixMs};
+use crate::slots::{Slots, slot_of};
 use bincode::{Decode, Encode};
 use std::collections::{HashMap, HashSet};
 
@@ -155,6 +156,8 @@ pub struct Wanted<'a> {
     pub now: UnixMs,
     /// If given: only these.
     pub allowed: Option<&'a HashSet<MemoryId>>,
+    /// If given: of GLOBAL memories, only those whose slots are shown. (Of other owners all memories are in one slot.)
+    pub shown: Option<&'a Slots>,
     /// Rows that were superseded, and the number in it of the block's first.
     pub dead: Option<(&'a Bitmap, usize)>,
 }
@@ -165,6 +168,7 @@ impl Wanted<'_> {
         rows.plain
             && self.statuses.contains(&Status::Active)
             && self.allowed.is_none()
+            && self.shown.is_none()
             && self.dead.is_none_or(|(dead, _)| dead.is_empty())
     }
 
@@ -174,5 +178,6 @@ impl Wanted<'_> {
             && (rows.plain && self.statuses.contains(&Status::Active)
                 || rows.expires[at] > self.now && self.statuses.iter().any(|s| *s as u8 == rows.statuses[at]))
             && self.allowed.is_none_or(|allowed| allowed.contains(&rows.ids[at]))
+            && self.shown.is_none_or(|slots| slots.shows(slot_of(&Owner::Global, &rows.ids[at])))
     }
 }

@@ -140,8 +140,8 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// Where the vectors are of rows that have only codes here.
-pub type Fetch<'a> = &'a dyn Fn(&MemoryId) -> Result<Vec<f32>, StorageError>;
+/// Where the vectors are of rows that have only codes here: by whose they are (a place in the search's owners), and id.
+pub type Fetch<'a> = &'a dyn Fn(usize, &MemoryId) -> Result<Vec<f32>, StorageError>;
 
 /// Puts the wanted rows that are among the best into `best`, by f32.
 pub fn scan(
@@ -233,14 +233,14 @@ pub fn decide(
         let id = rows.ids[row as usize];
         let score = match rows.original(row) {
             Some(vector) => asked.exact(vector),
-            None if rows.product.is_some() => asked.exact(&fetch(&id)?),
+            None if rows.product.is_some() => asked.exact(&fetch(whose, &id)?),
             None => {
                 let scale = rows.scales[row as usize];
                 let refined = asked.query.refined(asked.level, rows.codes_of(row), rows.rests_of(row), scale);
                 if refined + bound < best.floor() {
                     continue;
                 }
-                asked.exact(&fetch(&id)?)
+                asked.exact(&fetch(whose, &id)?)
             }
         };
         best.push(Scored(score, id, whose));
