@@ -1,18 +1,19 @@
 //! Power is lost at every single operation of a workload over the log, the views (their vectors' buffer, seals, merges and manifest among
-//! them) and the bases, and again while they recover.
+//! them; and a slot that leaves, is removed, and comes back from another shard) and the bases, and again while they recover.
 //!
 //! After each: the log has everything that was synced, the views stand at a position no older than their last checkpoint and hold exactly
 //! the logical state of that position, SQLite's structures are sound, every base gives back the state of its position, and what
 //! the log still has brings the views to its end. The disk decides by its seed how harsh each loss is: everything unsynced, nothing, a
 //! random part, torn sectors, or a tail. Disks that lie about syncs must be caught.
 
-use proofs::{apply, digests, ledger, open};
+use proofs::{apply, command, digests, ledger, open};
 use sim::disk::Disk;
 use sim::disk::simulated::{DiskFaults, SimDisk};
 use std::sync::{Arc, Mutex};
 use storage::bases::Bases;
 use storage::log::{Log, LogError, LogOptions};
-use storage::model::{Batch, Month};
+use storage::model::{Batch, Month, MoveStep, Operation};
+use storage::slots::SlotSet;
 use storage::{Shard, StorageError, codec};
 
 const ENTRIES: u64 = 26;
@@ -21,6 +22,40 @@ type Failure = Box<dyn std::error::Error>;
 
 fn log(disk: &Arc<dyn Disk>) -> Result<Log, LogError> {
     Log::open(disk.clone(), "log", LogOptions { segment_bytes_max: 3000, cache_bytes_max: 500 })
+}
+
+/// A ledger whose only slot leaves at its end, is removed, and comes back.
+fn entries() -> Result<Vec<Batch>, StorageError> {
+    let mut entries = ledger(ENTRIES);
+    let slots: SlotSet = [proofs::memory(0, String::new()).slot()].into_iter().collect();
+    let source = open(&(SimDisk::new(2) as Arc<dyn Disk>), "source")?;
+    for (batch, index) in entries.iter().zip(1..) {
+        apply(&source, index, batch)?;
+    }
+    let step = |step| Batch { commands: vec![command(String::new(), Operation::Move(step))] };
+    let seal = step(MoveStep::Seal { id: 1, slots: slots.clone() });
+    apply(&source, ENTRIES + 1, &seal)?;
+    let rows = source.digest_by_scan()?;
+    entries.extend([seal, step(MoveStep::Release { id: 1 })]);
+    let (mut imports, mut cursor, mut pieces, mut hash) = (vec![], vec![], 0, 0u128);
+    for sequence in 0.. {
+        let part = source.leaving(1, &cursor, 1500)?;
+        cursor.clone_from(&part.cursor);
+        pieces += part.pieces.len() as u64;
+        hash = hash.wrapping_add(part.hash);
+        let (slots, cursor) = (slots.clone(), cursor.clone());
+        imports.push(step(MoveStep::Import { id: 2, slots, sequence, pieces: part.pieces, cursor }));
+        if part.end {
+            break;
+        }
+    }
+    entries.extend((0..5).map(|_| step(MoveStep::Drop { id: 1, rows_max: pieces as u32 / 4 })));
+    assert!(imports.len() > 2 && rows == source.digest());
+    entries.extend(imports);
+    entries.push(step(MoveStep::Adopt { id: 2, slots, pieces, hash }));
+    // And life goes on.
+    entries.extend(ledger(4));
+    Ok(entries)
 }
 
 /// What the workload was promised.
@@ -128,7 +163,7 @@ fn check(
 
 /// The number of crash points survived, or the first that was not.
 fn crash_everywhere(modes: u64, step: usize, faults: DiskFaults) -> Result<u64, Failure> {
-    let entries = ledger(ENTRIES);
+    let entries = entries()?;
     let digests = digests(&entries, SimDisk::new(1))?;
     let mut points = 0;
     for mode in 0..modes {
@@ -194,7 +229,7 @@ fn a_disk_that_lies_about_its_syncs_is_caught() {
 #[test]
 fn a_checkpoint_that_does_not_sync_is_caught() -> Result<(), StorageError> {
     let _alone = ONE_AT_A_TIME.lock();
-    let entries = ledger(ENTRIES);
+    let entries = entries()?;
     let mut caught = 0;
     for seed in 0..20 {
         let sim = SimDisk::new(seed);

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 23] = [
+pub const MUTANTS: [Mutant; 25] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -44,6 +44,11 @@ pub const MUTANTS: [Mutant; 23] = [
     mutant("search-the-words-of-all-tenants", "a search by words leaves the tenant's filter out"),
     mutant("lose-a-tombstone-of-a-segment", "a vector in a segment survives its memory"),
     mutant("name-a-segment-that-is-not-synced", "a segment of vectors is named before its bytes are durable"),
+    mutant("leave-the-keys-behind-in-a-move", "slots move to another shard without their idempotency keys"),
+    mutant(
+        "show-what-has-not-been-adopted",
+        "a shard answers from slots that it has not adopted, or has released",
+    ),
     mutant("give-the-token-of-the-entry-before", "a write's token names the position before it"),
 ];
 

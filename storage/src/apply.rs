@@ -32,8 +32,8 @@ pub enum Effect {
     Arrive { coded: Coded },
     /// The memory as it was of a slot that is gone, and was not shown any more.
     Leave { memory: Memory, position: i64, dimension: usize },
-    /// Slots are shown that were not.
-    Adopt,
+    /// Slots have come or gone: the cache must know nothing of them.
+    ForgetRecords,
     /// All of a month was removed.
     DropMonth(Month),
 }

@@ -289,7 +289,7 @@ fn tenants_of(db: &Connection, slot: Slot) -> Result<Vec<(String, i64)>, Storage
     let mut found = vec![];
     let mut number = i64::MIN;
     let mut statement = db.prepare_cached(
-        "SELECT tenant, (SELECT owner FROM owners WHERE number = tenant) FROM edges
+        "SELECT tenant, (SELECT owner FROM owners WHERE number = edges.tenant) FROM edges
          WHERE slot = ?1 AND tenant > ?2 ORDER BY tenant LIMIT 1",
     )?;
     while let Some((next, owner)) = statement
@@ -411,8 +411,8 @@ impl Applier<'_> {
                     self.arrive(piece, at)?;
                 }
             }
-            // The cache may know these slots from when they were here before.
-            MoveStep::Adopt { .. } => self.effects.push(Effect::Adopt),
+            // The cache may know that something of these slots was deleted when they were here before.
+            MoveStep::Adopt { .. } => self.effects.push(Effect::ForgetRecords),
             MoveStep::Release { .. } => {
                 if let Some((_, Moving::Left(slots))) = new.moving() {
                     let rows = count(self.db, &self.months, slots)?;
@@ -427,6 +427,8 @@ impl Applier<'_> {
                     }
                     return Ok(done);
                 }
+                // Nothing is hidden from now on, so nothing that is gone may be known.
+                self.effects.push(Effect::ForgetRecords);
             }
         }
         self.state.slots = new;

@@ -217,7 +217,7 @@ impl Shard {
                 }
                 Effect::Arrive { coded } => tree.put(coded),
                 Effect::Leave { memory, position, dimension } => tree.remove(memory, *position, *dimension),
-                Effect::Adopt => self.cache.clear(),
+                Effect::ForgetRecords => self.cache.clear(),
                 Effect::DropMonth(month) => {
                     tree.drop_month(*month);
                     self.cache.clear();
@@ -311,8 +311,9 @@ impl Shard {
             )?;
             let mut places = statement.query(params![query.tenant, after])?;
             while let Some(place) = places.next()? {
-                // One more than asked for tells whether the listing goes on, and of one id all are needed.
-                if found.len() > query.limit && found.last().map(|m| m.id) != Some(place.get(3)?) {
+                // One of another id than the page's last tells that the listing goes on.
+                let end = query.limit.checked_sub(1).and_then(|at| found.get(at)).map(|m| m.id);
+                if found.len() > query.limit && found.last().map(|m| m.id) != end {
                     break;
                 }
                 let month = Month(place.get(0)?);
