@@ -6,6 +6,7 @@
 //!   same bytes into one table without an index, both with 1,000 in a transaction;
 //! - keyword search over 1,000,000 memories of 12 words in 1,000 scopes and 12 months;
 //! - walks of two hops, 10 edges from each memory, over 1,000,000 edges;
+//! - a move of half of 50,000 such memories, with their keys, from one shard to another: reading, taking over, removing;
 //! - opening a shard of 5 GB, and the first read and search after it.
 //!
 //! `LOCI_BENCH_SCALE` shrinks the last three (default 1.0); `cargo bench --bench storage -- WORD…` runs only the parts named so.
@@ -21,6 +22,7 @@ use storage::bases::Bases;
 use storage::graph::Walk;
 use storage::log::{Log, LogOptions};
 use storage::model::*;
+use storage::slots::SlotSet;
 use storage::{Entry, SearchQuery, Shard, ShardOptions, codec};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -435,6 +437,79 @@ fn opening(scale: f64) -> Result<()> {
     Ok(())
 }
 
+/// Moves half of a shard's slots to another shard.
+fn moves(scale: f64) -> Result<()> {
+    let ((_one, one), (_two, two)) = (Dir::new("source")?, Dir::new("destination")?);
+    let (source, destination) = (open(&one)?, open(&two)?);
+    let (mut random, mut index) = (Random(3), 0);
+    let batches = (50.0 * scale).ceil() as u64;
+    for first in (0..batches).map(|b| b * 1000) {
+        let adds = (first..first + 1000).map(|n| Operation::Add(full(n, &mut random)));
+        let mut batch = batch(adds);
+        for (command, n) in batch.commands.iter_mut().zip(first..) {
+            command.idempotency_key = format!("key {n}");
+        }
+        apply(&source, &mut index, &batch)?;
+    }
+    let slots: SlotSet = (0..4096).step_by(2).collect();
+    let mut step = |shard: &Shard, step: MoveStep| -> Result<u64> {
+        index += 1;
+        let batch = batch(std::iter::once(Operation::Move(step)));
+        let outcomes = shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], b"")?;
+        if shard.seal_due() {
+            shard.seal()?;
+        }
+        match outcomes.first().and_then(|of| of.first()) {
+            Some(Outcome::Done { version, .. }) => Ok(*version),
+            other => Err(format!("a step was answered by {other:?}").into()),
+        }
+    };
+    let id = 1;
+    step(&destination, MoveStep::Own { slots: SlotSet::default() })?;
+    step(&source, MoveStep::Seal { id, slots: slots.clone() })?;
+    let (mut read, mut taken) = (Duration::ZERO, Duration::ZERO);
+    let (mut cursor, mut count, mut sum, mut bytes) = (vec![], 0, 0u128, 0);
+    for sequence in 0.. {
+        let started = Instant::now();
+        let part = source.leaving(id, &cursor, 1 << 20)?;
+        read += started.elapsed();
+        count += part.pieces.len() as u64;
+        bytes += part.pieces.iter().map(Vec::len).sum::<usize>();
+        sum = sum.wrapping_add(part.hash);
+        cursor.clone_from(&part.cursor);
+        let started = Instant::now();
+        let (slots, pieces, cursor) = (slots.clone(), part.pieces, part.cursor);
+        step(&destination, MoveStep::Import { id, slots, sequence, pieces, cursor })?;
+        taken += started.elapsed();
+        if part.end {
+            break;
+        }
+    }
+    step(&destination, MoveStep::Adopt { id, slots, pieces: count, hash: sum })?;
+    let rate = |time: Duration| count as f64 / time.as_secs_f64();
+    println!(
+        "a move read                               {:10.0} rows/s   {count} rows, {} MiB",
+        rate(read),
+        bytes >> 20
+    );
+    println!("a move taken over                         {:10.0} rows/s", rate(taken));
+    let started = Instant::now();
+    step(&source, MoveStep::Release { id })?;
+    let released = started.elapsed();
+    let mut longest = Duration::ZERO;
+    while {
+        let started = Instant::now();
+        let left = step(&source, MoveStep::Drop { id, rows_max: 1000 })?;
+        longest = longest.max(started.elapsed());
+        left > 0
+    } {}
+    println!(
+        "a move removed                            {:10.0} rows/s   release {released:.1?}, 1,000 rows at most {longest:.1?}",
+        rate(started.elapsed())
+    );
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let number =
         |name: &str, default: f64| std::env::var(name).ok().and_then(|s| s.parse().ok()).unwrap_or(default);
@@ -450,6 +525,9 @@ fn main() -> Result<()> {
     }
     if wanted("keyword search, walks") {
         words_and_edges(scale)?;
+    }
+    if wanted("moves") {
+        moves(scale)?;
     }
     if wanted("opening") {
         opening(scale)?;
