@@ -108,10 +108,12 @@ impl<'a> Applier<'a> {
         if !self.is_here(command) {
             return Ok(Outcome::NotHere);
         }
-        self.about = command.slot.unwrap_or(rows::STAYS);
-        if let Operation::Add(memory) = &command.operation {
-            self.about = memory.slot();
-        }
+        self.about = match &command.operation {
+            Operation::Add(memory) => memory.slot(),
+            // What one shard did of these, another one still has to do.
+            Operation::Touch(_) | Operation::DropMonth(_) => rows::STAYS,
+            _ => command.slot.unwrap_or(rows::STAYS),
+        };
         let key = &command.idempotency_key;
         if key.is_empty() || sim::planted!("forget-idempotency-keys") {
             return self.operation(command, at);

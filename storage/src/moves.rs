@@ -432,6 +432,7 @@ impl Applier<'_> {
             }
         }
         self.state.slots = new;
+        self.state.slots_changed += 1;
         Ok(done)
     }
 
@@ -583,22 +584,17 @@ impl Applier<'_> {
                 let memory = rows::decode_body(&row.body)?;
                 self.unstore(&row, &memory)?;
                 rows::remove_place(self.db, &memory.tenant, &memory.id, memory.slot())?;
+                self.remember_dropped(&memory, row.position, at)?;
                 let dimension = row.vector.len() / 4;
                 if dimension > 0 {
-                    let (owner, space) = (memory.owner(), memory.space.clone());
-                    let kind = Kind { owner, space, dimension }.hash();
-                    let month = Month::of(memory.created).0;
-                    self.db
-                        .prepare_cached(
-                            "INSERT INTO dropped (at, month, kind, id, position) VALUES (?1, ?2, ?3, ?4, ?5)",
-                        )?
-                        .execute(params![rows::pack(at), month, kind, memory.id, row.position])?;
                     self.effects.push(Effect::Leave { memory, position: row.position, dimension });
                 }
                 Ok(())
             }
             Found::History { row, .. } => {
                 let memory = rows::decode_body(&row.body)?;
+                // It may have died since the last seal, which nothing else will tell.
+                self.remember_dropped(&memory, row.position, at)?;
                 self.unput_history(&row, &memory)
             }
             Found::Deleted { tenant, id, slot, .. } => rows::remove_place(self.db, &tenant, &id, slot),
@@ -608,5 +604,22 @@ impl Applier<'_> {
             }
             Found::Key(row) => self.forget_key(&row),
         }
+    }
+
+    /// Names a version that goes with its slot for the vector view: a segment may have its vector, and the manifest not know that it is dead.
+    fn remember_dropped(&self, memory: &Memory, position: i64, at: Position) -> Result<(), StorageError> {
+        let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: 0 };
+        self.db
+            .prepare_cached(
+                "INSERT INTO dropped (at, month, kind, id, position) VALUES (?1, ?2, ?3, ?4, ?5)",
+            )?
+            .execute(params![
+                rows::pack(at),
+                Month::of(memory.created).0,
+                codec::encode(&kind),
+                memory.id,
+                position
+            ])?;
+        Ok(())
     }
 }

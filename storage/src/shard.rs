@@ -259,7 +259,7 @@ impl Shard {
     ) -> Result<Option<Arc<Memory>>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let shown = Shown::in_snapshot(&snapshot)?;
+        let shown = Shown::in_snapshot(&snapshot, &self.state())?;
         for (slot, place) in rows::places(&snapshot, tenant, id, slot)? {
             if place.position == 0 || !shown.slot(slot) {
                 continue;
@@ -282,7 +282,7 @@ impl Shard {
     pub fn locate(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Slot>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let shown = Shown::in_snapshot(&snapshot)?;
+        let shown = Shown::in_snapshot(&snapshot, &self.state())?;
         let mut slots: BTreeSet<Slot> =
             rows::places(&snapshot, tenant, id, None)?.into_iter().map(|(slot, _)| slot).collect();
         let global = slot_of(&Owner::Global, id);
@@ -296,7 +296,8 @@ impl Shard {
     pub fn list(&self, query: &ListQuery) -> Result<Page, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let (months, shown) = (months_in(&snapshot, &query.time)?, Shown::in_snapshot(&snapshot)?);
+        let (months, shown) =
+            (months_in(&snapshot, &query.time)?, Shown::in_snapshot(&snapshot, &self.state())?);
         let after = query.after.map_or(vec![], |id| id.to_vec());
         let mut found: Vec<Arc<Memory>> = vec![];
         let decode = |row: &rusqlite::Row<'_>| -> Result<Option<Arc<Memory>>, StorageError> {
@@ -375,7 +376,7 @@ impl Shard {
     ) -> Result<Vec<Change>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
-        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot)?);
+        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot, &self.state())?);
         let mut found: BTreeMap<Slot, Vec<Stored>> = BTreeMap::new();
         let wanted = |of: Slot| slot.is_none_or(|slot| slot == of) && shown.slot(of);
         for month in months.keys() {
@@ -411,7 +412,7 @@ impl Shard {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
         let mut found = vec![];
-        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot)?);
+        let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot, &self.state())?);
         for month in months.keys() {
             let of = suffix(*month);
             let memories = format!(
@@ -543,7 +544,7 @@ impl Shard {
         let reader = self.records.lazy_reader();
         let found = {
             let snapshot = reader.get().unchecked_transaction()?;
-            let shown = Shown::in_snapshot(&snapshot)?;
+            let shown = Shown::in_snapshot(&snapshot, &self.state())?;
             let owners = readable(&query.tenant, &query.owners, &shown);
             self.keywords_with(&snapshot, query, &owners, &shown)?
         };
@@ -632,7 +633,7 @@ impl Shard {
         let evictions = self.cache.evictions();
         let reader = self.records.lazy_reader();
         let snapshot = reader.get().unchecked_transaction()?;
-        let shown = Shown::in_snapshot(&snapshot)?;
+        let shown = Shown::in_snapshot(&snapshot, &self.state())?;
         let statuses: &[Status] =
             if walk.include_archived { &[Status::Active, Status::Archived] } else { &[Status::Active] };
         let seen = |memory: &Memory| !memory.expired(walk.now) && statuses.contains(&memory.status);

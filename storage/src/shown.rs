@@ -2,7 +2,7 @@
 
 use crate::error::StorageError;
 use crate::model::{Memory, Owner};
-use crate::records::rows;
+use crate::records::rows::{self, State};
 use crate::slots::{Slot, Slots, slot_of};
 use rusqlite::Connection;
 
@@ -16,7 +16,10 @@ impl Shown {
     }
 
     /// As a snapshot of the records has it: what was published may be older or newer.
-    pub fn in_snapshot(snapshot: &Connection) -> Result<Shown, StorageError> {
+    pub fn in_snapshot(snapshot: &Connection, published: &State) -> Result<Shown, StorageError> {
+        if rows::slots_changed(snapshot)? == published.slots_changed {
+            return Ok(Shown::of(&published.slots));
+        }
         Ok(Shown::of(&rows::load_state(snapshot)?.slots))
     }
 

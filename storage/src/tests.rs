@@ -526,6 +526,75 @@ fn searches_beside_apply_find_k_while_k_exist() -> Result<()> {
     check(&shard)
 }
 
+fn step(shard: &Shard, index: u64, step: MoveStep) -> Result<Outcome> {
+    let outcomes = apply(shard, index, vec![command("", "", 0, 5, Operation::Move(step))])?;
+    Ok(outcomes.into_iter().next().unwrap_or(Outcome::KeyReused))
+}
+
+#[test]
+fn an_id_may_lie_in_two_slots_and_the_smallest_counts_where_none_is_named() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let of = |user: &str| Memory { user: user.into(), ..with_vector("t", 1, user) };
+    let mut users = ["ana", "ben"].map(|user| (of(user).slot(), user));
+    users.sort();
+    let id = of("ana").id;
+    apply(&shard, 1, users.map(|(_, user)| command("t", "", 0, 5, Operation::Add(of(user)))).into())?;
+    let [(first, first_user), (second, second_user)] = users;
+    assert_eq!(shard.locate("t", &id)?, [first, second]);
+    let text = |slot| Ok::<_, StorageError>(shard.get("t", slot, &id, 0)?.map(|m| m.text.clone()));
+    assert_eq!(text(None)?.as_deref(), Some(first_user));
+    assert_eq!(text(Some(second))?.as_deref(), Some(second_user));
+    assert_eq!(text(Some(first ^ 1))?, None);
+    let mut in_second = command("t", "", 0, 5, update(1, "changed", None));
+    in_second.slot = Some(second);
+    let outcomes = apply(&shard, 2, vec![in_second, command("t", "", 0, 5, delete(1))])?;
+    assert!(matches!(outcomes[..], [Outcome::Done { version: 2, .. }, Outcome::Done { version: 2, .. }]));
+    assert_eq!((text(None)?.as_deref(), text(Some(first))?), (Some("changed"), None));
+    assert_eq!(shard.locate("t", &id)?, [first, second], "a deletion is known");
+    assert_eq!(shard.history("t", None, &id)?.len(), 2);
+    assert_eq!(shard.history("t", Some(second), &id)?.len(), 2);
+    assert_eq!(
+        shard.search(&SearchQuery { owners: vec![of("ana").owner(), of("ben").owner()], ..search(9) })?.len(),
+        1
+    );
+    check(&shard)
+}
+
+#[test]
+fn what_is_not_taken_is_not_decided_and_its_key_stays_free() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let mine = |id: u64| Memory { user: "ana".into(), ..with_vector("t", id, "x") };
+    let (here, there) = (with_vector("t", 1, "x").slot(), mine(2).slot());
+    let keyed = |slot, key: &str, operation| Command { slot, ..command("t", key, 1, 5, operation) };
+    apply(&shard, 1, vec![keyed(None, "", add(1)), keyed(None, "", Operation::Add(mine(2)))])?;
+    let slots = [there].into_iter().collect::<slots::SlotSet>();
+    assert!(matches!(step(&shard, 2, MoveStep::Seal { id: 1, slots: slots.clone() })?, Outcome::Done { .. }));
+    let touch = Operation::Touch(vec![(mine(2).id, 1, 9), (mine(1).id, 1, 9)]);
+    let refused = vec![
+        keyed(None, "a", add(3)),
+        keyed(Some(there), "b", Operation::Add(mine(4))),
+        keyed(Some(here), "c", Operation::Add(mine(4))),
+        keyed(Some(there), "d", delete(2)),
+        keyed(Some(slots::SLOTS), "e", delete(1)),
+        keyed(None, "f", Operation::DropMonth(Month::of(1))),
+    ];
+    let outcomes = apply(&shard, 3, refused)?;
+    assert!(outcomes.iter().all(|o| *o == Outcome::NotHere), "{outcomes:?}");
+    assert_eq!(shard.counts()?.idempotency_keys, 0);
+    apply(&shard, 4, vec![keyed(None, "", touch)])?;
+    let counted =
+        |id: u64| Ok::<_, StorageError>(shard.get("t", None, &mine(id).id, 0)?.map(|m| m.access_count));
+    assert_eq!((counted(1)?, counted(2)?), (Some(1), Some(0)), "what is sealed does not change");
+    let taken = vec![keyed(Some(here), "a", add(3)), keyed(Some(here), "b", delete(1))];
+    let outcomes = apply(&shard, 5, taken)?;
+    assert!(outcomes.iter().all(|o| matches!(o, Outcome::Done { .. })), "{outcomes:?}");
+    // A shard that holds something cannot be told that it has less.
+    let other = open(&SimDisk::new(2))?;
+    apply(&other, 1, vec![keyed(None, "", add(1))])?;
+    assert_eq!(step(&other, 2, MoveStep::Own { slots })?, Outcome::MoveRefused);
+    check(&shard)
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Add(u64),
@@ -534,7 +603,7 @@ enum Step {
     Touch(u64),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn some_step() -> impl Strategy<Value = Step> {
     let id = 0u64..12;
     prop_oneof![
         id.clone().prop_map(Step::Add),
@@ -547,7 +616,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     #[test]
-    fn random_commands_agree_with_a_plain_map(steps in proptest::collection::vec(step(), 1..60)) {
+    fn random_commands_agree_with_a_plain_map(steps in proptest::collection::vec(some_step(), 1..60)) {
         let run = || -> Result<()> {
             let shard = open(&SimDisk::new(1))?;
             let mut model: BTreeMap<u64, (u64, String, u64)> = BTreeMap::new();

@@ -17,6 +17,7 @@
 //! whose segments cannot be opened, is made anew, as are all when there is no manifest. A block that fails its checksum
 //! when it is first used heals its month there and then, and the search that came upon it is answered from what was made.
 
+use crate::codec;
 use crate::error::StorageError;
 use crate::model::{Memory, Month, Position};
 use crate::records::Records;
@@ -460,8 +461,13 @@ fn catch_up(tree: &mut Tree, db: &Connection, months: &Months) -> Result<(), Sto
     let mut statement = db.prepare_cached("SELECT month, kind, id, position FROM dropped WHERE at > ?1")?;
     let mut found = statement.query([from])?;
     while let Some(row) = found.next()? {
-        let (month, hash) = (Month(row.get(0)?), row.get(1)?);
-        tree.kill(Kill::Row { month, hash, id: row.get(2)?, position: row.get(3)? });
+        let kind = row.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?;
+        let kind: Kind = codec::decode(kind).map_err(StorageError::corrupt("the list of dropped vectors"))?;
+        let (month, id, position): (_, _, i64) = (Month(row.get(0)?), row.get(2)?, row.get(3)?);
+        for dimension in &dimensions {
+            let hash = Kind { dimension: *dimension, ..kind.clone() }.hash();
+            tree.kill(Kill::Row { month, hash, id, position });
+        }
     }
     Ok(())
 }

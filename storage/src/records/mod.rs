@@ -11,7 +11,7 @@
 //! | `owners` | owners by number | owner |
 //! | `edges` | the graph ([`crate::graph`]) | (slot of the source, tenant, source, relation, target), and (tenant, target) |
 //! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key, slot), slot, and time |
-//! | `dropped` | vectors that went with a slot, until no manifest of the vector view needs to be told | |
+//! | `dropped` | versions that went with a slot, until no manifest of the vector view needs to be told | |
 //! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
 //!
 //! A memory is known by (tenant, id, slot): two owners may have chosen one id ([`crate::slots`]). Whatever belongs to a slot has it as a column,
@@ -73,7 +73,7 @@ CREATE TABLE dropped (
   number INTEGER PRIMARY KEY, at INTEGER NOT NULL, month INTEGER NOT NULL, kind BLOB NOT NULL, id BLOB NOT NULL,
   position INTEGER NOT NULL);
 CREATE INDEX dropped_at ON dropped (at);
-CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL);
+CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), slots_changed INTEGER NOT NULL, value BLOB NOT NULL);
 ";
 
 /// The fact that the write-ahead log moves into the database, and how many frames it has.

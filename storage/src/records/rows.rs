@@ -41,6 +41,8 @@ pub struct State {
     pub keys: u64,
     pub edges: u64,
     pub slots: Slots,
+    /// How often they have changed.
+    pub slots_changed: u64,
     /// How far the removal is of what was released.
     pub dropping: Option<Dropping>,
 }
@@ -440,6 +442,14 @@ pub fn load_state(db: &Connection) -> Result<State, StorageError> {
 }
 
 pub fn save_state(db: &Connection, state: &State) -> Result<(), StorageError> {
-    db.prepare_cached("INSERT OR REPLACE INTO state VALUES (1, ?1)")?.execute([codec::encode(state)])?;
+    db.prepare_cached("INSERT OR REPLACE INTO state VALUES (1, ?1, ?2)")?
+        .execute(params![state.slots_changed as i64, codec::encode(state)])?;
     Ok(())
+}
+
+/// The state's `slots_changed`, for whoever need not read more.
+pub fn slots_changed(db: &Connection) -> Result<u64, StorageError> {
+    let mut statement = db.prepare_cached("SELECT slots_changed FROM state WHERE one = 1")?;
+    let changed: Option<i64> = statement.query_row([], |row| row.get(0)).optional()?;
+    Ok(changed.unwrap_or(0) as u64)
 }
