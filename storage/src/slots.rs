@@ -8,14 +8,16 @@
 //! repeated:
 //!
 //! ```text
-//!   source        Seal ──────────────── copying ─────────────► Release ──► (map: destination) ──► Drop …
-//!                 no writes, still read                        no reads                           rows removed
-//!   destination          Import 0, 1, 2 … (not shown) ─► Adopt
-//!                                                        reads and writes
+//!   source        Seal ──────────────── copying ─────────────► Release ───────────────────────────► Drop …
+//!                 no writes, still read                        no reads                             rows removed
+//!   destination          Import 0, 1, 2 … (not shown)                   ─► Adopt ─► (map: destination)
+//!                                                                          reads and writes
 //! ```
 //!
-//! At no moment do two shards take writes for a slot, nor does one answer strong reads while the other takes writes: the destination adopts what the
-//! source has sealed, and callers come to it only by a map that is made after the source's release.
+//! At no moment do two shards show a slot, so none answers strong reads while another takes writes: the destination adopts what the source has sealed,
+//! copied and **released**. The release must come first, since callers may come to the destination before the map sends them there: by an old map, of a
+//! time when the slot was there before. And it must come only when all has arrived (the source's totals are the destination's), since there is no
+//! way back from it. `proofs/tests/resharding.rs` goes through every interleaving.
 //!
 //! What can go wrong: the driver dies (another one repeats its step), two drivers run (steps are the same, and those of a finished move are
 //! refused by its number), a step arrives late (refused likewise), the copy is not what was sealed (counts and hashes differ: not adopted).
