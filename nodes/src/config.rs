@@ -43,6 +43,10 @@ pub struct NodeConfig {
     pub cluster_secret: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
+    /// This machine takes the place of one whose disk is gone: while it is empty, the replica on it does not vote, until its peers have given
+    /// it everything. Without it, an empty replica is one of a group that is about to be formed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rejoin: bool,
     /// Voters by number. TOML keys are text.
     pub replicas: BTreeMap<String, String>,
     #[serde(default)]

@@ -24,6 +24,8 @@ pub mod node;
 pub mod peers;
 pub mod proto;
 pub mod reader;
+pub mod remote;
+pub mod standing;
 pub mod upkeep;
 pub mod views;
 pub mod writer;

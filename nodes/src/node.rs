@@ -7,7 +7,7 @@ use crate::edge::EdgeLayer;
 use crate::error::Error;
 use crate::gateway::{About, AdminService, GraphService, MemoryService};
 use crate::ledger::service::ReplicaService;
-use crate::ledger::{Ledger, Proposed, propose_via, recovery};
+use crate::ledger::{Ledger, recovery};
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
 use crate::proto::internal::replica_server::ReplicaServer;
@@ -16,29 +16,13 @@ use crate::proto::v1::{
     memory_service_server::MemoryServiceServer,
 };
 use crate::reader::Reader;
-use crate::views::{LocalViews, RemoteViews, Views};
+use crate::remote::Remote;
+use crate::views::{LocalViews, Views};
 use crate::writer::{Proposer, Writer};
 use sim::disk::Disk;
 use sim::net::Routes;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
-use storage::model::{Command, Outcome};
-
-/// The ledger of other nodes.
-struct RemoteLedger {
-    peers: Peers,
-    replicas: Vec<String>,
-}
-
-#[tonic::async_trait]
-impl Proposer for RemoteLedger {
-    async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
-        // Any replica knows the leader; ask one, and another the next time.
-        let any = || self.replicas[sim::rand::below(self.replicas.len() as u64) as usize].clone();
-        let nobody = |_| async { Proposed::NotLeader(Some(any())) };
-        propose_via(&self.peers, deadline, commands, nobody, Some(any())).await
-    }
-}
 
 /// A node that is about to serve.
 pub struct Node {
@@ -66,6 +50,9 @@ impl Node {
                 let alone = voters.len() == 1;
                 let opened = sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone));
                 let opened = opened.await?;
+                if config.rejoin {
+                    opened.rejoin()?;
+                }
                 sim::info!(
                     "views opened at {}, {:?} after start",
                     opened.shard.applied().0.index,
@@ -76,9 +63,10 @@ impl Node {
             }
             _ => None,
         };
+        let remote = Remote::new(peers.clone(), replicas);
         let views: Arc<dyn Views> = match &ledger {
             Some(ledger) => Arc::new(LocalViews::new(ledger.clone(), config.name.clone())),
-            None => Arc::new(RemoteViews { peers: peers.clone(), replicas: replicas.clone() }),
+            None => Arc::new(remote.clone()),
         };
         let counted = disk.clone();
         let about = Arc::new(About {
@@ -104,7 +92,7 @@ impl Node {
         if config.has_group(&EDGE_ROLES)? {
             let proposer: Arc<dyn Proposer> = match &ledger {
                 Some(ledger) => Arc::new(ledger.clone()),
-                None => Arc::new(RemoteLedger { peers: peers.clone(), replicas }),
+                None => Arc::new(remote),
             };
             let accesses = Accesses::default();
             let interval = Duration::from_millis(config.tuning.access_flush_ms.max(1));
@@ -135,6 +123,13 @@ impl Node {
         ready: impl FnOnce(String),
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), Error> {
+        let leaving = self.ledger.clone();
+        let shutdown = async move {
+            shutdown.await;
+            if let Some(ledger) = leaving {
+                ledger.hand_over().await;
+            }
+        };
         let served = sim::net::serve(&self.config.listen, self.routes, ready, shutdown).await;
         if let Some(ledger) = self.ledger {
             ledger.stop().await;

@@ -2,13 +2,10 @@
 
 use crate::error::Error;
 use crate::ledger::{Ledger, recovery};
-use crate::peers::Peers;
-use crate::proto::internal::Body;
 use bincode::{Decode, Encode};
 use sim::cpu::cost;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
-use storage::codec;
 use storage::graph::{Walk, Walked};
 use storage::model::*;
 use storage::{Hit, ListQuery, Page, Partition, SearchQuery, Shard, StorageError};
@@ -43,6 +40,24 @@ pub enum Ask {
     Search(SearchQuery),
     Walk(Walk),
     Partitions,
+}
+
+impl Ask {
+    /// How many kinds there are, which differ in what they cost.
+    pub const KINDS: usize = 7;
+
+    /// The number of its kind.
+    pub fn kind(&self) -> usize {
+        match self {
+            Ask::Get { .. } => 0,
+            Ask::List(_) => 1,
+            Ask::History { .. } => 2,
+            Ask::Changes { .. } => 3,
+            Ask::Search(_) => 4,
+            Ask::Walk(_) => 5,
+            Ask::Partitions => 6,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Encode, Decode)]
@@ -165,42 +180,5 @@ impl Views for LocalViews {
             found => found.map_err(|e| Error::Internal(e.to_string()))?,
         };
         Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })
-    }
-}
-
-/// The views of other nodes' replicas: the next one is asked when one does not answer.
-pub struct RemoteViews {
-    pub peers: Peers,
-    pub replicas: Vec<String>,
-}
-
-#[tonic::async_trait]
-impl Views for RemoteViews {
-    async fn query(&self, query: Query) -> Result<Answered, Error> {
-        let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
-        let first = sim::rand::below(self.replicas.len() as u64) as usize;
-        let mut last = Error::Unavailable("no replica is known".into());
-        for turn in 0..self.replicas.len() {
-            let addr = &self.replicas[(first + turn) % self.replicas.len()];
-            let rest = (self.replicas.len() - turn) as u32;
-            // What is left is shared out, so that one silent replica does not use it up.
-            let left = crate::ledger::left(deadline, || last.clone())? / rest;
-            let mut query = query.clone();
-            query.wait_ms = left.as_millis() as u64;
-            let body = Body { body: codec::encode(&query).into() };
-            let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-            match sim::time::timeout(left, client.query(self.peers.request(body, left))).await {
-                Ok(Ok(reply)) => {
-                    return codec::decode(&reply.into_inner().body)
-                        .map_err(|e| Error::Internal(e.to_string()));
-                }
-                Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
-                    return Err(Error::Unavailable(status.message().to_string()));
-                }
-                Ok(Err(status)) => last = Error::Unavailable(format!("{addr}: {}", status.message())),
-                Err(_) => last = Error::Unavailable(format!("{addr} did not answer in time")),
-            }
-        }
-        Err(last)
     }
 }

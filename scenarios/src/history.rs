@@ -31,6 +31,41 @@ pub struct Op {
     pub response: Response,
 }
 
+/// One thing that a client wanted, from its first attempt until it had its answer or gave up. Unlike an [`Op`] it is also written down when a
+/// read got no answer. How long these took and how they ended is what recovery is measured by ([`crate::recovery`]).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Call {
+    pub client: usize,
+    pub tenant: usize,
+    /// What is alike in its cost: `add`, `strong get`, `search`, …
+    pub kind: &'static str,
+    /// The memory that it is about, if it is about one: decides which range it is of.
+    pub key: Option<u64>,
+    pub call_ns: u64,
+    pub return_ns: u64,
+    pub outcome: Outcome,
+    pub attempts: Vec<Attempt>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A refusal is an answer too.
+    Answered,
+    /// Answered with less than the service gives when it is well.
+    Degraded,
+    /// No answer in the client's patience.
+    Failed,
+}
+
+/// One request to one gateway.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attempt {
+    pub node: String,
+    pub call_ns: u64,
+    pub return_ns: u64,
+    pub answered: bool,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     /// `marker` is unique to this logical write and stands in the text.
@@ -135,6 +170,7 @@ pub struct Final {
 #[derive(Clone, Debug, Default)]
 pub struct History {
     pub ops: Vec<Op>,
+    pub calls: Vec<Call>,
     pub samples: Vec<Sample>,
     pub finals: Vec<Final>,
     /// When the last fault ended, and when all replicas agreed.

@@ -15,6 +15,7 @@ pub mod mutants;
 pub mod operation;
 pub mod promises;
 pub mod random;
+pub mod recovery;
 pub mod report;
 pub mod settle;
 pub mod spec;

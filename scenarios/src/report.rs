@@ -1,6 +1,7 @@
 //! One run's result: one JSON line.
 
 use crate::promises::Violation;
+use crate::recovery::Measured;
 use crate::spec::Fault;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -58,6 +59,11 @@ pub struct Fired {
     /// On whom.
     pub node: String,
     pub fired: bool,
+    /// When it really began and was undone, in virtual seconds.
+    #[serde(default)]
+    pub began_s: f64,
+    #[serde(default)]
+    pub undone_s: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +100,9 @@ pub struct Report {
     /// Rare paths, and how often they were taken: what the disks did, and what the nodes did about it.
     #[serde(default)]
     pub probes: BTreeMap<String, u64>,
+    /// How long the clients felt the first fault, where the scenario measures that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Measured>,
     /// Why the verdict is vacuous or broken.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub why: String,

@@ -29,6 +29,9 @@ const DISK_FAULTS: [FaultKind; 8] = [
     FaultKind::StuckDisk,
 ];
 
+/// How far the calendar steps.
+const STEP_MS: i64 = 600_000;
+
 /// Clients begin once nodes have had the time to elect a leader.
 const FIRST_MS: f64 = 2000.0;
 
@@ -88,12 +91,14 @@ fn draw(run: &Scenario, random: &mut Random) -> Draw {
     let slow_disks = random.chance(0.3);
     // Some keep product codes alone, of every month as soon as it has a few vectors.
     let product_rows_min = random.chance(0.3).then(|| random.within(10, 70));
+    // What is measured is not to wait for a checkpoint at every turn.
+    let scale = if run.recovery.is_some() { 8 } else { 1 };
     let node = |random: &mut Random| NodeDraw {
-        checkpoint_entries: random.within(60, 260),
+        checkpoint_entries: scale * random.within(60, 260),
         entries_kept: random.below(40),
-        segment_bytes_max: random.within(40_000, 160_000),
-        base_bytes_min: random.within(20_000, 80_000),
-        vector_buffer_bytes: random.within(20_000, 320_000),
+        segment_bytes_max: scale * random.within(40_000, 160_000),
+        base_bytes_min: scale * random.within(20_000, 80_000),
+        vector_buffer_bytes: scale * random.within(20_000, 320_000),
         graph_rows_min: random.within(20, 220),
         sync_us: if slow_disks { random.within(5000, 25_000) } else { random.within(250, 1750) },
         rate_ppm: random.within(0, 200) as i64 - 100,
@@ -101,7 +106,11 @@ fn draw(run: &Scenario, random: &mut Random) -> Draw {
         calendar_ms: random.within(0, 2000) as i64 - 1000,
     };
     let nodes = (0..run.topology.replicas + run.topology.gateways).map(|_| node(random)).collect();
-    let buggify = SITES.iter().filter(|_| random.chance(0.25)).map(|site| site.to_string()).collect();
+    let mut buggify: Vec<String> =
+        SITES.iter().filter(|_| random.chance(0.25)).map(|site| site.to_string()).collect();
+    if run.recovery.is_some() {
+        buggify.clear();
+    }
     Draw { latency_us: random.pick(&[50, 200, 200, 1000]).unwrap_or(200), product_rows_min, buggify, nodes }
 }
 
@@ -117,7 +126,11 @@ fn plan(generate: &Generate, random: &mut Random, workload_s: u64) -> Vec<Fault>
         }
         let rate_ppm = random.below(400_001) as i64 - 200_000;
         let step_ms = (random.below(14_400_001) as i64 - 7_200_000) * (random.below(2) as i64);
-        let (rate_ppm, step_ms) = if kind == FaultKind::Clock { (rate_ppm, step_ms) } else { (0, 0) };
+        let (rate_ppm, step_ms) = match kind {
+            FaultKind::Clock => (rate_ppm, step_ms),
+            FaultKind::CalendarStep => (0, if random.chance(0.5) { STEP_MS } else { -STEP_MS }),
+            _ => (0, 0),
+        };
         let target = match generate.target {
             Target::Drawn => random.pick(&[Target::Leader, Target::Any, Target::All]).unwrap_or(Target::Any),
             target => target,
@@ -202,11 +215,11 @@ fn operation(load: &Workload, random: &mut Random, at_ms: u64, client: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{Faults, SHIPPED, find};
+    use crate::spec::{CHAOS, Faults, SHIPPED, find};
 
     #[test]
     fn a_settled_run_repeats_and_survives_being_written_down() -> Result<(), String> {
-        for (name, _) in SHIPPED {
+        for (name, _) in SHIPPED.into_iter().chain(CHAOS) {
             let scenario = find(name)?;
             for seed in 0..20 {
                 let run = settle(&scenario, seed);
@@ -218,6 +231,22 @@ mod tests {
                 );
                 let text = toml::to_string_pretty(&run).map_err(|e| e.to_string())?;
                 assert_eq!(toml::from_str::<Scenario>(&text).map_err(|e| e.to_string())?, run);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_measured_is_hit_once_after_a_quiet_time_and_by_nothing_else() -> Result<(), String> {
+        for (name, _) in CHAOS {
+            let scenario = find(name)?;
+            let quiet_from_s = scenario.recovery.as_ref().ok_or("no recovery")?.quiet_from_s;
+            for seed in 0..20 {
+                let run = settle(&scenario, seed);
+                assert_eq!(run.faults.list.len(), 1, "{name} seed {seed}");
+                assert!(run.faults.list[0].at_ms > (quiet_from_s + 10) * 1000, "{name} seed {seed}");
+                assert_eq!(run.faults.disk, Some(vec![]), "{name} seed {seed}");
+                assert!(run.draw.is_some_and(|draw| draw.buggify.is_empty()), "{name} seed {seed}");
             }
         }
         Ok(())

@@ -14,6 +14,21 @@ pub const SHIPPED: [(&str, &str); 7] = [
     ("clock-drift", include_str!("../files/clock-drift.toml")),
 ];
 
+/// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
+pub const CHAOS: [(&str, &str); 11] = [
+    ("api-node-crash", include_str!("../files/chaos/api-node-crash.toml")),
+    ("ledger-leader-loss", include_str!("../files/chaos/ledger-leader-loss.toml")),
+    ("partition-two-way", include_str!("../files/chaos/partition-two-way.toml")),
+    ("partition-one-way", include_str!("../files/chaos/partition-one-way.toml")),
+    ("silent-leader", include_str!("../files/chaos/silent-leader.toml")),
+    ("silent-api-node", include_str!("../files/chaos/silent-api-node.toml")),
+    ("slow-disk", include_str!("../files/chaos/slow-disk.toml")),
+    ("full-disk", include_str!("../files/chaos/full-disk.toml")),
+    ("calendar-step", include_str!("../files/chaos/calendar-step.toml")),
+    ("rolling-restart", include_str!("../files/chaos/rolling-restart.toml")),
+    ("spot-reclaim", include_str!("../files/chaos/spot-reclaim.toml")),
+];
+
 /// What is absent here is drawn from the seed ([`crate::settle`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,6 +57,27 @@ pub struct Scenario {
     pub faults: Faults,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draw: Option<Draw>,
+    /// How long the clients feel the first fault is measured. No `buggify` site is on then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
+}
+
+/// A row of the chaos table, and the machines that it is measured on: so slow that a load that can be simulated makes them half busy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recovery {
+    /// What the requirements ("seed") state, in virtual seconds, where they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed_s: Option<f64>,
+    /// What Loci wants to keep in 99 of 100 runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aim_s: Option<f64>,
+    /// From here to the first fault operations show how long they take on a good day.
+    pub quiet_from_s: u64,
+    /// Work takes so many times as long as on the machine of the benches.
+    pub cpu_slowdown: u32,
+    /// What a disk reads or writes in a second.
+    pub disk_bytes_per_s: u64,
 }
 
 /// Less than this proves nothing.
@@ -216,6 +252,15 @@ pub enum FaultKind {
     SlowDisk,
     /// No operation returns; the process is restarted when the fault ends.
     StuckDisk,
+    /// The process runs, but nothing that it sends arrives anywhere, and nothing reaches it.
+    Silence,
+    /// The calendar steps by `step_ms`, and back when the fault ends; the monotonic clock does not notice.
+    CalendarStep,
+    /// The nodes are told to stop, one after the other; each is started again after that long, and the next one waits for it to have caught up.
+    RollingRestart,
+    /// A spot instance goes: the node is told, has two minutes to stop in good order, and is there again on an empty machine when
+    /// the fault ends.
+    Reclaim,
 }
 
 impl FaultKind {
@@ -228,7 +273,10 @@ impl FaultKind {
             | FaultKind::Partition
             | FaultKind::PartitionIn
             | FaultKind::PartitionOut
-            | FaultKind::Clock => false,
+            | FaultKind::Clock
+            | FaultKind::Silence
+            | FaultKind::CalendarStep
+            | FaultKind::RollingRestart => false,
             FaultKind::BitRot
             | FaultKind::Ruin
             | FaultKind::LostSector
@@ -236,7 +284,8 @@ impl FaultKind {
             | FaultKind::SyncFailure
             | FaultKind::FullDisk
             | FaultKind::SlowDisk
-            | FaultKind::StuckDisk => true,
+            | FaultKind::StuckDisk
+            | FaultKind::Reclaim => true,
         }
     }
 }
@@ -261,7 +310,13 @@ pub enum Target {
     /// A replica drawn from the seed.
     Any,
     All,
-    /// One of these, drawn for each fault: only for those that are generated.
+    /// A node with the edge's roles only, drawn from the seed.
+    Gateway,
+    /// Any node, drawn from the seed.
+    Machine,
+    /// All nodes: replicas first, then gateways.
+    Everyone,
+    /// One of leader, any and all, drawn for each fault: only for those that are generated.
     Drawn,
 }
 
@@ -291,13 +346,13 @@ pub struct Promises {
 
 /// A shipped scenario by name, or one read from a file that ends in `.toml`.
 pub fn find(name: &str) -> Result<Scenario, String> {
-    let text = match SHIPPED.iter().find(|(n, _)| *n == name) {
+    let text = match SHIPPED.iter().chain(&CHAOS).find(|(n, _)| *n == name) {
         Some((_, text)) => text.to_string(),
         None if name.ends_with(".toml") => {
             std::fs::read_to_string(name).map_err(|e| format!("{name}: {e}"))?
         }
         None => {
-            let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
+            let known: Vec<&str> = SHIPPED.iter().chain(&CHAOS).map(|(n, _)| *n).collect();
             return Err(format!(
                 "there is no scenario '{name}'; there are {}, or give a .toml file",
                 known.join(", ")
@@ -335,6 +390,15 @@ impl Scenario {
         }
         if let Some(draw) = self.draw.as_ref().filter(|d| d.nodes.len() < replicas + gateways) {
             return Err(format!("draw.nodes has {} of {} nodes", draw.nodes.len(), replicas + gateways));
+        }
+        let targets = self.faults.list.iter().map(|fault| fault.target);
+        if gateways == 0
+            && targets.chain(self.faults.generate.iter().map(|g| g.target)).any(|t| t == Target::Gateway)
+        {
+            return Err("faults: there is no gateway to be a target".into());
+        }
+        if self.recovery.as_ref().is_some_and(|r| r.cpu_slowdown == 0 || r.disk_bytes_per_s == 0) {
+            return Err("recovery: cpu_slowdown and disk_bytes_per_s are at least 1".into());
         }
         let written = self.faults.list.iter().chain(self.faults.disk.iter().flatten());
         if written.clone().any(|fault| fault.target == Target::Drawn) {

@@ -54,6 +54,11 @@ const BATCHES_IN_FLIGHT: usize = 2;
 /// Callers waiting for a place in a batch; beyond it they are turned away.
 const QUEUE_MAX: usize = 4096;
 
+/// How long a leader may take to confirm a read position before it is asked for again; then twice as long each time.
+const READ_POSITION_FIRST: Duration = Duration::from_millis(300);
+/// A leader that is told to stop waits so long for another one.
+const HAND_OVER_MAX: Duration = Duration::from_secs(2);
+
 /// How the ledger behaves; the defaults are production's.
 #[derive(Clone, Debug)]
 pub struct LedgerOptions {
@@ -97,6 +102,8 @@ pub struct Ledger {
     queue: mpsc::Sender<Waiting>,
     repairing: Arc<AtomicBool>,
     stopping: Arc<AtomicBool>,
+    /// Unheard by a majority for so long, this replica no longer takes writes as a leader.
+    deposed_after: Duration,
 }
 
 /// What the leader said of a proposal that it did not take.
@@ -168,11 +175,28 @@ impl Ledger {
         sim::task::spawn(batcher(raft.clone(), waiting));
         let stopping = Arc::new(AtomicBool::new(false));
         sim::task::spawn(watch_over(raft.clone(), stopping.clone()));
-        let ledger = Ledger { raft, shard, peers, queue, repairing, stopping };
+        let deposed_after = options.election_max;
+        let ledger = Ledger { raft, shard, peers, queue, repairing, stopping, deposed_after };
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair(log));
         }
         Ok(ledger)
+    }
+
+    /// If this replica leads, lets the voter take over that has most of the log, so that nobody waits for an election.
+    pub async fn hand_over(&self) {
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        let own = *self.raft.node_id();
+        let Some(replication) = metrics.replication.filter(|_| self.raft.is_leader()) else { return };
+        let others = replication.into_iter().filter(|(id, _)| *id != own);
+        let Some((next, _)) = others.max_by_key(|(id, held)| (*held, std::cmp::Reverse(*id))) else { return };
+        if let Err(error) = self.raft.trigger().transfer_leader(next).await {
+            return sim::warn!("leadership not handed over: {error}");
+        }
+        let deadline = Instant::now() + HAND_OVER_MAX;
+        while self.leader().is_none_or(|(id, _)| id == own) && Instant::now() < deadline {
+            sim::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Ends this replica's part in the group.
@@ -206,6 +230,11 @@ impl Ledger {
         if !self.raft.is_leader() {
             let leader = self.leader().filter(|(id, _)| id != self.raft.node_id());
             return Proposed::NotLeader(leader.map(|(_, addr)| addr));
+        }
+        // A leader that no majority has heard for as long as a follower waits is on its way out: what it took would wait for ever.
+        let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
+        if acked.is_some_and(|at| at.elapsed() > self.deposed_after) {
+            return Proposed::NotLeader(None);
         }
         let (reply, outcome) = oneshot::channel();
         if self.queue.try_send(Waiting { commands, reply }).is_err() {
@@ -244,7 +273,7 @@ impl Ledger {
 
     /// As [`Ledger::read_position_here`], wherever the leader is.
     pub async fn read_position(&self, deadline: Instant) -> Result<Position, Error> {
-        let mut pause = Duration::from_millis(5);
+        let (mut pause, mut patience) = (Duration::from_millis(5), READ_POSITION_FIRST);
         loop {
             let left = left(deadline, || Error::Unavailable("no leader confirmed the read in time".into()))?;
             let attempt = async {
@@ -254,11 +283,13 @@ impl Ledger {
                     None => Err(Error::Unavailable("no leader".into())),
                 }
             };
-            match sim::time::timeout(left, attempt).await {
+            // Who leads may change while the old leader keeps silent.
+            match sim::time::timeout(left.min(patience), attempt).await {
                 Ok(Ok(position)) => return Ok(position),
                 Ok(Err(_)) | Err(_) => sim::time::sleep(pause.min(left)).await,
             }
             pause = (pause * 2).min(Duration::from_millis(200));
+            patience *= 2;
         }
     }
 
@@ -345,7 +376,7 @@ fn late() -> Proposed {
 }
 
 /// Sends commands to the replica at `addr`. A call that may have reached it is `Unknown`.
-async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration) -> Proposed {
+pub(crate) async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration) -> Proposed {
     let Ok(mut client) = peers.client(addr) else { return Proposed::NotLeader(None) };
     match sim::time::timeout(ttl, client.propose(peers.request(Body { body }, ttl))).await {
         Ok(Ok(reply)) => match codec::decode(&reply.into_inner().body) {

@@ -51,6 +51,25 @@ pub struct Opened {
     pub bases: Arc<Bases>,
 }
 
+impl Opened {
+    /// Of an empty replica that takes the place of one with a past: it may have voted and acknowledged, so it starts as one that has
+    /// forgotten. Another replica stays as it is.
+    pub fn rejoin(&self) -> Result<(), Error> {
+        let ledger = |e| failed("ledger", e);
+        let new = self.log.last_index() == 0
+            && self.log.get_meta(log_store::VOTE).map_err(ledger)?.is_none()
+            && self.log.repair().map_err(ledger)?.is_none();
+        if new && self.shard.applied().0.index == 0 {
+            sim::trace::probe("replica: started over");
+            sim::warn!(
+                "this machine is empty and takes the place of another one: starting over with what the peers have"
+            );
+            self.log.start_over().map_err(ledger)?;
+        }
+        Ok(())
+    }
+}
+
 /// Writes bases, and lets go of the log that none of them needs.
 #[derive(Clone)]
 pub struct Keeper {

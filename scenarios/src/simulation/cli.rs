@@ -1,5 +1,6 @@
 //! `cargo sim …`: the simulator's command line.
 
+use super::chaos::{self, Chaos};
 use super::page::{self, Parted};
 use super::run::{Run, run};
 use super::runner::{self, Job, jobs};
@@ -9,7 +10,7 @@ use super::{events, hunt};
 use crate::mutants::MUTANTS;
 use crate::report::{Report, Verdict};
 use crate::settle::settle;
-use crate::spec::{self, SHIPPED};
+use crate::spec::{self, CHAOS, SHIPPED};
 use clap::{Args, Parser, Subcommand};
 use sim::trace::Level;
 use sim::world::{self, TraceLine};
@@ -80,6 +81,20 @@ enum Cmd {
         /// Leaves out the runs that the file of results has of this build.
         #[arg(long)]
         resume: bool,
+    },
+    /// Hits a cluster with each fault of the chaos table on many seeds, and prints how long its clients felt it.
+    Chaos {
+        #[arg(long, value_parser = seeds, default_value = "1..=20")]
+        seeds: Range<u64>,
+        /// Only these; all if none is named. A scenario file with `[recovery]` is a row too.
+        #[arg(long, num_args = 1..)]
+        rows: Vec<String>,
+        /// One JSON line for each row.
+        #[arg(long)]
+        json: bool,
+        /// Processes side by side; all cores if 0.
+        #[arg(long, default_value_t = 0)]
+        jobs: usize,
     },
     /// Runs one scenario again and prints what happened, line by line.
     Replay {
@@ -215,6 +230,9 @@ pub fn main() -> ExitCode {
                 resume,
             })
         }
+        Cmd::Chaos { seeds, rows, json, jobs: asked } => {
+            chaos::chaos(Chaos { seeds, rows, json, jobs: jobs(asked) })
+        }
         Cmd::Mutants { list: true, .. } => {
             MUTANTS.iter().for_each(|mutant| println!("{:44} {}", mutant.name, mutant.what));
             Ok(ExitCode::SUCCESS)
@@ -274,7 +292,7 @@ fn part(job: &Job, other: &str) -> Result<Option<Parted>, String> {
 }
 
 fn list() -> ExitCode {
-    for (name, _) in SHIPPED {
+    for (name, _) in SHIPPED.iter().chain(&CHAOS) {
         match spec::find(name) {
             Ok(scenario) => println!("{name:22} {}", scenario.about),
             Err(error) => println!("{name:22} {error}"),
@@ -346,6 +364,16 @@ pub fn print_report(report: &Report) {
     for fired in report.disk_faults.iter().filter(|f| f.fired) {
         let (at_s, lasts_s) = (fired.fault.at_ms as f64 / 1e3, fired.fault.lasts_ms as f64 / 1e3);
         println!("  {at_s:7.2} s  disk of {}: {:?} for {lasts_s:.1} s", fired.node, fired.fault.kind);
+    }
+    if let Some(recovery) = &report.recovery {
+        let redundant = recovery.redundancy_s.map_or("never".into(), |s| format!("after {s:.2} s"));
+        println!(
+            "  recovered after {:.2} s ({} failed, {} degraded, {} late of {}), all replicas there {redundant}",
+            recovery.recovery_s, recovery.failed, recovery.degraded, recovery.late, recovery.calls
+        );
+        if !recovery.last.is_empty() {
+            println!("  last: {}", recovery.last);
+        }
     }
     for (path, count) in &report.probes {
         println!("  {count:9} x {path}");

@@ -3,9 +3,12 @@
 //! A write carries an idempotency key and is retried, at any gateway, until its answer is certain or patience ends. Now and then a
 //! client sends an answered key again, as a confused caller would, and expects the same answer. An operation whose time has passed by more
 //! than [`LATE`] when the one before it ends is left out: a client that had to wait does not make up for it.
+//!
+//! Where recovery is measured, clients are what good ones are: reads too are sent again, and a gateway that did not answer is left out until it
+//! answers a probe.
 
 use super::cluster::{Cluster, host_of, tenant};
-use crate::history::{At, Id, Op, Refusal, Request, Response, Row};
+use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row};
 use crate::operation::{Act, Operation};
 use crate::spec::Scenario;
 use nodes::error::reason;
@@ -17,15 +20,27 @@ use sim::rand;
 use sim::time::{self, Duration};
 use sim::world::{ClockModel, NodeOptions};
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use tonic::{Code, Status};
 
 const ATTEMPT: Duration = Duration::from_secs(2);
 const ATTEMPTS_MAX: usize = 12;
 const LATE: Duration = Duration::from_secs(1);
+/// A gateway that was left out is probed after this, and then after twice as long each time, up to the other.
+const PROBE_FIRST: Duration = Duration::from_millis(100);
+const PROBE_LAST: Duration = Duration::from_secs(1);
 
 /// What all clients write into.
-pub type Recorder = Arc<Mutex<Vec<Op>>>;
+pub type Recorder = Arc<Mutex<Recorded>>;
+
+#[derive(Default)]
+pub struct Recorded {
+    pub ops: Vec<Op>,
+    pub calls: Vec<Call>,
+}
+
+type Sending = Pin<Box<dyn Future<Output = Result<Response, Status>> + Send>>;
 
 struct Client {
     number: usize,
@@ -41,6 +56,10 @@ struct Client {
     writes: u64,
     /// The gateway that the last attempt asked.
     asked: String,
+    /// Whether reads are sent again, and gateways left out that do not answer.
+    fails_over: bool,
+    /// Those left out now.
+    out: Arc<Mutex<Vec<bool>>>,
 }
 
 /// Starts the scenario's clients, each on a machine of its own; how many have not ended yet.
@@ -48,12 +67,19 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
     let running = Arc::new(Mutex::new(scenario.workload.clients));
     for number in 0..scenario.workload.clients {
         let tenant = number % scenario.workload.tenants;
+        let fails_over = scenario.recovery.is_some();
         let mine = scenario.operations.iter().flatten().filter(|o| o.client == number).copied();
         let operations: Arc<[Operation]> = mine.collect();
         let (key, gateways) = (cluster.keys[tenant].clone(), cluster.gateways.clone());
         let (recorder, running) = (recorder.clone(), running.clone());
         let clock = ClockModel::default();
-        let options = NodeOptions { name: format!("client{number}"), region: "here".into(), cores: 1, clock };
+        let options = NodeOptions {
+            name: format!("client{number}"),
+            region: "here".into(),
+            cores: 1,
+            slowdown: 1,
+            clock,
+        };
         let world = cluster.world.clone();
         cluster.world.add_node(options, move || {
             let mut client = Client {
@@ -68,6 +94,8 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                 versions: BTreeMap::new(),
                 writes: 0,
                 asked: String::new(),
+                fails_over,
+                out: Arc::new(Mutex::new(vec![false; gateways.len()])),
             };
             let (world, running, operations) = (world.clone(), running.clone(), operations.clone());
             async move {
@@ -148,9 +176,102 @@ impl Client {
         request
     }
 
-    fn service(&mut self) -> MemoryServiceClient<Channel> {
-        self.asked = host_of(&self.gateways[self.at]).to_string();
+    fn memories(&self) -> MemoryServiceClient<Channel> {
         MemoryServiceClient::new(self.channels[self.at].clone())
+    }
+
+    fn graph(&self) -> GraphServiceClient<Channel> {
+        GraphServiceClient::new(self.channels[self.at].clone())
+    }
+
+    /// Turns to the gateway whose turn it is, or to the next one that is not left out.
+    fn turn(&mut self) {
+        let out = self.out.lock().unwrap_or_else(|p| p.into_inner());
+        let others = (self.at..self.at + self.gateways.len()).map(|at| at % self.gateways.len());
+        self.at = others.into_iter().find(|at| !out[*at]).unwrap_or(self.at);
+        self.asked = host_of(&self.gateways[self.at]).to_string();
+    }
+
+    /// One attempt at whom it is the turn of. What is no answer at all may leave the gateway out.
+    async fn attempt<T>(
+        &mut self,
+        limit: Duration,
+        attempts: &mut Vec<Attempt>,
+        send: impl Future<Output = Result<T, Status>>,
+    ) -> Option<Result<T, Status>> {
+        let call_ns = now_ns();
+        let answer = time::timeout(limit, send).await.ok();
+        let answered = match &answer {
+            Some(Ok(_)) => true,
+            Some(Err(status)) => status.code() == Code::NotFound || certain(status).is_some(),
+            None => false,
+        };
+        attempts.push(Attempt { node: self.asked.clone(), call_ns, return_ns: now_ns(), answered });
+        let silent = answer.as_ref().is_none_or(|answer| {
+            answer.as_ref().is_err_and(|s| {
+                s.code() == Code::Unavailable && reason(s).is_none() || s.code() == Code::DeadlineExceeded
+            })
+        });
+        if silent && self.fails_over {
+            self.leave_out(self.at);
+        }
+        answer
+    }
+
+    /// Leaves a gateway out until it says something, if only that it does not know who asks.
+    fn leave_out(&self, gateway: usize) {
+        let out = self.out.clone();
+        if std::mem::replace(&mut out.lock().unwrap_or_else(|p| p.into_inner())[gateway], true) {
+            return;
+        }
+        let channel = self.channels[gateway].clone();
+        sim::task::spawn(async move {
+            let mut pause = PROBE_FIRST;
+            loop {
+                time::sleep(pause).await;
+                pause = (pause * 2).min(PROBE_LAST);
+                let mut service = MemoryServiceClient::new(channel.clone());
+                let probe = time::timeout(PROBE_LAST, service.get(v1::GetRequest::default())).await;
+                if probe.is_ok_and(|answer| answer.is_err_and(|s| s.code() == Code::Unauthenticated)) {
+                    out.lock().unwrap_or_else(|p| p.into_inner())[gateway] = false;
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Writes down how it went with something that this client wanted.
+    fn called(&self, kind: &'static str, key: Option<u64>, attempts: Vec<Attempt>, outcome: Outcome) {
+        let (Some(first), return_ns) = (attempts.first(), now_ns()) else { return };
+        let (client, tenant, call_ns) = (self.number, self.tenant, first.call_ns);
+        let call = Call { client, tenant, kind, key, call_ns, return_ns, outcome, attempts };
+        self.recorder.lock().unwrap_or_else(|p| p.into_inner()).calls.push(call);
+    }
+
+    /// Asks something that may be asked again; `None` if there was no answer. `poor` says whether an answer is a degraded one.
+    async fn ask<T, F: Future<Output = Result<T, Status>>>(
+        &mut self,
+        (kind, key): (&'static str, Option<u64>),
+        poor: impl Fn(&T) -> bool,
+        send: impl Fn(&Client) -> F,
+    ) -> Option<Result<T, Status>> {
+        let mut attempts = vec![];
+        for attempt in 0..if self.fails_over { ATTEMPTS_MAX } else { 1 } {
+            self.turn();
+            let sent = send(self);
+            let answer = self.attempt(ATTEMPT, &mut attempts, sent).await;
+            if attempts.last().is_some_and(|a| a.answered) {
+                let poor = answer.as_ref().is_some_and(|a| a.as_ref().is_ok_and(&poor));
+                self.called(kind, key, attempts, if poor { Outcome::Degraded } else { Outcome::Answered });
+                return answer;
+            }
+            self.at = (self.at + 1) % self.gateways.len();
+            if self.fails_over {
+                pause(attempt).await;
+            }
+        }
+        self.called(kind, key, attempts, Outcome::Failed);
+        None
     }
 
     fn id(&self, key: u64) -> Id {
@@ -179,7 +300,7 @@ impl Client {
         let (client, tenant, node, call_ns) =
             (self.number, self.tenant, self.asked.clone(), call.as_nanos() as u64);
         let op = Op { client, tenant, node, call_ns, return_ns, request, response };
-        self.recorder.lock().unwrap_or_else(|p| p.into_inner()).push(op);
+        self.recorder.lock().unwrap_or_else(|p| p.into_inner()).ops.push(op);
     }
 
     fn saw(&mut self, token: Option<&v1::Token>) {
@@ -201,9 +322,10 @@ impl Client {
         };
         let text = text(self.tenant, &marker);
         let call = sim::world::true_now();
-        let mut answer = self.attempts(&request, &marker, &text).await;
+        let what = (kind.name(), Some(key));
+        let mut answer = self.attempts(what, &request, &marker, &text).await;
         if !matches!(answer, Response::Unknown) && operation.again {
-            let again = self.attempts(&request, &marker, &text).await;
+            let again = self.attempts(what, &request, &marker, &text).await;
             if !matches!(again, Response::Unknown) && again != answer {
                 answer = Response::Changed { first: answer.to_string(), then: again.to_string() };
             }
@@ -217,13 +339,26 @@ impl Client {
     }
 
     /// Sends a write with one key until its outcome is certain.
-    async fn attempts(&mut self, request: &Request, key: &str, text: &str) -> Response {
+    async fn attempts(
+        &mut self,
+        (kind, number): (&'static str, Option<u64>),
+        request: &Request,
+        key: &str,
+        text: &str,
+    ) -> Response {
+        let mut attempts = vec![];
         for attempt in 0..ATTEMPTS_MAX {
+            self.turn();
             let sent = self.send(request, key, text);
-            match time::timeout(ATTEMPT + Duration::from_millis(200), sent).await {
-                Ok(Ok(response)) => return response,
-                Ok(Err(status)) => {
+            let limit = ATTEMPT + Duration::from_millis(200);
+            match self.attempt(limit, &mut attempts, sent).await {
+                Some(Ok(response)) => {
+                    self.called(kind, number, attempts, Outcome::Answered);
+                    return response;
+                }
+                Some(Err(status)) => {
                     if let Some(refusal) = certain(&status) {
+                        self.called(kind, number, attempts, Outcome::Answered);
                         return Response::Refused(refusal);
                     }
                     if matches!(
@@ -237,21 +372,25 @@ impl Client {
                         };
                     }
                 }
-                Err(_) => {}
+                None => {}
             }
             self.at = (self.at + 1) % self.gateways.len();
-            time::sleep(Duration::from_millis(20 + rand::below(80) * (attempt as u64 + 1))).await;
+            pause(attempt).await;
         }
+        self.called(kind, number, attempts, Outcome::Failed);
         Response::Unknown
     }
 
-    async fn send(&mut self, request: &Request, key: &str, text: &str) -> Result<Response, Status> {
+    /// One write as it is sent.
+    fn send(&self, request: &Request, key: &str, text: &str) -> Sending {
         let options = Some(v1::WriteOptions {
             idempotency_key: format!("{}/{key}", tenant(self.tenant)),
             durability: 0,
         });
-        let mut service = self.service();
-        let (version, info) = match request {
+        let mut service = self.memories();
+        let written =
+            |version, info: Option<v1::WriteInfo>| Response::Written { version, at: at(info.as_ref()) };
+        match request {
             Request::Add { id, .. } => {
                 let memory = v1::NewMemory {
                     id: id.clone(),
@@ -261,8 +400,10 @@ impl Client {
                     ..Default::default()
                 };
                 let request = self.request(v1::AddRequest { memory: Some(memory), options });
-                let answer = service.add(request).await?.into_inner();
-                (answer.version, answer.info)
+                Box::pin(async move {
+                    let answer = service.add(request).await?.into_inner();
+                    Ok(written(answer.version, answer.info))
+                })
             }
             Request::Update { id, expected, .. } => {
                 let request = self.request(v1::UpdateRequest {
@@ -272,23 +413,26 @@ impl Client {
                     options,
                     ..Default::default()
                 });
-                let answer = service.update(request).await?.into_inner();
-                (answer.version, answer.info)
+                Box::pin(async move {
+                    let answer = service.update(request).await?.into_inner();
+                    Ok(written(answer.version, answer.info))
+                })
             }
             Request::Delete { id, expected } => {
                 let request =
                     self.request(v1::DeleteRequest { id: id.clone(), expected_version: *expected, options });
-                let answer = service.delete(request).await?.into_inner();
-                (answer.version, answer.info)
+                Box::pin(async move {
+                    let answer = service.delete(request).await?.into_inner();
+                    Ok(written(answer.version, answer.info))
+                })
             }
             Request::Get { .. } | Request::Search | Request::List | Request::Link { .. } | Request::Walk => {
-                return Err(Status::internal("not a write"));
+                Box::pin(async { Err(Status::internal("not a write")) })
             }
-        };
-        Ok(Response::Written { version, at: at(info.as_ref()) })
+        }
     }
 
-    /// A read that gets no answer says nothing and leaves no record.
+    /// A read that gets no answer says nothing about the state, and leaves no [`Op`].
     async fn get(&mut self, key: u64, session: bool) {
         let id = self.id(key);
         let session = session && index(Some(&self.token)) > 0;
@@ -299,12 +443,17 @@ impl Client {
             ..Default::default()
         });
         let call = sim::world::true_now();
-        let mut service = self.service();
-        let request = self.request(v1::GetRequest { id: id.clone(), options });
-        let answer = time::timeout(ATTEMPT, service.get(request)).await;
+        let kind = if session { "session get" } else { "strong get" };
+        let message = v1::GetRequest { id: id.clone(), options };
+        let poor = |answer: &tonic::Response<v1::GetResponse>| poor(answer.get_ref().info.as_ref());
+        let answer = self.ask((kind, Some(key)), poor, |client| {
+            let (mut service, request) = (client.memories(), client.request(message.clone()));
+            async move { service.get(request).await }
+        });
+        let answer = answer.await;
         let token = token.map(|t| index(Some(&t)));
         let response = match answer {
-            Ok(Ok(answer)) => {
+            Some(Ok(answer)) => {
                 let answer = answer.into_inner();
                 let shown = answer.info.as_ref().and_then(|i| i.token.as_ref());
                 self.saw(shown);
@@ -313,88 +462,125 @@ impl Client {
                 Response::Value { row: row(memory), shown: index(shown) }
             }
             // An absence shows no position; it is what was asked for at least.
-            Ok(Err(status)) if status.code() == Code::NotFound => {
+            Some(Err(status)) if status.code() == Code::NotFound => {
                 Response::Absent { shown: token.unwrap_or(0) }
             }
-            _ => {
-                self.at = (self.at + 1) % self.gateways.len();
-                return;
-            }
+            _ => return,
         };
         self.record(call, Request::Get { id, token }, response);
     }
 
     async fn search(&mut self) {
         let call = sim::world::true_now();
-        let mut service = self.service();
         let owners = Some(v1::Owners { user: "shared user".into(), ..Default::default() });
         let text = text(self.tenant, "c0w1");
-        let request = self.request(v1::SearchRequest { text, owners, k: 5, ..Default::default() });
-        match time::timeout(ATTEMPT, service.search(request)).await {
-            Ok(Ok(answer)) => {
-                let hits = answer.into_inner().hits;
-                let rows = hits.iter().filter_map(|h| h.memory.as_ref()).map(row).collect();
-                self.record(call, Request::Search, Response::Rows(rows));
-            }
-            _ => self.at = (self.at + 1) % self.gateways.len(),
+        let message = v1::SearchRequest { text, owners, k: 5, ..Default::default() };
+        let poor = |answer: &tonic::Response<v1::SearchResponse>| poor(answer.get_ref().info.as_ref());
+        let answer = self.ask(("search", None), poor, |client| {
+            let (mut service, request) = (client.memories(), client.request(message.clone()));
+            async move { service.search(request).await }
+        });
+        if let Some(Ok(answer)) = answer.await {
+            let hits = answer.into_inner().hits;
+            let rows = hits.iter().filter_map(|h| h.memory.as_ref()).map(row).collect();
+            self.record(call, Request::Search, Response::Rows(rows));
         }
     }
 
     /// Sets or removes an edge between two memories, of which either may not be there.
     async fn link(&mut self, from: u64, to: u64, set: bool) {
         let call = sim::world::true_now();
-        let (source, target) = (self.id(from), self.id(to));
+        let (key, source, target) = (from, self.id(from), self.id(to));
         let weight = ((from * 7 + to * 3) % 10) as f32 / 10.0;
         let (from, to) = (source.clone(), target.clone());
         let edge = v1::Edge { source, target, relation: "knows".into(), weight, ..Default::default() };
-        self.asked = host_of(&self.gateways[self.at]).to_string();
-        let mut service = GraphServiceClient::new(self.channels[self.at].clone());
         if !set {
-            let request = self.request(v1::DeleteEdgesRequest { edges: vec![edge], options: None });
-            let _answer = time::timeout(ATTEMPT, service.delete_edges(request)).await;
+            let message = v1::DeleteEdgesRequest { edges: vec![edge], options: None };
+            let answer = self.ask(
+                ("unlink", Some(key)),
+                |_| false,
+                |client| {
+                    let (mut service, request) = (client.graph(), client.request(message.clone()));
+                    async move { service.delete_edges(request).await }
+                },
+            );
+            let _answer = answer.await;
             return;
         }
-        let request = self.request(v1::UpsertEdgesRequest { edges: vec![edge], options: None });
-        match time::timeout(ATTEMPT, service.upsert_edges(request)).await {
-            Ok(Ok(_)) => self.record(call, Request::Link { from, to }, Response::Linked),
-            Ok(Err(status)) if certain(&status).is_some() => {}
-            _ => self.record(call, Request::Link { from, to }, Response::Unknown),
+        let message = v1::UpsertEdgesRequest { edges: vec![edge], options: None };
+        let answer = self.ask(
+            ("link", Some(key)),
+            |_| false,
+            |client| {
+                let (mut service, request) = (client.graph(), client.request(message.clone()));
+                async move { service.upsert_edges(request).await }
+            },
+        );
+        match answer.await {
+            Some(Ok(_)) => self.record(call, Request::Link { from, to }, Response::Linked),
+            Some(Err(_)) => {}
+            None => self.record(call, Request::Link { from, to }, Response::Unknown),
         }
     }
 
     async fn walk(&mut self, key: u64, inbound: bool) {
         let call = sim::world::true_now();
-        let start = vec![self.id(key)];
-        self.asked = host_of(&self.gateways[self.at]).to_string();
-        let mut service = GraphServiceClient::new(self.channels[self.at].clone());
-        let request = self.request(v1::TraverseRequest { start, hops: 3, inbound, ..Default::default() });
-        match time::timeout(ATTEMPT, service.traverse(request)).await {
-            Ok(Ok(answer)) => {
-                let answer = answer.into_inner();
-                let edges = answer.edges.into_iter().map(|e| (e.source, e.target)).collect();
-                let rows = answer.memories.iter().map(row).collect();
-                self.record(call, Request::Walk, Response::Walked { rows, edges });
-            }
-            _ => self.at = (self.at + 1) % self.gateways.len(),
+        let message =
+            v1::TraverseRequest { start: vec![self.id(key)], hops: 3, inbound, ..Default::default() };
+        let poor = |answer: &tonic::Response<v1::TraverseResponse>| {
+            // Cut at its limits it is not complete, and that is no fault.
+            answer.get_ref().info.as_ref().is_some_and(|info| info.level != WELL)
+        };
+        let answer = self.ask(("walk", Some(key)), poor, |client| {
+            let (mut service, request) = (client.graph(), client.request(message.clone()));
+            async move { service.traverse(request).await }
+        });
+        if let Some(Ok(answer)) = answer.await {
+            let answer = answer.into_inner();
+            let edges = answer.edges.into_iter().map(|e| (e.source, e.target)).collect();
+            let rows = answer.memories.iter().map(row).collect();
+            self.record(call, Request::Walk, Response::Walked { rows, edges });
         }
     }
 
     async fn list(&mut self) {
         let call = sim::world::true_now();
-        let mut service = self.service();
-        let read = async {
-            let mut stream = service.list(self.request(v1::ListRequest::default())).await?.into_inner();
-            let mut rows = vec![];
-            while let Some(page) = stream.message().await? {
-                rows.extend(page.memories.iter().map(row));
-            }
-            Ok::<_, Status>(rows)
-        };
-        match time::timeout(ATTEMPT, read).await {
-            Ok(Ok(rows)) => self.record(call, Request::List, Response::Rows(rows)),
-            _ => self.at = (self.at + 1) % self.gateways.len(),
+        let answer = self.ask(
+            ("list", None),
+            |(_, whole): &(Vec<Row>, bool)| !whole,
+            |client| {
+                let (mut service, request) = (client.memories(), client.request(v1::ListRequest::default()));
+                async move {
+                    let mut stream = service.list(request).await?.into_inner();
+                    let (mut rows, mut whole) = (vec![], true);
+                    while let Some(page) = stream.message().await? {
+                        rows.extend(page.memories.iter().map(row));
+                        whole &= !poor(page.info.as_ref());
+                    }
+                    Ok((rows, whole))
+                }
+            },
+        );
+        if let Some(Ok((rows, _))) = answer.await {
+            self.record(call, Request::List, Response::Rows(rows));
         }
     }
+}
+
+/// The degradation level of an answer that is all it should be.
+const WELL: &str = "L0";
+
+fn poor(info: Option<&v1::ReadInfo>) -> bool {
+    info.is_some_and(|info| info.level != WELL || !info.complete)
+}
+
+fn now_ns() -> u64 {
+    sim::world::true_now().as_nanos() as u64
+}
+
+/// What a client waits before it tries once more.
+async fn pause(attempt: usize) {
+    time::sleep(Duration::from_millis(20 + rand::below(80) * (attempt as u64 + 1))).await;
 }
 
 #[derive(Clone, Copy)]
@@ -402,4 +588,14 @@ enum Kind {
     Add,
     Update,
     Delete,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Add => "add",
+            Kind::Update => "update",
+            Kind::Delete => "delete",
+        }
+    }
 }

@@ -9,10 +9,15 @@ use nodes::proto::v1::{self, admin_service_client::AdminServiceClient};
 use sim::disk::simulated::DiskFaults;
 use sim::net::Channel;
 use sim::time::Duration;
+use sim::trace::Level;
 use sim::world::{ClockModel, Latency, LinkModel, NodeIndex, NodeOptions, World};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const PORT: u16 = 7400;
+/// Of each machine.
+pub const CORES: usize = 2;
 const SECRET: &str = "a secret of this simulated cluster";
 
 pub struct Cluster {
@@ -26,7 +31,18 @@ pub struct Cluster {
     /// An API key of each tenant.
     pub keys: Vec<String>,
     pub keys_per_tenant: u64,
+    /// The nodes with the edge's roles only: g1, g2, …
+    pub edges: Vec<NodeIndex>,
+    told: BTreeMap<NodeIndex, Arc<Told>>,
     operator: String,
+}
+
+/// What an operator tells a node's process.
+#[derive(Default)]
+struct Told {
+    stop: sim::sync::Notify,
+    /// Its machine is a new one: see [`NodeConfig::rejoin`].
+    rejoin: AtomicBool,
 }
 
 pub fn host_of(addr: &str) -> &str {
@@ -68,6 +84,8 @@ impl Cluster {
             gateways: vec![],
             keys,
             keys_per_tenant,
+            edges: vec![],
+            told: BTreeMap::new(),
             operator,
         };
         let product = match draw.product_rows_min {
@@ -98,25 +116,37 @@ impl Cluster {
                 offset: Duration::from_millis(limits.offset_ms),
                 calendar_ms: limits.calendar_ms,
             };
-            let options = NodeOptions { name, region: "here".into(), cores: 2, clock };
-            let file = file.clone();
-            let node = world.add_node(options, move || process(config.clone(), file.clone()));
+            let slowdown = scenario.recovery.as_ref().map_or(1, |r| r.cpu_slowdown);
+            let options = NodeOptions { name, region: "here".into(), cores: CORES, slowdown, clock };
+            let (file, told) = (file.clone(), Arc::new(Told::default()));
+            let telling = told.clone();
+            let node = world.add_node(options, move || {
+                let mut config = config.clone();
+                config.rejoin = telling.rejoin.load(Ordering::SeqCst);
+                process(config, file.clone(), telling.clone())
+            });
+            cluster.told.insert(node, told);
             if let Some(disk) = world.disk(node) {
                 let latency = Duration::from_micros(20);
                 let sync_latency = Duration::from_micros(limits.sync_us);
-                let usual = DiskFaults { latency, sync_latency, ..Default::default() };
+                let bytes_per_s = scenario.recovery.as_ref().map_or(0, |r| r.disk_bytes_per_s);
+                let usual = DiskFaults { latency, sync_latency, bytes_per_s, ..Default::default() };
                 disk.set_faults(usual);
                 cluster.disk_faults.insert(node, usual);
             }
-            if id.is_some() {
-                cluster.replicas.push(node);
+            match id {
+                Some(_) => cluster.replicas.push(node),
+                None => cluster.edges.push(node),
             }
             cluster.gateways.push(addr);
         }
         // Where there are gateways, clients use those; else the replicas themselves.
         if scenario.topology.gateways > 0 {
             let replicas = cluster.gateways.drain(..replicas).take(1).collect::<Vec<_>>();
-            cluster.gateways.extend(replicas);
+            // Where recovery is measured, a replica that goes takes no gateway with it.
+            if scenario.recovery.is_none() {
+                cluster.gateways.extend(replicas);
+            }
         }
         Ok(cluster)
     }
@@ -149,19 +179,56 @@ impl Cluster {
         best.map(|(_, node)| node)
     }
 
+    /// Whether all replicas are up, follow one leader and publish what was the ledger's end when this was last asked with `wanted`.
+    pub async fn redundant(&self, wanted: &mut Option<u64>) -> bool {
+        let (mut end, mut published, mut leaders) = (0, u64::MAX, vec![]);
+        for &node in &self.replicas {
+            let Some(status) = self.status(node, false).await else { return false };
+            for shard in status.shards {
+                let views = shard.views.iter().map(|v| v.published_index).min().unwrap_or(0);
+                published = published.min(if shard.repairing { 0 } else { views });
+                end = end.max(shard.last_index);
+                leaders.push(shard.leader);
+            }
+        }
+        let before = wanted.replace(end);
+        before.is_some_and(|before| published >= before)
+            && leaders.first().is_some_and(|first| !first.is_empty() && leaders.iter().all(|l| l == first))
+    }
+
+    /// Tells a node to stop in good order; whether it had ended within `limit`.
+    pub async fn stop(&self, node: NodeIndex, limit: Duration) -> bool {
+        let Some(told) = self.told.get(&node) else { return false };
+        self.world.note(node, Level::Info, "is told to stop");
+        told.stop.notify_one();
+        let until = self.world.now() + limit;
+        while self.world.is_running(node) && self.world.now() < until {
+            sim::time::sleep(Duration::from_millis(10)).await;
+        }
+        !self.world.is_running(node)
+    }
+
+    /// The node's machine is gone; the one that takes its place is empty, knows it, and is off.
+    pub fn replace(&self, node: NodeIndex) {
+        self.world.replace(node);
+        if let Some(told) = self.told.get(&node) {
+            told.rejoin.store(true, Ordering::SeqCst);
+        }
+    }
+
     pub fn addr(&self, node: NodeIndex) -> String {
         format!("{}:{PORT}", self.world.node_name(node))
     }
 }
 
 /// The process of a node: what `loci node` does, on this machine's disk.
-async fn process(config: NodeConfig, keys: Keys) {
+async fn process(config: NodeConfig, keys: Keys, told: Arc<Told>) {
     let run = async {
         let disk = sim::disk::open(&config.data).map_err(|e| Error::Internal(e.to_string()))?;
         if Keys::load(&*disk).map_err(|e| Error::Internal(e.to_string()))? != keys {
             keys.save(&*disk).map_err(|e| Error::Internal(e.to_string()))?;
         }
-        Node::open(config, disk).await?.serve(|_| (), std::future::pending()).await
+        Node::open(config, disk).await?.serve(|_| (), async move { told.stop.notified().await }).await
     };
     if let Err(error) = run.await {
         sim::task::abort(&error.to_string()).await;

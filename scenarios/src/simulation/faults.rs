@@ -16,6 +16,13 @@ const PLACES: usize = 2;
 const RUIN_PLACES: usize = 80;
 const SLOW_SYNC: Duration = Duration::from_millis(100);
 
+/// The notice before a spot instance goes.
+const NOTICE: Duration = Duration::from_secs(120);
+/// A node that is told to stop must have ended after this.
+const STOP_MAX: Duration = Duration::from_secs(20);
+/// A restarted node must have caught up after this.
+const CATCH_UP_MAX: Duration = Duration::from_secs(20);
+
 /// How long to wait for a leader, or for a node, to hit.
 const LEADER_WAIT: Duration = Duration::from_secs(10);
 
@@ -36,8 +43,14 @@ pub async fn play(cluster: &Arc<Cluster>, plan: &[Fault]) -> Vec<Fired> {
 async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     match fault.target {
         Target::All => cluster.replicas.clone(),
-        Target::Any | Target::Drawn => {
-            let node = cluster.replicas[fault.pick as usize % cluster.replicas.len()];
+        Target::Everyone => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
+        Target::Any | Target::Drawn | Target::Gateway | Target::Machine => {
+            let all: Vec<NodeIndex> = match fault.target {
+                Target::Gateway => cluster.edges.clone(),
+                Target::Machine => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
+                _ => cluster.replicas.clone(),
+            };
+            let Some(node) = all.get(fault.pick as usize % all.len().max(1)).copied() else { return vec![] };
             // Its bad disk may have ended it just now; its supervisor starts it again.
             let until = cluster.world.now() + LEADER_WAIT;
             while !cluster.world.is_running(node) && cluster.world.now() < until {
@@ -63,9 +76,10 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let nodes = targets(cluster, fault).await;
     let names: Vec<String> = nodes.iter().map(|n| world.node_name(*n)).collect();
     let lasts = Duration::from_millis(fault.lasts_ms);
+    let began = world.now();
     // Of all nodes, one with a bad disk may be down already.
     let running = match fault.target {
-        Target::All => nodes.iter().any(|n| world.is_running(*n)),
+        Target::All | Target::Everyone => nodes.iter().any(|n| world.is_running(*n)),
         _ => !nodes.is_empty() && nodes.iter().all(|n| world.is_running(*n)),
     };
     let others = |node: NodeIndex| cluster.replicas.iter().copied().filter(move |n| *n != node);
@@ -175,6 +189,41 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             }
             running
         }
+        FaultKind::Silence => {
+            let stalled = world.links().counters().0;
+            nodes.iter().for_each(|n| world.silence(*n));
+            time::sleep(lasts).await;
+            world.links().heal_all();
+            nodes.iter().for_each(|n| world.note(*n, Level::Info, "links healed"));
+            running && world.links().counters().0 > stalled
+        }
+        FaultKind::CalendarStep => {
+            nodes.iter().for_each(|n| world.set_clock(*n, 0, fault.step_ms));
+            time::sleep(lasts).await;
+            nodes.iter().for_each(|n| world.set_clock(*n, 0, -fault.step_ms));
+            running
+        }
+        FaultKind::RollingRestart => {
+            let mut in_order = running;
+            for &node in &nodes {
+                in_order &= cluster.stop(node, STOP_MAX).await;
+                world.end(node);
+                time::sleep(lasts).await;
+                world.start(node);
+                in_order &= caught_up(cluster, node).await;
+            }
+            in_order
+        }
+        FaultKind::Reclaim => {
+            let mut in_order = running;
+            for &node in &nodes {
+                in_order &= cluster.stop(node, NOTICE).await;
+                cluster.replace(node);
+            }
+            time::sleep((began + lasts).saturating_sub(world.now())).await;
+            nodes.iter().for_each(|n| world.start(*n));
+            in_order
+        }
         FaultKind::Clock => {
             nodes.iter().for_each(|n| world.set_clock(*n, fault.rate_ppm, fault.step_ms));
             time::sleep(lasts).await;
@@ -182,5 +231,23 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             running
         }
     };
-    Fired { fault: fault.clone(), node: names.join("+"), fired: took_place }
+    let (began_s, undone_s) = (began.as_secs_f64(), world.now().as_secs_f64());
+    Fired { fault: fault.clone(), node: names.join("+"), fired: took_place, began_s, undone_s }
+}
+
+/// Waits until a restarted node serves, and, if it is a replica, until all of them agree about what was written before it came back.
+async fn caught_up(cluster: &Cluster, node: NodeIndex) -> bool {
+    let until = cluster.world.now() + CATCH_UP_MAX;
+    let mut wanted = None;
+    while cluster.world.now() < until {
+        let there = match cluster.replicas.contains(&node) {
+            true => cluster.redundant(&mut wanted).await,
+            false => cluster.status(node, false).await.is_some(),
+        };
+        if there {
+            return true;
+        }
+        time::sleep(Duration::from_millis(100)).await;
+    }
+    false
 }

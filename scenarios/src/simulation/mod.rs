@@ -1,5 +1,6 @@
 //! Runs in the simulated world: the cluster, its clients, its faults, and the command line that starts them.
 
+mod chaos;
 pub mod cli;
 mod client;
 mod cluster;
@@ -11,3 +12,4 @@ mod run;
 mod runner;
 mod shrink;
 mod sweep;
+mod watch;

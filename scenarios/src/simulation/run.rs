@@ -1,10 +1,12 @@
 //! One run: build the world, load it, hit it, let it recover, look at what is left, judge.
 
-use super::client::{self, Recorder};
+use super::client::{self, Recorded, Recorder};
 use super::cluster::{Cluster, host_of};
 use super::faults;
+use super::watch::Watch;
 use crate::history::{Final, History, Row, Sample};
 use crate::promises;
+use crate::recovery::{Measured, QUIET_CALLS_MIN};
 use crate::report::{Class, Fired, MENDING, Report, Verdict};
 use crate::settle::settle;
 use crate::spec::Scenario;
@@ -34,6 +36,7 @@ pub struct Run {
 
 struct Seen {
     history: History,
+    measured: Option<Measured>,
     fired: Vec<Fired>,
     disk_faults: Vec<Fired>,
     probes: BTreeMap<String, u64>,
@@ -84,6 +87,7 @@ pub fn empty() -> Report {
         converge_s: None,
         disk_faults: vec![],
         probes: BTreeMap::new(),
+        recovery: None,
         why: String::new(),
     }
 }
@@ -91,7 +95,7 @@ pub fn empty() -> Report {
 fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
     use crate::history::Response;
     let enough = settled.enough;
-    let Seen { history, fired, disk_faults, probes } = seen;
+    let Seen { history, measured, fired, disk_faults, probes } = seen;
     let mut violations = promises::check_all(&history);
     if probes.contains_key(recovery::CONTRADICTION) {
         // A view was made anew because of a bug, not of a disk: what it held is gone, but it was wrong.
@@ -114,6 +118,8 @@ fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
         (Verdict::Vacuous, format!("only {acked} acknowledged writes, {} are needed", enough.acked))
     } else if virtual_s < enough.virtual_s {
         (Verdict::Vacuous, format!("only {virtual_s:.0} virtual seconds, {:.0} are needed", enough.virtual_s))
+    } else if let Some(calls) = measured.as_ref().map(|m| m.quiet_calls).filter(|n| *n < QUIET_CALLS_MIN) {
+        (Verdict::Vacuous, format!("only {calls} calls before the fault, {QUIET_CALLS_MIN} are needed"))
     } else if !idle.is_empty() {
         (Verdict::Vacuous, format!("planned faults never took place: {}", idle.join(", ")))
     } else {
@@ -160,6 +166,7 @@ fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
         converge_s: history.converged_ns.map(|at| at.saturating_sub(history.healed_ns) as f64 / 1e9),
         disk_faults,
         probes,
+        recovery: measured,
         ..empty()
     };
     (report, history)
@@ -178,6 +185,8 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         let (cluster, plan) = (cluster.clone(), scenario.faults.disk.unwrap_or_default());
         sim::task::spawn(async move { faults::play(&cluster, &plan).await })
     };
+    let watch =
+        scenario.recovery.as_ref().map(|r| Watch::start(&cluster, r.quiet_from_s, &scenario.faults.list));
     let fired = faults::play(&cluster, &scenario.faults.list).await;
     let disk_faults = bad_disk.await.map_err(|e| Error::Internal(format!("the disk's faults: {e}")))?;
     let healed = world.now();
@@ -212,17 +221,19 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
             *probes.entry(fault.into()).or_default() += count;
         }
     }
-    let ops = std::mem::take(&mut *recorder.lock().unwrap_or_else(|p| p.into_inner()));
+    let Recorded { ops, calls } = std::mem::take(&mut *recorder.lock().unwrap_or_else(|p| p.into_inner()));
     world.identify(ops.len() as u64);
+    let measured = watch.and_then(|watch| watch.measured(&cluster, &calls, &fired));
     let history = History {
         ops,
+        calls,
         samples: std::mem::take(&mut *samples.lock().unwrap_or_else(|p| p.into_inner())),
         finals,
         healed_ns: healed.as_nanos() as u64,
         converged_ns: converged.map(|at| at.as_nanos() as u64),
         converge_limit_ns: limit.as_nanos() as u64,
     };
-    Ok(Seen { history, fired, disk_faults, probes })
+    Ok(Seen { history, measured, fired, disk_faults, probes })
 }
 
 /// Whether all replicas answer, name one leader and publish the same position.

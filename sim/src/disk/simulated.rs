@@ -42,6 +42,8 @@ pub struct DiskFaults {
     /// Cost of one read or write.
     pub latency: Duration,
     pub sync_latency: Duration,
+    /// What can be read or written in a second; 0: any number of bytes.
+    pub bytes_per_s: u64,
 }
 
 /// What happened so far: proof that faults took place.
@@ -245,6 +247,13 @@ impl State {
             self.debt = self.debt.max(FOR_EVER);
         }
         Ok(())
+    }
+
+    /// Bytes pass between the disk and its machine.
+    fn carry(&mut self, bytes: usize) {
+        if let Some(ns) = (bytes as u64 * 1_000_000_000).checked_div(self.faults.bytes_per_s) {
+            self.debt += Duration::from_nanos(ns);
+        }
     }
 
     /// A file under `dir` with something in it, and one of its bytes.
@@ -470,6 +479,29 @@ impl SimDisk {
         }
     }
 
+    /// Another disk, with nothing on it: for a machine without power.
+    pub fn empty(&self) {
+        let mut state = lock(&self.state);
+        state.cut_power();
+        state.inodes.clear();
+        state.entries.clear();
+        state.durable_entries.clear();
+        state.pending_entries.clear();
+        state.under_way.clear();
+        state.dirs = BTreeSet::from([String::new()]);
+    }
+
+    /// Bytes in all files, as readers see them.
+    pub fn bytes(&self) -> u64 {
+        let state = lock(&self.state);
+        state
+            .entries
+            .values()
+            .filter_map(|id| state.inodes.get(id))
+            .map(|inode| inode.seen.len() as u64)
+            .sum()
+    }
+
     /// The process that held the handles is gone; its writes are in the kernel's hands and survive.
     pub fn crash_process(&self) {
         let mut state = lock(&self.state);
@@ -617,6 +649,7 @@ impl File for SimFile {
                 return Err(io::Error::from_raw_os_error(EIO));
             }
             buf[..read].copy_from_slice(&inode.seen[from..from + read]);
+            state.carry(read);
             Ok(read)
         })
     }
@@ -633,6 +666,7 @@ impl File for SimFile {
             }
             state.counters.writes += 1;
             state.counters.bytes_written += bytes.len() as u64;
+            state.carry(bytes.len());
             let offset = self.where_it_lands(state, offset, inode.seen.len());
             write_into(&mut inode.seen, offset, bytes);
             if !inode.lost.is_empty() && !bytes.is_empty() {
@@ -804,6 +838,22 @@ mod tests {
             assert_eq!(content(&disk, "a").as_deref().map(|c| &c[..4]), Some(&b"kept"[..]), "seed {seed}");
             assert!(file.write_at(b"ghost", 0).is_err(), "a handle outlived its power");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_take_their_time_and_another_disk_has_none() -> io::Result<()> {
+        let disk = SimDisk::new(3);
+        disk.set_faults(DiskFaults { bytes_per_s: 1000, ..DiskFaults::default() });
+        let file = disk.create("a")?;
+        file.write_at(&[7; 500], 0)?;
+        file.sync()?;
+        disk.sync_dir("")?;
+        assert_eq!((disk.take_debt().0, disk.bytes()), (Duration::from_millis(500), 500));
+        disk.empty();
+        disk.power_on();
+        assert_eq!((disk.list("")?, disk.bytes()), (vec![], 0));
+        assert!(file.write_at(b"ghost", 0).is_err(), "a handle outlived its disk");
         Ok(())
     }
 

@@ -282,16 +282,24 @@ pub async fn serve(
     let (registration, mut calls) = world::listen(addr)?;
     ready(addr.to_string());
     let mut shutdown = std::pin::pin!(shutdown);
+    // Each call under way holds one end.
+    let (under_way, mut ended) = mpsc::channel::<()>(1);
     loop {
         crate::select! {
             () = &mut shutdown => break,
             call = calls.recv() => {
                 let Some(call) = call else { break };
-                crate::task::spawn(handle(call, routes.clone()));
+                let (routes, under_way) = (routes.clone(), under_way.clone());
+                crate::task::spawn(async move {
+                    handle(call, routes).await;
+                    drop(under_way);
+                });
             }
         }
     }
-    drop(registration);
+    // Nobody else is let in; who is in already gets an answer.
+    drop((registration, under_way));
+    ended.recv().await;
     Ok(())
 }
 

@@ -284,6 +284,21 @@ impl World {
         }
     }
 
+    /// The node's process has ended by itself and in good order: what is left of it on this machine goes.
+    pub fn end(&self, node: NodeIndex) {
+        self.note(node, Level::Info, "process ended");
+        self.stop(node, false);
+    }
+
+    /// Another machine of the same name takes this one's place, with an empty disk. It is off.
+    pub fn replace(&self, node: NodeIndex) {
+        self.note(node, Level::Warn, "its machine is gone, with its disk");
+        self.stop(node, true);
+        if let Some(disk) = self.disk(node) {
+            disk.empty();
+        }
+    }
+
     /// Boots a machine that is off, or starts its process again.
     pub fn start(&self, node: NodeIndex) {
         let (id, disk, was_off) = {
@@ -318,6 +333,18 @@ impl World {
         if let Some(id) = self.state().nodes[node].id {
             self.inner.handle.resume(id);
         }
+    }
+
+    /// Cuts the node off from everyone, both ways, while its process runs; until [`Links::heal_all`].
+    pub fn silence(&self, node: NodeIndex) {
+        self.note(node, Level::Warn, "answers nobody");
+        let others: Vec<NodeIndex> = (1..self.state().nodes.len()).filter(|other| *other != node).collect();
+        self.links().partition(&[node], &others);
+    }
+
+    /// How long the node's cores have worked, all together.
+    pub fn busy(&self, node: NodeIndex) -> Duration {
+        self.state().nodes[node].busy
     }
 
     pub fn is_running(&self, node: NodeIndex) -> bool {
@@ -422,7 +449,7 @@ pub(crate) async fn work(cost: Duration) {
         let node = current_node();
         let world = World::current();
         let mut state = world.state();
-        state.nodes[node].occupy(now, cost.as_nanos() as u64)
+        state.nodes[node].occupy(now, cost)
     };
     if behind > 250_000 {
         crate::time::sleep(Duration::from_nanos(behind)).await;

@@ -15,6 +15,8 @@ pub struct NodeOptions {
     pub name: String,
     pub region: String,
     pub cores: usize,
+    /// Work takes so many times as long as [`crate::cpu::cost`] says.
+    pub slowdown: u32,
     pub clock: ClockModel,
 }
 
@@ -43,12 +45,16 @@ pub(super) struct Node {
     pub aborted: bool,
     /// When each core is free, in global nanoseconds.
     cores: Vec<u64>,
+    slowdown: u32,
+    /// What all cores together have worked.
+    pub busy: Duration,
 }
 
 impl Node {
     pub fn scenario() -> Node {
         let clock = ClockModel::default();
-        let options = NodeOptions { name: "scenario".into(), region: String::new(), cores: 1, clock };
+        let options =
+            NodeOptions { name: "scenario".into(), region: String::new(), cores: 1, slowdown: 1, clock };
         Node { disk: None, running: true, ..Node::with(options, None) }
     }
 
@@ -60,6 +66,8 @@ impl Node {
         Node {
             clock: Clock::new(options.clock),
             cores: vec![0; options.cores.max(1)],
+            slowdown: options.slowdown.max(1),
+            busy: Duration::ZERO,
             name: options.name,
             region: options.region,
             id: None,
@@ -73,9 +81,11 @@ impl Node {
     }
 
     /// Keeps the least busy core busy for `cost_ns`; returns how far it is behind now.
-    pub fn occupy(&mut self, now_ns: u64, cost_ns: u64) -> u64 {
+    pub fn occupy(&mut self, now_ns: u64, cost: Duration) -> u64 {
+        let cost = cost * self.slowdown;
+        self.busy += cost;
         let Some(core) = self.cores.iter_mut().min() else { return 0 };
-        *core = (*core).max(now_ns) + cost_ns;
+        *core = (*core).max(now_ns) + cost.as_nanos() as u64;
         *core - now_ns
     }
 }
@@ -141,6 +151,16 @@ mod tests {
             last = reading;
             clock.bend(now, (second as i64 * 7919) % 400_000 - 200_000, 0);
         }
+    }
+
+    #[test]
+    fn work_takes_longer_on_a_slower_machine_and_queues_behind_what_is_under_way() {
+        let clock = ClockModel::default();
+        let options = NodeOptions { name: "n".into(), region: String::new(), cores: 2, slowdown: 10, clock };
+        let mut node = Node::with(options, None);
+        let cost = Duration::from_micros(40);
+        assert_eq!([0; 3].map(|_: u64| node.occupy(1000, cost)), [400_000, 400_000, 800_000]);
+        assert_eq!(node.busy, cost * 30);
     }
 
     #[test]

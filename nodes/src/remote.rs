@@ -1,0 +1,223 @@
+//! The ledger and the views of other nodes, as an edge asks them that has none: whoever does not answer is found out and gone round.
+
+use crate::error::Error;
+use crate::ledger::{Proposed, left, propose_at, read_position_at};
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use crate::standing::Standing;
+use crate::views::{Answered, Ask, Freshness, Query, Views};
+use crate::writer::Proposer;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use sim::time::{Duration, Instant};
+use std::sync::Arc;
+use storage::codec;
+use storage::model::{Command, MemoryId, Outcome};
+
+/// A write that has waited so long makes its edge ask who leads now, and again after each such time.
+const DOUBT_AFTER: Duration = Duration::from_millis(300);
+/// How long a replica may take to say that it leads.
+const LEADS_WITHIN: Duration = Duration::from_millis(250);
+/// A suspect is asked again after this, and then after twice as long each time, up to the other.
+const PROBE_FIRST: Duration = Duration::from_millis(250);
+const PROBE_LAST: Duration = Duration::from_secs(2);
+const PROBE_WITHIN: Duration = Duration::from_millis(500);
+
+/// The replicas of other nodes.
+#[derive(Clone)]
+pub struct Remote {
+    peers: Peers,
+    standing: Arc<Standing>,
+}
+
+/// What one replica said to a question.
+enum Said {
+    Answer(Answered),
+    /// Whoever is asked would say so.
+    Final(Error),
+    /// Another one may know more.
+    Nothing(Error),
+}
+
+impl Remote {
+    pub fn new(peers: Peers, replicas: Vec<String>) -> Remote {
+        Remote { peers, standing: Arc::new(Standing::new(replicas, Ask::KINDS)) }
+    }
+
+    fn any(&self) -> Vec<usize> {
+        self.standing.order(sim::rand::below(self.standing.addrs.len() as u64) as usize)
+    }
+
+    async fn ask_one(&self, replica: usize, query: &Query, ttl: Duration) -> Said {
+        let addr = &self.standing.addrs[replica];
+        let mut query = query.clone();
+        query.wait_ms = ttl.as_millis() as u64;
+        let body = Body { body: codec::encode(&query).into() };
+        let mut client = match self.peers.client(addr) {
+            Ok(client) => client,
+            Err(error) => return Said::Final(Error::Internal(error.to_string())),
+        };
+        match sim::time::timeout(ttl, client.query(self.peers.request(body, ttl))).await {
+            Ok(Ok(reply)) => match codec::decode(&reply.into_inner().body) {
+                Ok(answered) => Said::Answer(answered),
+                Err(error) => Said::Final(Error::Internal(error.to_string())),
+            },
+            Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
+                Said::Final(Error::Unavailable(status.message().to_string()))
+            }
+            Ok(Err(status)) => Said::Nothing(Error::Unavailable(format!("{addr}: {}", status.message()))),
+            Err(_) => Said::Nothing(Error::Unavailable(format!("{addr} did not answer in time"))),
+        }
+    }
+
+    /// Nobody asks it any more until it answers what a reader would ask.
+    fn suspected(&self, replica: usize) {
+        sim::info!("{} does not answer as it should: others are asked", self.standing.addrs[replica]);
+        let this = self.clone();
+        sim::task::spawn(async move {
+            let mut pause = PROBE_FIRST;
+            let ask = Ask::Get { tenant: String::new(), id: MemoryId::default(), now: 0 };
+            let query = Query { freshness: Freshness::Strong, wait_ms: 0, ask };
+            loop {
+                sim::time::sleep(pause).await;
+                pause = (pause * 2).min(PROBE_LAST);
+                if let Said::Answer(_) = this.ask_one(replica, &query, PROBE_WITHIN).await {
+                    this.standing.clear(replica);
+                    return sim::info!("{} answers again", this.standing.addrs[replica]);
+                }
+            }
+        });
+    }
+
+    /// Whether a trusted replica other than `than` confirms that it leads.
+    async fn other_leader(&self, than: usize) -> Option<usize> {
+        let others = self.any().into_iter().filter(|at| *at != than && self.standing.is_trusted(*at));
+        let mut asked: FuturesUnordered<_> = others
+            .map(|at| async move {
+                let read = read_position_at(&self.peers, &self.standing.addrs[at], LEADS_WITHIN);
+                sim::time::timeout(LEADS_WITHIN, read).await.is_ok_and(|r| r.is_ok()).then_some(at)
+            })
+            .collect();
+        while let Some(found) = asked.next().await {
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+
+    /// Proposes at a replica; gives up once another one has been found to lead, since then its answer may never come.
+    async fn propose_at(&self, replica: usize, body: bytes::Bytes, ttl: Duration) -> Proposed {
+        let mut proposed = std::pin::pin!(propose_at(&self.peers, &self.standing.addrs[replica], body, ttl));
+        loop {
+            sim::select! {
+                proposed = &mut proposed => return proposed,
+                () = sim::time::sleep(DOUBT_AFTER) => {}
+            }
+            sim::select! {
+                proposed = &mut proposed => return proposed,
+                other = self.other_leader(replica) => if let Some(other) = other {
+                    self.standing.leads(Some(other));
+                    if self.standing.suspect(replica) {
+                        self.suspected(replica);
+                    }
+                    return Proposed::Unknown("another replica leads now".into());
+                },
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Proposer for Remote {
+    /// Repeats only attempts that certainly did nothing.
+    async fn propose(&self, mut commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
+        let mut body = bytes::Bytes::from(codec::encode(&commands));
+        let (mut hint, mut pause, mut turn) = (None, Duration::from_millis(5), 0);
+        loop {
+            let left = left(deadline, || Error::Unavailable("no leader took the write in time".into()))?;
+            let order = self.any();
+            let hinted = hint.take().or(self.standing.leader());
+            let replica = hinted.or_else(|| order.get(turn % order.len().max(1)).copied());
+            let replica = replica.ok_or_else(|| Error::Unavailable("no replica is known".into()))?;
+            match self.propose_at(replica, body.clone(), left).await {
+                Proposed::Done(outcomes) => {
+                    self.standing.leads(Some(replica));
+                    // So long that the caller gives up on a write that took place, and asks again.
+                    sim::rand::buggify_wait("answer to a write", 0.01, Duration::from_secs(4)).await;
+                    return Ok(outcomes);
+                }
+                Proposed::Unknown(_) if sim::planted!("repeat-an-uncertain-write-without-its-key") => {
+                    commands.iter_mut().for_each(|command| command.idempotency_key.clear());
+                    body = codec::encode(&commands).into();
+                }
+                Proposed::Unknown(cause) => {
+                    self.standing.leads(None);
+                    return Err(Error::OutcomeUnknown(cause));
+                }
+                Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
+                // A follower may still name the one that everybody else has given up.
+                Proposed::NotLeader(leader) => {
+                    self.standing.leads(None);
+                    let leader = leader.and_then(|addr| self.standing.place(&addr));
+                    hint = leader.filter(|at| *at != replica && self.standing.is_trusted(*at));
+                    turn += 1;
+                }
+            }
+            if hint.is_none() {
+                sim::time::sleep(pause.min(left)).await;
+                pause = (pause * 2).min(Duration::from_millis(200));
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Views for Remote {
+    /// Asks one replica, and the next one too when the first takes long or cannot say.
+    async fn query(&self, query: Query) -> Result<Answered, Error> {
+        let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
+        let kind = query.ask.kind();
+        let mut waiting = self.any().into_iter();
+        let mut asked = FuturesUnordered::new();
+        let mut under_way: Vec<(usize, Instant)> = vec![];
+        let mut last = Error::Unavailable("no replica is known".into());
+        let mut patience = self.standing.patience(kind);
+        let mut next = waiting.next();
+        loop {
+            let left = left(deadline, || last.clone())?;
+            if let Some(replica) = next.take() {
+                let (this, query, at) = (self.clone(), query.clone(), Instant::now());
+                asked.push(async move { (replica, at, this.ask_one(replica, &query, left).await) });
+                under_way.push((replica, at));
+            }
+            let more = waiting.len() > 0;
+            sim::select! {
+                said = asked.next() => match said {
+                    None => return Err(last),
+                    Some((replica, at, Said::Answer(answered))) => {
+                        self.standing.answered(replica, kind, at.elapsed());
+                        for (other, _) in under_way.into_iter().take_while(|(other, _)| *other != replica) {
+                            if self.standing.beaten(other) {
+                                self.suspected(other);
+                            }
+                        }
+                        return Ok(answered);
+                    }
+                    Some((_, _, Said::Final(error))) => return Err(error),
+                    Some((_, _, Said::Nothing(error))) => {
+                        last = error;
+                        next = waiting.next();
+                    }
+                },
+                () = sim::time::sleep(patience.min(left)) => {
+                    if more {
+                        self.standing.hedged();
+                        next = waiting.next();
+                    }
+                    patience = crate::standing::FAIL_OVER_AFTER;
+                }
+            }
+        }
+    }
+}

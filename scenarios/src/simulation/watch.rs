@@ -1,0 +1,79 @@
+//! What recovery is measured with, beside the clients' history: when all replicas were there again, and how busy the machines were.
+
+use super::cluster::{CORES, Cluster};
+use crate::history::Call;
+use crate::recovery::{Measured, Times, measure};
+use crate::report::Fired;
+use crate::spec::Fault;
+use sim::task::JoinHandle;
+use sim::time::{self, Duration};
+use sim::world::NodeIndex;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Looks on while a run goes on.
+pub struct Watch {
+    quiet_from: Duration,
+    seen: Arc<Mutex<Looks>>,
+    looking: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Looks {
+    /// Since when all replicas are there, if they are.
+    since: Option<Duration>,
+    utilisation: BTreeMap<String, f64>,
+}
+
+impl Watch {
+    /// The quiet time ends with the first fault of the plan.
+    pub fn start(cluster: &Arc<Cluster>, quiet_from_s: u64, plan: &[Fault]) -> Watch {
+        let (quiet_from, seen) = (Duration::from_secs(quiet_from_s), Arc::<Mutex<Looks>>::default());
+        let quiet_to = Duration::from_millis(plan.first().map_or(0, |fault| fault.at_ms));
+        let looking = sim::task::spawn(look(cluster.clone(), (quiet_from, quiet_to), seen.clone()));
+        Watch { quiet_from, seen, looking }
+    }
+
+    /// What came of it; `None` if no fault took place.
+    pub fn measured(self, cluster: &Cluster, calls: &[Call], fired: &[Fired]) -> Option<Measured> {
+        self.looking.abort();
+        let first = fired.first().filter(|first| first.fired)?;
+        let ns = |seconds: f64| (seconds * 1e9) as u64;
+        let times = Times {
+            quiet_from_ns: self.quiet_from.as_nanos() as u64,
+            fault_ns: ns(first.began_s),
+            undone_ns: ns(first.undone_s),
+        };
+        // There is one shard, and every replica serves all of it.
+        let mut measured = measure(calls, times, |_| true);
+        let seen = self.seen.lock().unwrap_or_else(|p| p.into_inner());
+        measured.redundancy_s = seen.since.map(|at| (at.as_secs_f64() - first.began_s).max(0.0));
+        measured.utilisation = seen.utilisation.clone();
+        let bytes = cluster.replicas.iter().filter_map(|node| cluster.world.disk(*node)).map(|d| d.bytes());
+        measured.bytes = bytes.max().unwrap_or(0);
+        Some(measured)
+    }
+}
+
+async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc<Mutex<Looks>>) {
+    let world = &cluster.world;
+    let nodes: Vec<NodeIndex> = cluster.replicas.iter().chain(&cluster.edges).copied().collect();
+    time::sleep(from.saturating_sub(world.now())).await;
+    let before: Vec<Duration> = nodes.iter().map(|node| world.busy(*node)).collect();
+    time::sleep(to.saturating_sub(world.now())).await;
+    let whole = (to.saturating_sub(from) * CORES as u32).as_secs_f64();
+    for (node, before) in nodes.iter().zip(before) {
+        let share = (world.busy(*node) - before).as_secs_f64() / whole;
+        seen.lock().unwrap_or_else(|p| p.into_inner()).utilisation.insert(world.node_name(*node), share);
+    }
+    let mut wanted = None;
+    loop {
+        time::sleep(LOOK_INTERVAL).await;
+        let at = world.now();
+        let redundant = cluster.redundant(&mut wanted).await;
+        let mut seen = seen.lock().unwrap_or_else(|p| p.into_inner());
+        seen.since = if redundant { seen.since.or(Some(at)) } else { None };
+    }
+}
