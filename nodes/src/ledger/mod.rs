@@ -232,8 +232,13 @@ impl Ledger {
             return Proposed::NotLeader(leader.map(|(_, addr)| addr));
         }
         // A leader that no majority has heard for as long as a follower waits is on its way out: what it took would wait for ever.
-        let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
-        if acked.is_some_and(|at| at.elapsed() > self.deposed_after) {
+        let metrics = self.raft.metrics();
+        let unheard = {
+            let seen = metrics.borrow_watched();
+            let peers = seen.membership_config.membership().voter_ids().count() > 1;
+            peers && seen.last_quorum_acked.is_some_and(|at| at.elapsed() > self.deposed_after)
+        };
+        if unheard {
             return Proposed::NotLeader(None);
         }
         let (reply, outcome) = oneshot::channel();

@@ -266,7 +266,8 @@ impl Client {
                 return answer;
             }
             self.at = (self.at + 1) % self.gateways.len();
-            if self.fails_over {
+            // Another gateway is asked at once, the same one again only after a while.
+            if self.fails_over && attempt > 0 {
                 pause(attempt).await;
             }
         }

@@ -272,7 +272,9 @@ fn events(run: &Run) -> Page {
         let (at, node) = (event.at_ns as f64 / 1e9, event.node);
         match &event.what {
             What::Line { level, text } => {
-                let gone = ["power lost", "process killed"].iter().any(|words| text.starts_with(words))
+                let gone = ["power lost", "process killed", "process ended", "its machine is gone"]
+                    .iter()
+                    .any(|words| text.starts_with(words))
                     || text.starts_with("the process ends");
                 if gone {
                     away.entry(node).or_insert(at);

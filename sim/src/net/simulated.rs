@@ -63,6 +63,10 @@ impl Channel {
         if known.is_none() {
             let handshake = async {
                 wait(world::transmit(from, to, 64, 0)).await?;
+                // A machine without power does not say so.
+                if !world::powered(to) {
+                    std::future::pending::<()>().await;
+                }
                 wait(world::transmit(to, from, 64, 0)).await
             };
             match crate::time::timeout(CONNECT_TIMEOUT, handshake).await {
