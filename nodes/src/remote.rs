@@ -164,10 +164,8 @@ impl Proposer for Remote {
                     turn += 1;
                 }
             }
-            if hint.is_none() {
-                sim::time::sleep(pause.min(left)).await;
-                pause = (pause * 2).min(Duration::from_millis(200));
-            }
+            sim::time::sleep(pause.min(left)).await;
+            pause = (pause * 2).min(Duration::from_millis(200));
         }
     }
 }
