@@ -71,7 +71,7 @@ struct Echo(bytes::Bytes);
 #[tonic::async_trait]
 impl replica_server::Replica for Echo {
     async fn query(&self, _: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        Ok(Response::new(Body { body: self.0.clone() }))
+        Ok(Response::new(Body { body: self.0.clone(), group: 0 }))
     }
     async fn append(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
@@ -89,6 +89,9 @@ impl replica_server::Replica for Echo {
         self.query(request).await
     }
     async fn read_index(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn reconfigure(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
     async fn snapshot(&self, _: Request<Streaming<Body>>) -> std::result::Result<Response<Body>, Status> {
@@ -326,7 +329,7 @@ async fn run(length: Duration, dir: &Path) -> Result<()> {
     );
     let channel = sim::net::connect(&addr)?;
     let body = bytes::Bytes::from(vec![7u8; 1500]);
-    while ReplicaClient::new(channel.clone()).query(Body { body: body.clone() }).await.is_err() {
+    while ReplicaClient::new(channel.clone()).query(Body { body: body.clone(), group: 0 }).await.is_err() {
         sleep(Duration::from_millis(20)).await;
     }
     let mut echoes = vec![];
@@ -335,7 +338,7 @@ async fn run(length: Duration, dir: &Path) -> Result<()> {
         let mut rate = load(clients, length, move |_| {
             let (mut client, body) = (ReplicaClient::new(channel.clone()), body.clone());
             async move {
-                client.query(Body { body }).await?;
+                client.query(Body { body, group: 0 }).await?;
                 Ok(())
             }
         })

@@ -2,19 +2,21 @@
 //!
 //! They are statistics for tiering, so they may be lost in a crash, and are dropped beyond a bound; they never delay a read.
 
-use crate::writer::Proposer;
+use crate::router::Router;
 use sim::sync::Notify;
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use storage::model::{Command, Memory, MemoryId, Operation, UnixMs};
+use storage::slots::{Slot, slot_of};
 
 /// Distinct memories counted between two flushes; what is beyond is not counted.
 const COUNTED_MAX: usize = 10_000;
 /// Memories in one command.
 const TOUCHES_MAX: usize = 1000;
 
-type Counts = BTreeMap<String, BTreeMap<MemoryId, (u64, UnixMs)>>;
+/// By tenant and slot, then by memory.
+type Counts = BTreeMap<(String, Slot), BTreeMap<MemoryId, (u64, UnixMs)>>;
 
 #[derive(Clone, Default)]
 pub struct Accesses {
@@ -31,12 +33,10 @@ impl Accesses {
             if counts.0 >= COUNTED_MAX {
                 break;
             }
-            let of_tenant = match counts.1.get_mut(&memory.tenant) {
-                Some(of_tenant) => of_tenant,
-                None => counts.1.entry(memory.tenant.clone()).or_default(),
-            };
+            let slot = slot_of(&memory.owner(), &memory.id);
+            let of_slot = counts.1.entry((memory.tenant.clone(), slot)).or_default();
             let mut new = 0;
-            let entry = of_tenant.entry(memory.id).or_insert_with(|| {
+            let entry = of_slot.entry(memory.id).or_insert_with(|| {
                 new = 1;
                 (0, now)
             });
@@ -48,20 +48,20 @@ impl Accesses {
     }
 
     /// Sends what was gathered, every `interval` in which there was something.
-    pub async fn flush_forever(self, ledger: Arc<dyn Proposer>, interval: Duration) {
+    pub async fn flush_forever(self, router: Router, interval: Duration) {
         loop {
             self.some.notified().await;
             time::sleep(interval).await;
             let (_, counts) = std::mem::take(&mut *self.counts.lock().unwrap_or_else(|p| p.into_inner()));
             let now = time::calendar_ms();
             let mut commands = vec![];
-            for (tenant, touched) in counts {
+            for ((tenant, slot), touched) in counts {
                 let touched: Vec<_> =
                     touched.into_iter().map(|(id, (count, last))| (id, count, last)).collect();
                 for touches in touched.chunks(TOUCHES_MAX) {
                     commands.push(Command {
                         tenant: tenant.clone(),
-                        slot: None,
+                        slot: Some(slot),
                         idempotency_key: String::new(),
                         request_hash: [0; 16],
                         now,
@@ -72,7 +72,8 @@ impl Accesses {
             if commands.is_empty() {
                 continue;
             }
-            if let Err(error) = ledger.propose(commands, Instant::now() + Duration::from_secs(5)).await {
+            let (decided, _) = router.propose(commands, Instant::now() + Duration::from_secs(5)).await;
+            if let Some(Err(error)) = decided.iter().find(|decided| decided.is_err()) {
                 sim::debug!("access counts lost: {error}");
             }
         }

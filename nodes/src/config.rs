@@ -7,9 +7,10 @@
 //! data = "./n1"                   # everything that the node stores
 //! roles = ["gateway", "writer", "reader", "ledger", "records", "graph", "vector"]
 //! cluster_secret = "…"            # the same on every node
-//! id = 1                          # of a node with a ledger: its number among the replicas
+//! id = 1                          # of a node with a ledger: its number in the cluster
+//! shards = 1                      # of a new cluster; `loci cluster resize` changes it
 //!
-//! [replicas]                      # the ledger's voters: number = address
+//! [replicas]                      # the nodes that keep the cluster map, and a new cluster's first ones: number = address
 //! 1 = "127.0.0.1:7401"
 //! 2 = "127.0.0.1:7402"
 //! 3 = "127.0.0.1:7403"
@@ -18,6 +19,7 @@
 //! Roles come in two groups, each of which lives in one process: the edge (gateway, writer, reader) and the replica (ledger,
 //! records, graph, vector). A process has one of them or both.
 
+use crate::control::map::SHARDS_MAX;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
 use serde::{Deserialize, Serialize};
@@ -43,11 +45,14 @@ pub struct NodeConfig {
     pub cluster_secret: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
-    /// This machine takes the place of one whose disk is gone: while it is empty, the replica on it does not vote, until its peers have given
-    /// it everything. Without it, an empty replica is one of a group that is about to be formed.
+    /// This machine takes the place of one whose disk is gone. Its replicas know that from the map and do not vote until their peers have given
+    /// them everything; the control group's replica knows it if another one answers at the start, or by this.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rejoin: bool,
-    /// Voters by number. TOML keys are text.
+    /// Of a new cluster; later the cluster map says it.
+    #[serde(default = "one_shard")]
+    pub shards: u32,
+    /// The nodes of the control group, by number; where none is new, any one of them is enough. TOML keys are text.
     pub replicas: BTreeMap<String, String>,
     #[serde(default)]
     pub tuning: Tuning,
@@ -97,6 +102,10 @@ impl Default for Tuning {
     }
 }
 
+fn one_shard() -> u32 {
+    1
+}
+
 fn data_default() -> String {
     "./loci-data".into()
 }
@@ -113,12 +122,9 @@ impl NodeConfig {
         config.voters()?;
         config.has_group(&EDGE_ROLES)?;
         if config.has_group(&REPLICA_ROLES)? {
-            let id = config
-                .id
-                .ok_or_else(|| Error::invalid("id", "a node with the role ledger needs its number"))?;
-            if !config.voters()?.contains_key(&id) {
-                return Err(Error::invalid("replicas", format!("have no number {id}, this node's own")));
-            }
+            config.id.filter(|id| *id > 0).ok_or_else(|| {
+                Error::invalid("id", "a node with the role ledger needs its number, from 1 on")
+            })?;
         }
         if let Some(role) = config.roles.iter().find(|r| !all_roles().contains(r)) {
             return Err(Error::invalid(
@@ -128,6 +134,12 @@ impl NodeConfig {
         }
         if config.roles.is_empty() {
             return Err(Error::invalid("roles", "are empty: this node would do nothing"));
+        }
+        if !(1..=SHARDS_MAX).contains(&config.shards) {
+            return Err(Error::invalid(
+                "shards",
+                format!("is {}; 1 to {SHARDS_MAX} are possible", config.shards),
+            ));
         }
         if config.cluster_secret.len() < 16 {
             return Err(Error::invalid("cluster_secret", "needs at least 16 characters"));
@@ -189,7 +201,8 @@ impl NodeConfig {
 mod tests {
     use super::*;
 
-    const GOOD: &str = "name = 'n1'\nlisten = '127.0.0.1:1'\ncluster_secret = 'sixteen letters!'\nid = 1\n[replicas]\n1 = 'a:1'\n";
+    const GOOD: &str =
+        "name = 'n1'\nlisten = 'a:1'\ncluster_secret = 'sixteen letters!'\nid = 1\n[replicas]\n1 = 'a:1'\n";
 
     #[test]
     fn a_small_file_is_enough() -> Result<(), Error> {
@@ -202,7 +215,8 @@ mod tests {
     fn mistakes_are_named() {
         let cases = [
             (GOOD.replace("id = 1", ""), "id"),
-            (GOOD.replace("id = 1", "id = 2"), "replicas"),
+            (GOOD.replace("id = 1", "id = 0"), "id"),
+            (GOOD.replace("id = 1", "id = 1\nshards = 0"), "shards"),
             (GOOD.replace("id = 1", "id = 1\nroles = ['gateway']"), "roles"),
             (GOOD.replace("id = 1", "id = 1\nroles = []"), "roles"),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),

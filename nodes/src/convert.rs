@@ -1,11 +1,15 @@
 //! Between the protocol's messages and the store's types. Everything that comes in is checked here, once.
 
+use crate::control::map::ShardId;
 use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
+use crate::router::with_slot;
 use sim::rand;
+use std::collections::BTreeMap;
 use storage::graph::{self, Walk};
 use storage::model::*;
+use storage::slots::slot_of;
 use uuid::Uuid;
 
 pub fn parse_id(field: &str, text: &str) -> Result<MemoryId, Error> {
@@ -143,14 +147,10 @@ pub fn new_memory(tenant: &str, new: v1::NewMemory, key: &str, now: UnixMs) -> R
     }
     check_metadata(&new.metadata)?;
     check_categories(&new.categories)?;
-    let id = match (new.id.as_str(), key) {
-        ("", "") => rand::uuid_v7().into_bytes(),
-        ("", key) => derived_id(tenant, key),
-        (id, _) => parse_id("id", id)?,
-    };
     let vector = if new.vector.is_empty() { vec![] } else { unit_vector(new.vector, &new.space)? };
-    Ok(Memory {
-        id,
+    let given = if new.id.is_empty() { None } else { Some(parse_id("id", &new.id)?) };
+    let mut memory = Memory {
+        id: given.unwrap_or_default(),
         tenant: tenant.into(),
         scope,
         user: new.user,
@@ -175,7 +175,13 @@ pub fn new_memory(tenant: &str, new: v1::NewMemory, key: &str, now: UnixMs) -> R
         space: if vector.is_empty() { String::new() } else { new.space },
         tier: Tier::Hot,
         vector,
-    })
+    };
+    if given.is_none() {
+        let made = if key.is_empty() { rand::uuid_v7().into_bytes() } else { derived_id(tenant, key) };
+        // A GLOBAL memory's slot is of its id; what stands in that says nothing.
+        memory.id = with_slot(made, slot_of(&memory.owner(), &made));
+    }
+    Ok(memory)
 }
 
 /// A checked change; its vector is still to be made when only the text changes.
@@ -238,31 +244,32 @@ pub fn memory(memory: &Memory, with_vector: bool) -> v1::Memory {
     }
 }
 
-/// A session's token for one shard.
-pub fn token(position: Position) -> v1::Token {
-    let at = v1::ShardPosition { shard: 0, epoch: position.epoch, index: position.index };
-    v1::Token { positions: vec![at] }
+/// A session's token: its positions on some shards.
+pub fn token(positions: impl IntoIterator<Item = (ShardId, Position)>, map_version: u64) -> v1::Token {
+    let at = |(shard, position): (ShardId, Position)| v1::ShardPosition {
+        shard,
+        epoch: position.epoch,
+        index: position.index,
+    };
+    v1::Token { positions: positions.into_iter().map(at).collect(), map_version }
 }
 
-pub fn position(token: &v1::Token) -> Result<Position, Error> {
-    let mut found = Position::default();
-    for at in &token.positions {
-        if at.shard != 0 {
-            return Err(Error::invalid(
-                "token",
-                format!("names shard {}, which this cluster does not have", at.shard),
-            ));
-        }
-        found = found.max(Position { epoch: at.epoch, index: at.index, item: u32::MAX });
+/// A token's positions by shard; of two on one shard the later one.
+pub fn positions(token: &v1::Token) -> BTreeMap<ShardId, Position> {
+    let mut found: BTreeMap<ShardId, Position> = BTreeMap::new();
+    for at in token.positions.iter().filter(|at| at.index > 0) {
+        let position = Position { epoch: at.epoch, index: at.index, item: u32::MAX };
+        let held = found.entry(at.shard).or_default();
+        *held = position.max(*held);
     }
-    Ok(found)
+    found
 }
 
-pub fn change(change: &Change) -> v1::Change {
+pub fn change(shard: ShardId, change: &Change) -> v1::Change {
     v1::Change {
         kind: change.kind as i32,
         memory: Some(memory(&change.memory, false)),
-        token: Some(token(change.position)),
+        token: Some(token([(shard, change.position)], 0)),
     }
 }
 

@@ -42,6 +42,9 @@ pub enum Error {
         "the token names epoch {epoch} index {index}, which this ledger does not hold; what was written there is lost"
     )]
     LostInFailover { epoch: u64, index: u64 },
+    /// Between nodes: ask elsewhere. Nothing was done.
+    #[error("{0}")]
+    NotHere(String),
     #[error("{0} is not there yet in this version")]
     Unimplemented(&'static str),
     #[error("{0}")]
@@ -68,6 +71,7 @@ impl Error {
             Error::NotYetVisible => "NOT_YET_VISIBLE",
             Error::Overloaded(_) => "OVERLOADED",
             Error::LostInFailover { .. } => "LOST_IN_FAILOVER",
+            Error::NotHere(_) => "NOT_HERE",
             Error::Unimplemented(_) => "UNIMPLEMENTED",
             Error::Internal(_) => "INTERNAL",
         }
@@ -81,7 +85,9 @@ impl Error {
             Error::VersionMismatch { .. } => Code::FailedPrecondition,
             Error::Unauthenticated(_) => Code::Unauthenticated,
             Error::Forbidden(_) => Code::PermissionDenied,
-            Error::Unavailable(_) | Error::OutcomeUnknown(_) | Error::NotYetVisible => Code::Unavailable,
+            Error::Unavailable(_) | Error::OutcomeUnknown(_) | Error::NotYetVisible | Error::NotHere(_) => {
+                Code::Unavailable
+            }
             Error::Overloaded(_) => Code::ResourceExhausted,
             Error::LostInFailover { .. } => Code::DataLoss,
             Error::Unimplemented(_) => Code::Unimplemented,

@@ -100,12 +100,13 @@ fn page(status: &v1::StatusResponse, members: &[v1::Member]) -> String {
                 .join(", "),
         );
     }
-    html.push_str("<table><tr><th>replica<th>address<th>role</tr>");
+    html.push_str("<table><tr><th>group<th>replica<th>address<th>role</tr>");
     for member in members {
         let leads = if member.leader { ", leads" } else { "" };
         let _ = write!(
             html,
-            "<tr><td>{}<td>{}<td>{}{leads}</tr>",
+            "<tr><td>{}<td>{}<td>{}<td>{}{leads}</tr>",
+            escape(&member.group),
             escape(&member.node),
             escape(&member.address),
             member.role

@@ -3,11 +3,12 @@
 use crate::access::Accesses;
 use crate::auth::KeyRing;
 use crate::config::{EDGE_ROLES, NodeConfig, REPLICA_ROLES};
+use crate::control::{self, Control, driver::Driver, keeper};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
 use crate::gateway::{About, AdminService, GraphService, MemoryService};
+use crate::groups::{CONTROL, Groups, Replica, Settings, Start};
 use crate::ledger::service::ReplicaService;
-use crate::ledger::{Ledger, recovery};
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
 use crate::proto::internal::replica_server::ReplicaServer;
@@ -16,9 +17,8 @@ use crate::proto::v1::{
     memory_service_server::MemoryServiceServer,
 };
 use crate::reader::Reader;
-use crate::remote::Remote;
-use crate::views::{LocalViews, Views};
-use crate::writer::{Proposer, Writer};
+use crate::router::Router;
+use crate::writer::Writer;
 use sim::disk::Disk;
 use sim::net::Routes;
 use sim::time::{Duration, Instant};
@@ -29,7 +29,7 @@ pub struct Node {
     config: NodeConfig,
     routes: Routes,
     pub about: Arc<About>,
-    ledger: Option<Ledger>,
+    groups: Groups,
 }
 
 impl Node {
@@ -41,39 +41,51 @@ impl Node {
         let peers = Peers::new(&config.cluster_secret)
             .map_err(|e| Error::invalid("cluster_secret", e.to_string()))?;
         let voters = config.voters()?;
-        let replicas: Vec<String> = voters.values().cloned().collect();
-
-        let ledger = match (config.has_group(&REPLICA_ROLES)?, config.id) {
-            (true, Some(id)) => {
-                let (options, views_disk) = (config.ledger_options(), disk.clone());
-                let (log, shard) = (options.log.clone(), config.shard_options());
-                let alone = voters.len() == 1;
-                let opened = sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone));
-                let opened = opened.await?;
-                if config.rejoin {
-                    opened.rejoin()?;
-                }
-                sim::info!(
-                    "views opened at {}, {:?} after start",
-                    opened.shard.applied().0.index,
-                    started.elapsed()
-                );
-                crate::upkeep::start(&opened.shard, config.tuning.product_after_days);
-                Some(Ledger::open(id, voters, disk.clone(), opened, peers.clone(), options).await?)
+        let here = config.id.and_then(|id| voters.get(&id).cloned()).unwrap_or(config.listen.clone());
+        let groups = Groups::default();
+        let addrs: Vec<String> = voters.values().cloned().collect();
+        let control =
+            Control::open(groups.clone(), peers.clone(), disk.clone(), addrs.clone(), here.clone())?;
+        let router = Router::new(control.clone(), groups.clone(), peers.clone(), here.clone());
+        if let (true, Some(id)) = (config.has_group(&REPLICA_ROLES)?, config.id) {
+            let settings = Settings {
+                node: config.name.clone(),
+                id,
+                here: here.clone(),
+                disk: disk.clone(),
+                peers: peers.clone(),
+                ledger: config.ledger_options(),
+                shard: config.shard_options(),
+                product_after_days: config.tuning.product_after_days,
+            };
+            if voters.contains_key(&id) {
+                let others: Vec<String> = addrs.iter().filter(|addr| **addr != here).cloned().collect();
+                let is_new = control.map().version == 0;
+                let start =
+                    match is_new && (config.rejoin || control::founded_elsewhere(&peers, &others).await) {
+                        true => Start::Rejoin { voters: voters.len() },
+                        false => Start::Found(voters.clone()),
+                    };
+                groups.insert(CONTROL, Replica::open(&settings, CONTROL, start).await?);
+                let driver = Driver {
+                    control: control.clone(),
+                    router: router.clone(),
+                    groups: groups.clone(),
+                    first: (voters, config.shards),
+                };
+                driver.start();
             }
-            _ => None,
-        };
-        let remote = Remote::new(peers.clone(), replicas);
-        let views: Arc<dyn Views> = match &ledger {
-            Some(ledger) => Arc::new(LocalViews::new(ledger.clone(), config.name.clone())),
-            None => Arc::new(remote.clone()),
-        };
+            keeper::open_all(&settings, &groups, &control.map()).await?;
+            sim::info!("replicas opened, {:?} after start", started.elapsed());
+            sim::task::spawn(keeper::keep(settings, groups.clone(), control.clone()));
+        }
+        sim::task::spawn(control.clone().follow());
         let counted = disk.clone();
         let about = Arc::new(About {
             node: config.name.clone(),
             roles: config.roles.clone(),
             started,
-            ledger: ledger.clone(),
+            groups: groups.clone(),
             disk_bytes: Box::new(move || disk_bytes(&*counted, "", 0)),
         });
 
@@ -82,22 +94,14 @@ impl Node {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
         builder.add_service(health_service);
-        if let Some(ledger) = &ledger {
-            let (views, received) = (views.clone(), Default::default());
-            let service = ReplicaService { ledger: ledger.clone(), views, disk: disk.clone(), received };
-            let server = ReplicaServer::new(service);
-            let limit = peers::MESSAGE_BYTES_MAX;
-            builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
-        }
+        let server = ReplicaServer::new(ReplicaService { groups: groups.clone() });
+        let limit = peers::MESSAGE_BYTES_MAX;
+        builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
         if config.has_group(&EDGE_ROLES)? {
-            let proposer: Arc<dyn Proposer> = match &ledger {
-                Some(ledger) => Arc::new(ledger.clone()),
-                None => Arc::new(remote),
-            };
             let accesses = Accesses::default();
             let interval = Duration::from_millis(config.tuning.access_flush_ms.max(1));
-            sim::task::spawn(accesses.clone().flush_forever(proposer.clone(), interval));
-            let (writer, reader) = (Writer { ledger: proposer }, Reader { views, accesses });
+            sim::task::spawn(accesses.clone().flush_forever(router.clone(), interval));
+            let (writer, reader) = (Writer { router: router.clone() }, Reader { router, accesses });
             edge_services = Some((writer.clone(), reader.clone()));
             let graph = GraphService { writer: writer.clone(), reader: reader.clone() };
             let server = MemoryServiceServer::new(MemoryService { writer, reader });
@@ -105,7 +109,7 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), edge: edge_services };
+        let admin = AdminService { about: about.clone(), control, edge: edge_services };
         builder.add_service(AdminServiceServer::new(admin));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
@@ -114,7 +118,7 @@ impl Node {
         builder.add_service(reflection);
         let edge = EdgeLayer::new(keys, &config.cluster_secret);
         let routes = Routes::from(builder.routes().prepare().into_axum_router().layer(edge));
-        Ok(Node { config, routes, about, ledger })
+        Ok(Node { config, routes, about, groups })
     }
 
     /// Serves until `shutdown`; `ready` gets the bound address.
@@ -123,17 +127,17 @@ impl Node {
         ready: impl FnOnce(String),
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), Error> {
-        let leaving = self.ledger.clone();
+        let groups = self.groups.clone();
         let shutdown = async move {
             shutdown.await;
-            if let Some(ledger) = leaving {
-                ledger.hand_over().await;
+            for replica in groups.all() {
+                replica.ledger.hand_over().await;
             }
         };
         let served = sim::net::serve(&self.config.listen, self.routes, ready, shutdown).await;
-        if let Some(ledger) = self.ledger {
-            ledger.stop().await;
-            let closed = sim::task::blocking(move || ledger.shard.checkpoint()).await;
+        for replica in self.groups.all() {
+            replica.ledger.stop().await;
+            let closed = sim::task::blocking(move || replica.ledger.shard.checkpoint()).await;
             closed.map_err(|e| Error::Internal(format!("views: {e}")))?;
         }
         served.map_err(|e| Error::Internal(e.to_string()))

@@ -5,17 +5,21 @@
 //! with a vector alone it is the cosine.
 
 use crate::auth::Caller;
+use crate::control::map::{ClusterMap, ShardId};
 use crate::convert::{self, owners};
 use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
-use crate::views::{Answered, Ask, Found, Freshness, Query, Views};
+use crate::router::{Part, Reading, Router};
+use crate::views::{Answered, Ask, Found, Freshness};
 use sim::cpu::cost;
 use sim::time::{self, Duration, Instant};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use storage::embed::{LEXICAL_SPACE, embed, lexical_score};
 use storage::model::*;
-use storage::{ListQuery, SearchQuery, TimeField, TimeRange};
+use storage::slots::{SlotSet, slot_of};
+use storage::{Hit, ListQuery, SearchQuery, TimeField, TimeRange};
 
 /// The cosine's share in a text search's score.
 pub const VECTOR_SHARE: f32 = 0.4;
@@ -24,45 +28,73 @@ const CANDIDATES_MIN: usize = 200;
 
 #[derive(Clone)]
 pub struct Reader {
-    pub views: Arc<dyn Views>,
+    pub router: Router,
     pub accesses: crate::access::Accesses,
 }
 
 /// What a read asks of its freshness; `or` is what the call does when it asks nothing.
-fn freshness(
+fn reading(
     options: Option<&v1::ReadOptions>,
     or: v1::Consistency,
-) -> Result<(v1::Consistency, Freshness), Error> {
+) -> Result<(v1::Consistency, Reading), Error> {
     let default = v1::ReadOptions::default();
     let options = options.unwrap_or(&default);
-    let token = options.token.as_ref().map(convert::position).transpose()?.filter(|p| p.index > 0);
+    let token = options.token.as_ref().map(convert::positions).unwrap_or_default();
     let asked = v1::Consistency::try_from(options.consistency)
         .map_err(|_| Error::invalid("consistency", format!("unknown value {}", options.consistency)))?;
     let given = match asked {
-        v1::Consistency::Unspecified if token.is_some() => v1::Consistency::Session,
+        v1::Consistency::Unspecified if !token.is_empty() => v1::Consistency::Session,
         v1::Consistency::Unspecified => or,
         asked => asked,
     };
-    let freshness = match (given, token) {
-        (v1::Consistency::Strong, _) => Freshness::Strong,
-        (v1::Consistency::Session, Some(position)) => Freshness::AtLeast(position),
-        (v1::Consistency::Session, None) => return Err(Error::invalid("token", "SESSION needs a token")),
-        (v1::Consistency::Bounded, _) => Freshness::Bounded(options.max_staleness_ms),
-        _ => Freshness::Any,
+    let freshness = match given {
+        v1::Consistency::Strong => Some(Freshness::Strong),
+        v1::Consistency::Session if token.is_empty() => {
+            return Err(Error::invalid("token", "SESSION needs a token"));
+        }
+        v1::Consistency::Session => None,
+        v1::Consistency::Bounded => Some(Freshness::Bounded(options.max_staleness_ms)),
+        _ => Some(Freshness::Any),
     };
-    Ok((given, freshness))
+    let map_version = options.token.as_ref().map_or(0, |token| token.map_version);
+    Ok((given, Reading { freshness, token, map_version }))
 }
 
-fn info(answered: &Answered, consistency: v1::Consistency) -> v1::ReadInfo {
+/// How an answer was made of the answers of some shards.
+fn info(answers: &[(ShardId, Answered)], consistency: v1::Consistency, map_version: u64) -> v1::ReadInfo {
+    let mut replicas: Vec<&str> = answers.iter().map(|(_, answered)| answered.replica.as_str()).collect();
+    replicas.dedup();
     v1::ReadInfo {
-        token: Some(convert::token(answered.position)),
+        token: Some(convert::token(answers.iter().map(|(shard, a)| (*shard, a.position)), map_version)),
         consistency: consistency as i32,
         level: "L0".into(),
         tiers: vec![v1::Tier::Hot as i32],
-        staleness_ms: answered.staleness_ms,
+        staleness_ms: answers.iter().map(|(_, answered)| answered.staleness_ms).max().unwrap_or(0),
         complete: true,
-        replica: answered.replica.clone(),
+        replica: replicas.join(","),
     }
+}
+
+/// Which shards have what owners have: of each shard its owners, and the slots that it must show for them.
+fn by_shard(map: &ClusterMap, owners: &[Owner]) -> BTreeMap<ShardId, (Vec<Owner>, SlotSet)> {
+    let mut parts: BTreeMap<ShardId, (Vec<Owner>, SlotSet)> = BTreeMap::new();
+    for owner in owners {
+        if *owner == Owner::Global {
+            for (id, shard) in &map.shards {
+                let part = parts.entry(*id).or_default();
+                part.0.push(Owner::Global);
+                part.1 = part.1.union(&shard.slots);
+            }
+            continue;
+        }
+        let slot = slot_of(owner, &[0; 16]);
+        if let Some(shard) = map.shard_of(slot) {
+            let part = parts.entry(shard).or_default();
+            part.0.push(owner.clone());
+            part.1 = part.1.union(&[slot].into_iter().collect());
+        }
+    }
+    parts
 }
 
 fn time_range(range: Option<v1::TimeRange>) -> Result<Option<TimeRange>, Error> {
@@ -86,11 +118,8 @@ fn unexpected() -> Error {
 }
 
 impl Reader {
-    async fn ask(&self, ask: Ask, freshness: Freshness, deadline: Instant) -> Result<Answered, Error> {
-        // A little less than the caller waits, so that the reason arrives and not only a deadline.
-        let left = crate::ledger::left(deadline, || Error::NotYetVisible)?;
-        let wait_ms = left.saturating_sub(Duration::from_millis(20)).as_millis() as u64;
-        self.views.query(Query { freshness, wait_ms, ask }).await
+    fn info(&self, answers: &[(ShardId, Answered)], given: v1::Consistency) -> v1::ReadInfo {
+        info(answers, given, self.router.known().version)
     }
 
     pub async fn get(
@@ -99,17 +128,21 @@ impl Reader {
         request: v1::GetRequest,
         deadline: Instant,
     ) -> Result<v1::GetResponse, Error> {
-        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let (given, reading) = reading(request.options.as_ref(), v1::Consistency::Strong)?;
         let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let id = convert::parse_id("id", &request.id)?;
-        let ask = Ask::Get { tenant: caller.tenant.to_string(), id, now: time::calendar_ms() };
-        let answered = self.ask(ask, freshness, deadline).await?;
-        let Found::Memory(memory) = &answered.found else { return Err(unexpected()) };
+        let now = time::calendar_ms();
+        let ask = |slot| Ask::Get { tenant: caller.tenant.to_string(), slot, id, now };
+        let answers = self.router.ask_of((&caller.tenant, &id), &reading, deadline, ask).await?;
+        let memory = answers.iter().find_map(|(_, answered)| match &answered.found {
+            Found::Memory(memory) => memory.as_ref(),
+            _ => None,
+        });
         let Some(memory) = memory else { return Err(Error::NotFound(request.id)) };
         self.accesses.note([memory]);
         Ok(v1::GetResponse {
             memory: Some(convert::memory(memory, with_vector)),
-            info: Some(info(&answered, given)),
+            info: Some(self.info(&answers, given)),
         })
     }
 
@@ -122,7 +155,7 @@ impl Reader {
         limit: usize,
         deadline: Instant,
     ) -> Result<(v1::ListResponse, Option<MemoryId>), Error> {
-        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let (given, reading) = reading(request.options.as_ref(), v1::Consistency::Strong)?;
         let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let whole_tenant = request.owners.as_ref().is_none_or(|o| o.user.is_empty() && o.agent.is_empty());
         let query = ListQuery {
@@ -136,11 +169,23 @@ impl Reader {
             now: time::calendar_ms(),
             with_vector,
         };
-        let answered = self.ask(Ask::List(query), freshness, deadline).await?;
-        let Found::Page(page) = &answered.found else { return Err(unexpected()) };
-        let memories = page.memories.iter().map(|m| convert::memory(m, with_vector)).collect();
-        let info = Some(info(&answered, given));
-        Ok((v1::ListResponse { memories, info }, page.next))
+        let plan = |map: &ClusterMap| -> Vec<Part> {
+            if query.owners.is_empty() {
+                let whole = |(id, shard): (&ShardId, &_)| (*id, Ask::List(query.clone()), slots(shard));
+                return map.shards.iter().map(whole).collect();
+            }
+            let part = |(id, (owners, needs))| (id, Ask::List(ListQuery { owners, ..query.clone() }), needs);
+            by_shard(map, &query.owners).into_iter().map(part).collect()
+        };
+        let answers = self.router.ask(&reading, deadline, plan).await?;
+        let info = Some(self.info(&answers, given));
+        let pages = answers.into_iter().map(|(_, answered)| match answered.found {
+            Found::Page(page) => Ok(page),
+            _ => Err(unexpected()),
+        });
+        let (found, next) = merge_pages(pages.collect::<Result<_, _>>()?, limit);
+        let memories = found.iter().map(|m| convert::memory(m, with_vector)).collect();
+        Ok((v1::ListResponse { memories, info }, next))
     }
 
     pub async fn search(
@@ -149,7 +194,7 @@ impl Reader {
         mut request: v1::SearchRequest,
         deadline: Instant,
     ) -> Result<v1::SearchResponse, Error> {
-        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Eventual)?;
+        let (given, reading) = reading(request.options.as_ref(), v1::Consistency::Eventual)?;
         let with_vector = request.options.as_ref().is_some_and(|o| o.with_vector);
         let k = match request.k {
             0 => K_DEFAULT,
@@ -190,9 +235,26 @@ impl Reader {
             now: time::calendar_ms(),
             with_vector,
         };
-        let answered = self.ask(Ask::Search(query), freshness, deadline).await?;
-        let info = info(&answered, given);
-        let Found::Hits(found) = answered.found else { return Err(unexpected()) };
+        let plan = |map: &ClusterMap| -> Vec<Part> {
+            let part =
+                |(id, (owners, needs))| (id, Ask::Search(SearchQuery { owners, ..query.clone() }), needs);
+            by_shard(map, &query.owners).into_iter().map(part).collect()
+        };
+        let answers = self.router.ask(&reading, deadline, plan).await?;
+        let info = self.info(&answers, given);
+        let mut found: Vec<Hit> = vec![];
+        let several = answers.len() > 1;
+        for (_, answered) in answers {
+            let Found::Hits(hits) = answered.found else { return Err(unexpected()) };
+            found.extend(hits);
+        }
+        if several && !rerank {
+            // Cosines are the same on every shard.
+            found.sort_by(|a, b| {
+                b.similarity.total_cmp(&a.similarity).then_with(|| a.memory.id.cmp(&b.memory.id))
+            });
+            found.truncate(k);
+        }
         let mut hits: Vec<(f32, f32, Arc<Memory>, f32)> = found
             .into_iter()
             .map(|hit| {
@@ -235,16 +297,19 @@ impl Reader {
         request: v1::HistoryRequest,
         deadline: Instant,
     ) -> Result<v1::HistoryResponse, Error> {
-        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let (given, reading) = reading(request.options.as_ref(), v1::Consistency::Strong)?;
         let id = convert::parse_id("id", &request.id)?;
-        let ask = Ask::History { tenant: caller.tenant.to_string(), id };
-        let answered = self.ask(ask, freshness, deadline).await?;
-        let Found::Changes(changes) = &answered.found else { return Err(unexpected()) };
+        let ask = |slot| Ask::History { tenant: caller.tenant.to_string(), slot, id };
+        let answers = self.router.ask_of((&caller.tenant, &id), &reading, deadline, ask).await?;
+        let of_shard = |(shard, answered): &(ShardId, Answered)| match &answered.found {
+            Found::Changes(changes) => changes.iter().map(|c| convert::change(*shard, c)).collect(),
+            _ => vec![],
+        };
+        let changes: Vec<v1::Change> = answers.iter().flat_map(of_shard).collect();
         if changes.is_empty() {
             return Err(Error::NotFound(request.id));
         }
-        let changes = changes.iter().map(convert::change).collect();
-        Ok(v1::HistoryResponse { changes, info: Some(info(&answered, given)) })
+        Ok(v1::HistoryResponse { changes, info: Some(self.info(&answers, given)) })
     }
 
     /// Walks along the edges from some memories.
@@ -254,12 +319,11 @@ impl Reader {
         request: v1::TraverseRequest,
         deadline: Instant,
     ) -> Result<v1::TraverseResponse, Error> {
-        let (given, freshness) = freshness(request.options.as_ref(), v1::Consistency::Strong)?;
+        let (given, reading) = reading(request.options.as_ref(), v1::Consistency::Strong)?;
         let now = time::calendar_ms();
         let walk = convert::walk(&caller.tenant, request, now)?;
-        let answered = self.ask(Ask::Walk(walk), freshness, deadline).await?;
-        let mut info = info(&answered, given);
-        let Found::Walked(walked) = &answered.found else { return Err(unexpected()) };
+        let (walked, answers) = self.walk(walk, &reading, deadline).await?;
+        let mut info = self.info(&answers, given);
         info.complete = !walked.cut;
         self.accesses.note(&walked.memories);
         Ok(v1::TraverseResponse {
@@ -269,25 +333,117 @@ impl Reader {
         })
     }
 
-    /// The months of the shard.
+    /// The months of all shards, oldest first.
     pub async fn partitions(&self, deadline: Instant) -> Result<Vec<storage::Partition>, Error> {
-        let answered = self.ask(Ask::Partitions, Freshness::Strong, deadline).await?;
-        let Found::Partitions(partitions) = answered.found else { return Err(unexpected()) };
-        Ok(partitions)
+        let answers = self.router.ask_all(&Reading::strong(), deadline, || Ask::Partitions).await?;
+        let mut months: BTreeMap<Month, storage::Partition> = BTreeMap::new();
+        for (_, answered) in answers {
+            let Found::Partitions(partitions) = answered.found else { return Err(unexpected()) };
+            for partition in partitions {
+                months
+                    .entry(partition.month)
+                    .and_modify(|held| {
+                        held.memories += partition.memories;
+                        held.vectors += partition.vectors;
+                        held.history += partition.history;
+                        held.applied = held.applied.max(partition.applied);
+                    })
+                    .or_insert(partition);
+            }
+        }
+        Ok(months.into_values().collect())
     }
 
-    /// Changes of the tenant after a position, and the position that the answer reaches.
+    /// Changes of the tenant after a position on each shard, and how far the answers reach. A shard without a position tells only where it is.
     pub async fn changes(
         &self,
         tenant: &str,
-        after: Option<Position>,
+        after: &BTreeMap<ShardId, Position>,
         limit: u32,
-    ) -> Result<(Vec<Change>, Position), Error> {
-        let (after, limit) = after.map_or((Position::default(), 0), |p| (p, limit));
-        let ask = Ask::Changes { tenant: tenant.into(), after, limit };
+    ) -> Result<Vec<(ShardId, Vec<Change>, Position)>, Error> {
+        let plan = |map: &ClusterMap| -> Vec<Part> {
+            let ask = |id: &ShardId| {
+                let (after, limit) = after.get(id).map_or((Position::default(), 0), |p| (*p, limit));
+                Ask::Changes { tenant: tenant.into(), after, limit }
+            };
+            map.shards.keys().map(|id| (*id, ask(id), SlotSet::default())).collect()
+        };
         let deadline = Instant::now() + Duration::from_secs(5);
-        let answered = self.ask(ask, Freshness::Any, deadline).await?;
-        let Found::Changes(changes) = answered.found else { return Err(unexpected()) };
-        Ok((changes, answered.position))
+        let answers = self.router.ask(&Reading::any(), deadline, plan).await?;
+        let changes = |(shard, answered): (ShardId, Answered)| match answered.found {
+            Found::Changes(changes) => Ok((shard, changes, answered.position)),
+            _ => Err(unexpected()),
+        };
+        answers.into_iter().map(changes).collect()
+    }
+}
+
+fn slots(shard: &crate::control::map::ShardEntry) -> SlotSet {
+    shard.slots.clone()
+}
+
+/// One page out of one of each shard, in the order of ids, and where to continue. Behind the end of a page that was cut, others say nothing.
+fn merge_pages(pages: Vec<storage::Page>, limit: usize) -> (Vec<Arc<Memory>>, Option<MemoryId>) {
+    let known_to = pages.iter().filter_map(|page| page.next).min();
+    let mut found: Vec<Arc<Memory>> = pages.into_iter().flat_map(|page| page.memories).collect();
+    found.sort_by_key(|memory| memory.id);
+    let all = found.len();
+    if let Some(last) = known_to {
+        found.retain(|memory| memory.id <= last);
+    }
+    let mut end = limit.min(found.len());
+    // Memories of one id lie on one page.
+    while end > 0 && end < found.len() && found[end].id == found[end - 1].id {
+        end += 1;
+    }
+    found.truncate(end);
+    let more = known_to.is_some() || end < all;
+    let next = if more { found.last().map(|memory| memory.id) } else { None };
+    (found, next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::v1::NewMemory;
+
+    #[test]
+    fn pages_of_several_shards_give_every_memory_once_and_in_order() -> Result<(), Error> {
+        let memory = |number: u8| -> Result<Arc<Memory>, Error> {
+            let new = NewMemory { user: "u".into(), text: "x".into(), ..NewMemory::default() };
+            let mut memory = convert::new_memory("t", new, "", 0)?;
+            memory.id = [number; 16];
+            Ok(Arc::new(memory))
+        };
+        let shards: Vec<Vec<u8>> =
+            vec![(0..9).map(|n| n * 5).collect(), (0..20).map(|n| n * 5 + 1).collect(), vec![]];
+        for limit in [1, 2, 3, 7, 100] {
+            let (mut after, mut seen) = (None, vec![]);
+            loop {
+                let mut pages = vec![];
+                for shard in &shards {
+                    let rest: Vec<u8> = shard
+                        .iter()
+                        .copied()
+                        .filter(|n| after.is_none_or(|after| [*n; 16] > after))
+                        .collect();
+                    let memories: Vec<Arc<Memory>> =
+                        rest.iter().take(limit).map(|n| memory(*n)).collect::<Result<_, _>>()?;
+                    let next = (rest.len() > limit).then(|| memories.last().map(|m| m.id)).flatten();
+                    pages.push(storage::Page { memories, next });
+                }
+                let (found, next) = merge_pages(pages, limit);
+                assert!(found.len() <= limit);
+                seen.extend(found.iter().map(|m| m.id[0]));
+                after = next;
+                if after.is_none() {
+                    break;
+                }
+            }
+            let mut all: Vec<u8> = shards.concat();
+            all.sort_unstable();
+            assert_eq!(seen, all, "limit {limit}");
+        }
+        Ok(())
     }
 }

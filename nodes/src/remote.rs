@@ -1,18 +1,19 @@
-//! The ledger and the views of other nodes, as an edge asks them that has none: whoever does not answer is found out and gone round.
+//! A group's replicas on other nodes, as a router asks them: whoever does not answer is found out and gone round.
 
 use crate::error::Error;
+use crate::groups::GroupId;
 use crate::ledger::{Proposed, left, propose_at, read_position_at};
 use crate::peers::Peers;
 use crate::proto::internal::Body;
 use crate::standing::Standing;
-use crate::views::{Answered, Ask, Freshness, Query, Views};
-use crate::writer::Proposer;
+use crate::views::{Answered, Ask, Freshness, Query};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use storage::codec;
-use storage::model::{Command, MemoryId, Outcome};
+use storage::model::{Command, Outcome};
+use storage::slots::SlotSet;
 
 /// A write that has waited so long makes its edge ask who leads now, and again after each such time.
 const DOUBT_AFTER: Duration = Duration::from_millis(300);
@@ -27,6 +28,7 @@ const PROBE_WITHIN: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub struct Remote {
     peers: Peers,
+    group: GroupId,
     standing: Arc<Standing>,
 }
 
@@ -40,19 +42,23 @@ enum Said {
 }
 
 impl Remote {
-    pub fn new(peers: Peers, replicas: Vec<String>) -> Remote {
-        Remote { peers, standing: Arc::new(Standing::new(replicas, Ask::KINDS)) }
+    pub fn new(peers: Peers, group: GroupId, replicas: Vec<String>) -> Remote {
+        Remote { peers, group, standing: Arc::new(Standing::new(replicas, Ask::KINDS)) }
+    }
+
+    pub fn addrs(&self) -> &[String] {
+        &self.standing.addrs
     }
 
     fn any(&self) -> Vec<usize> {
-        self.standing.order(sim::rand::below(self.standing.addrs.len() as u64) as usize)
+        self.standing.order(sim::rand::below(self.standing.addrs.len().max(1) as u64) as usize)
     }
 
     async fn ask_one(&self, replica: usize, query: &Query, ttl: Duration) -> Said {
         let addr = &self.standing.addrs[replica];
         let mut query = query.clone();
         query.wait_ms = ttl.as_millis() as u64;
-        let body = Body { body: codec::encode(&query).into() };
+        let body = Body { body: codec::encode(&query).into(), group: self.group };
         let mut client = match self.peers.client(addr) {
             Ok(client) => client,
             Err(error) => return Said::Final(Error::Internal(error.to_string())),
@@ -65,6 +71,9 @@ impl Remote {
             Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
                 Said::Final(Error::Unavailable(status.message().to_string()))
             }
+            Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("NOT_HERE") => {
+                Said::Final(Error::NotHere(status.message().to_string()))
+            }
             Ok(Err(status)) => Said::Nothing(Error::Unavailable(format!("{addr}: {}", status.message()))),
             Err(_) => Said::Nothing(Error::Unavailable(format!("{addr} did not answer in time"))),
         }
@@ -73,14 +82,17 @@ impl Remote {
     /// Nobody asks it any more until it answers what a reader would ask.
     fn suspected(&self, replica: usize) {
         sim::info!("{} does not answer as it should: others are asked", self.standing.addrs[replica]);
-        let this = self.clone();
+        let (peers, group, standing) = (self.peers.clone(), self.group, Arc::downgrade(&self.standing));
         sim::task::spawn(async move {
             let mut pause = PROBE_FIRST;
-            let ask = Ask::Get { tenant: String::new(), id: MemoryId::default(), now: 0 };
-            let query = Query { freshness: Freshness::Strong, wait_ms: 0, ask };
+            let ask = Ask::Get { tenant: String::new(), slot: None, id: Default::default(), now: 0 };
+            let query = Query { freshness: Freshness::Strong, wait_ms: 0, ask, needs: SlotSet::default() };
             loop {
                 sim::time::sleep(pause).await;
                 pause = (pause * 2).min(PROBE_LAST);
+                // Nobody asks for it any more: the map has changed.
+                let Some(standing) = standing.upgrade() else { return };
+                let this = Remote { peers: peers.clone(), group, standing };
                 if let Said::Answer(_) = this.ask_one(replica, &query, PROBE_WITHIN).await {
                     this.standing.clear(replica);
                     return sim::info!("{} answers again", this.standing.addrs[replica]);
@@ -94,7 +106,8 @@ impl Remote {
         let others = self.any().into_iter().filter(|at| *at != than && self.standing.is_trusted(*at));
         let mut asked: FuturesUnordered<_> = others
             .map(|at| async move {
-                let read = read_position_at(&self.peers, &self.standing.addrs[at], LEADS_WITHIN);
+                let addr = &self.standing.addrs[at];
+                let read = read_position_at(&self.peers, self.group, addr, LEADS_WITHIN);
                 sim::time::timeout(LEADS_WITHIN, read).await.is_ok_and(|r| r.is_ok()).then_some(at)
             })
             .collect();
@@ -108,6 +121,7 @@ impl Remote {
 
     /// Proposes at a replica; gives up once another one has been found to lead, since then its answer may never come.
     async fn propose_at(&self, replica: usize, body: bytes::Bytes, ttl: Duration) -> Proposed {
+        let body = Body { body, group: self.group };
         let mut proposed = std::pin::pin!(propose_at(&self.peers, &self.standing.addrs[replica], body, ttl));
         loop {
             sim::select! {
@@ -128,12 +142,15 @@ impl Remote {
     }
 }
 
-#[tonic::async_trait]
-impl Proposer for Remote {
-    /// Repeats only attempts that certainly did nothing.
-    async fn propose(&self, mut commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
+impl Remote {
+    /// Proposes wherever the leader is. Repeats only attempts that certainly did nothing.
+    pub async fn propose(
+        &self,
+        mut commands: Vec<Command>,
+        deadline: Instant,
+    ) -> Result<Vec<Outcome>, Error> {
         let mut body = bytes::Bytes::from(codec::encode(&commands));
-        let (mut hint, mut pause, mut turn) = (None, Duration::from_millis(5), 0);
+        let (mut hint, mut pause, mut turn, mut not_here) = (None, Duration::from_millis(5), 0, 0);
         loop {
             let left = left(deadline, || Error::Unavailable("no leader took the write in time".into()))?;
             let order = self.any();
@@ -156,6 +173,14 @@ impl Proposer for Remote {
                     return Err(Error::OutcomeUnknown(cause));
                 }
                 Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
+                // All of them say so: the map that led here is old.
+                Proposed::NotHere => {
+                    self.standing.leads(None);
+                    (turn, not_here) = (turn + 1, not_here + 1);
+                    if not_here >= self.standing.addrs.len() {
+                        return Err(Error::NotHere("no node that the map names has a replica".into()));
+                    }
+                }
                 // A follower may still name the one that everybody else has given up.
                 Proposed::NotLeader(leader) => {
                     self.standing.leads(None);
@@ -168,13 +193,9 @@ impl Proposer for Remote {
             pause = (pause * 2).min(Duration::from_millis(200));
         }
     }
-}
 
-#[tonic::async_trait]
-impl Views for Remote {
     /// Asks one replica, and the next one too when the first takes long or cannot say.
-    async fn query(&self, query: Query) -> Result<Answered, Error> {
-        let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
+    pub async fn query(&self, query: &Query, deadline: Instant) -> Result<Answered, Error> {
         let kind = query.ask.kind();
         let mut waiting = self.any().into_iter();
         let mut asked = FuturesUnordered::new();

@@ -1,4 +1,4 @@
-//! The records and vector views of one shard, as readers ask them: in this process or at another node.
+//! The views of one shard, as readers ask them.
 
 use crate::error::Error;
 use crate::ledger::{Ledger, recovery};
@@ -8,7 +8,8 @@ use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use storage::graph::{Walk, Walked};
 use storage::model::*;
-use storage::{Hit, ListQuery, Page, Partition, SearchQuery, Shard, StorageError};
+use storage::slots::{MoveId, Slot, SlotSet, Slots};
+use storage::{Hit, Leaving, ListQuery, Page, Partition, SearchQuery, Shard, StorageError};
 
 /// A question, and how fresh the answer must be.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -17,6 +18,8 @@ pub struct Query {
     /// Milliseconds that the replica may wait until it is that fresh.
     pub wait_ms: u64,
     pub ask: Ask,
+    /// Slots that must be shown where it is answered; else the answer is NOT_HERE.
+    pub needs: SlotSet,
 }
 
 #[derive(Clone, Copy, Debug, Encode, Decode)]
@@ -33,29 +36,56 @@ pub enum Freshness {
 
 #[derive(Clone, Debug, Encode, Decode)]
 pub enum Ask {
-    Get { tenant: String, id: MemoryId, now: UnixMs },
+    Get {
+        tenant: String,
+        slot: Option<Slot>,
+        id: MemoryId,
+        now: UnixMs,
+    },
     List(ListQuery),
-    History { tenant: String, id: MemoryId },
-    Changes { tenant: String, after: Position, limit: u32 },
+    History {
+        tenant: String,
+        slot: Option<Slot>,
+        id: MemoryId,
+    },
+    Changes {
+        tenant: String,
+        after: Position,
+        limit: u32,
+    },
     Search(SearchQuery),
     Walk(Walk),
+    /// The edges of a walk's start, whatever is at their other ends.
+    Edges(Walk),
     Partitions,
+    /// Which slots the shard has, and its part in a move.
+    Slots,
+    /// The slots in which a memory with that id is or was.
+    Locate {
+        tenant: String,
+        id: MemoryId,
+    },
+    /// A part of what a move takes along.
+    Leaving {
+        id: MoveId,
+        cursor: Vec<u8>,
+        bytes_max: usize,
+    },
 }
 
 impl Ask {
     /// How many kinds there are, which differ in what they cost.
-    pub const KINDS: usize = 7;
+    pub const KINDS: usize = 6;
 
     /// The number of its kind.
     pub fn kind(&self) -> usize {
         match self {
-            Ask::Get { .. } => 0,
+            Ask::Get { .. } | Ask::Locate { .. } | Ask::Slots => 0,
             Ask::List(_) => 1,
             Ask::History { .. } => 2,
             Ask::Changes { .. } => 3,
             Ask::Search(_) => 4,
-            Ask::Walk(_) => 5,
-            Ask::Partitions => 6,
+            Ask::Walk(_) | Ask::Edges(_) | Ask::Partitions | Ask::Leaving { .. } => 5,
         }
     }
 }
@@ -67,7 +97,11 @@ pub enum Found {
     Changes(Vec<Change>),
     Hits(Vec<Hit>),
     Walked(Walked),
+    Edges(Vec<Edge>),
     Partitions(Vec<Partition>),
+    State(Slots),
+    Slots(Vec<Slot>),
+    Leaving(Leaving),
 }
 
 /// An answer, and the position that it shows at least.
@@ -77,11 +111,6 @@ pub struct Answered {
     pub position: Position,
     pub staleness_ms: u64,
     pub replica: String,
-}
-
-#[tonic::async_trait]
-pub trait Views: Send + Sync {
-    async fn query(&self, query: Query) -> Result<Answered, Error>;
 }
 
 /// Scans of more vectors than this leave the executor, so that small searches do not wait behind them.
@@ -142,26 +171,39 @@ impl LocalViews {
 
 fn answer(shard: &Shard, ask: Ask) -> Result<Found, StorageError> {
     match ask {
-        Ask::Get { tenant, id, now } => shard.get(&tenant, None, &id, now).map(Found::Memory),
+        Ask::Get { tenant, slot, id, now } => shard.get(&tenant, slot, &id, now).map(Found::Memory),
         Ask::List(query) => shard.list(&query).map(Found::Page),
-        Ask::History { tenant, id } => shard.history(&tenant, None, &id).map(Found::Changes),
+        Ask::History { tenant, slot, id } => shard.history(&tenant, slot, &id).map(Found::Changes),
         Ask::Changes { tenant, after, limit } => {
             shard.changes_after(&tenant, after, limit as usize).map(Found::Changes)
         }
         Ask::Search(query) => shard.search(&query).map(Found::Hits),
         Ask::Walk(walk) => shard.walk(&walk).map(Found::Walked),
+        Ask::Edges(walk) => shard.edges_of(&walk).map(Found::Edges),
         Ask::Partitions => shard.partitions().map(Found::Partitions),
+        Ask::Slots => Ok(Found::State(shard.slots())),
+        Ask::Locate { tenant, id } => shard.locate(&tenant, &id).map(Found::Slots),
+        Ask::Leaving { id, cursor, bytes_max } => shard.leaving(id, &cursor, bytes_max).map(Found::Leaving),
     }
 }
 
-#[tonic::async_trait]
-impl Views for LocalViews {
-    async fn query(&self, query: Query) -> Result<Answered, Error> {
+/// Whether a state shows what is asked for. It is asked before and after the read.
+fn shown(needs: &SlotSet, slots: &Slots) -> Result<(), Error> {
+    match slots.owned().includes(needs) || sim::planted!("answer-for-a-slot-that-is-elsewhere") {
+        true => Ok(()),
+        false => Err(Error::NotHere("this replica does not show all that was asked for".into())),
+    }
+}
+
+impl LocalViews {
+    /// Answers from this replica.
+    pub async fn query(&self, query: Query) -> Result<Answered, Error> {
         let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
         let staleness_ms = self.make_fresh(query.freshness, deadline).await?;
         let shard = self.ledger.shard.clone();
         // Read before the views are: the answer shows at least this.
         let (position, _) = shard.applied();
+        shown(&query.needs, &shard.slots())?;
         let vectors = match &query.ask {
             Ask::Search(search) => Some(shard.vectors_of(search)),
             _ => None,
@@ -179,6 +221,7 @@ impl Views for LocalViews {
             Err(error) if recovery::is_fatal_to_views(&error) => recovery::give_up_views(&shard, error).await,
             found => found.map_err(|e| Error::Internal(e.to_string()))?,
         };
+        shown(&query.needs, &shard.slots())?;
         Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })
     }
 }

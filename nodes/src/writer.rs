@@ -4,40 +4,32 @@
 //! decides nothing: idempotency and versions are judged where they cannot race, at apply.
 
 use crate::auth::Caller;
+use crate::control::map::ShardId;
 use crate::convert::{self, id_text};
 use crate::error::Error;
 use crate::limits::{BATCH_ITEMS_MAX, NAME_BYTES_MAX};
 use crate::proto::v1;
+use crate::router::{Decided, Router};
 use sim::cpu::cost;
 use sim::time::{self, Instant};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use storage::embed::{LEXICAL_SPACE, embed};
 use storage::model::*;
-
-/// The way to a shard's ledger: in this process, or at another node.
-#[tonic::async_trait]
-pub trait Proposer: Send + Sync {
-    /// Proposes commands; what came of each, in order.
-    async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error>;
-}
-
-#[tonic::async_trait]
-impl Proposer for crate::ledger::Ledger {
-    async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
-        crate::ledger::Ledger::propose(self, commands, deadline).await
-    }
-}
+use storage::slots::Slot;
 
 #[derive(Clone)]
 pub struct Writer {
-    pub ledger: Arc<dyn Proposer>,
+    pub router: Router,
 }
 
 /// A write that was decided and is durable.
 pub struct Written {
     pub id: MemoryId,
     pub version: u64,
+    pub shard: ShardId,
     pub position: Position,
+    /// Of the map by which it got there.
+    pub map_version: u64,
 }
 
 pub fn options(options: Option<v1::WriteOptions>) -> Result<String, Error> {
@@ -51,24 +43,23 @@ pub fn options(options: Option<v1::WriteOptions>) -> Result<String, Error> {
     Ok(options.idempotency_key)
 }
 
-fn written(outcome: Outcome) -> Result<Written, Error> {
+fn written(decided: Decided, map_version: u64) -> Result<Written, Error> {
+    let (shard, outcome) = decided?;
     match outcome {
-        Outcome::Done { id, version, position } => Ok(Written { id, version, position }),
+        Outcome::Done { id, version, position } => Ok(Written { id, version, shard, position, map_version }),
         Outcome::NotFound { id } => Err(Error::NotFound(id_text(&id))),
         Outcome::AlreadyExists { id, version } => Err(Error::AlreadyExists { id: id_text(&id), version }),
         Outcome::VersionMismatch { id, actual } => Err(Error::VersionMismatch { id: id_text(&id), actual }),
         Outcome::KeyReused => Err(Error::KeyReused),
-        Outcome::NotHere | Outcome::MoveRefused => {
-            Err(Error::Unavailable("the memories that this is about are moving to another shard".into()))
-        }
+        Outcome::NotHere | Outcome::MoveRefused => Err(Error::Internal("the router gave this back".into())),
     }
 }
 
 impl Writer {
     async fn one(&self, command: Command, deadline: Instant) -> Result<Written, Error> {
-        let outcomes = self.ledger.propose(vec![command], deadline).await?;
-        let outcome = outcomes.into_iter().next();
-        written(outcome.ok_or_else(|| Error::Internal("the ledger gave no outcome".into()))?)
+        let (decided, map_version) = self.router.propose(vec![command], deadline).await;
+        let decided = decided.into_iter().next();
+        written(decided.ok_or_else(|| Error::Internal("the ledger gave no outcome".into()))?, map_version)
     }
 
     /// The command that adds one memory, with its vector made.
@@ -88,14 +79,8 @@ impl Writer {
             memory.space = LEXICAL_SPACE.into();
         }
         let tenant = memory.tenant.clone();
-        Ok(Command {
-            tenant,
-            slot: None,
-            idempotency_key: key,
-            request_hash,
-            now,
-            operation: Operation::Add(memory),
-        })
+        let operation = Operation::Add(memory);
+        Ok(Command { tenant, slot: None, idempotency_key: key, request_hash, now, operation })
     }
 
     pub async fn add(
@@ -133,15 +118,17 @@ impl Writer {
             errors.push(item.as_ref().err().cloned());
             commands.extend(item);
         }
-        let outcomes =
-            if commands.is_empty() { vec![] } else { self.ledger.propose(commands, deadline).await? };
-        let mut outcomes = outcomes.into_iter();
+        let (decided, map_version) = self.router.propose(commands, deadline).await;
+        if let (true, Some(Err(error))) = (decided.iter().all(Result::is_err), decided.first()) {
+            return Err(error.clone());
+        }
+        let mut decided = decided.into_iter();
         let missing = || Err(Error::Internal("the ledger gave too few outcomes".into()));
         Ok(errors
             .into_iter()
             .map(|error| match error {
                 Some(error) => Err(error),
-                None => outcomes.next().map_or_else(missing, written),
+                None => decided.next().map_or_else(missing, |decided| written(decided, map_version)),
             })
             .collect())
     }
@@ -164,8 +151,8 @@ impl Writer {
         let operation = Operation::Update { id, expected_version: request.expected_version, patch };
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
-            .await
+        let command = Command { tenant, slot: None, idempotency_key, request_hash, now, operation };
+        self.one(command, deadline).await
     }
 
     pub async fn delete(
@@ -181,8 +168,8 @@ impl Writer {
         let operation = Operation::Delete { id, expected_version: request.expected_version };
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
-        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
-            .await
+        let command = Command { tenant, slot: None, idempotency_key, request_hash, now, operation };
+        self.one(command, deadline).await
     }
 
     pub async fn upsert_edges(
@@ -190,15 +177,14 @@ impl Writer {
         caller: &Caller,
         mut request: v1::UpsertEdgesRequest,
         deadline: Instant,
-    ) -> Result<Written, Error> {
+    ) -> Result<Vec<Written>, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let idempotency_key = options(write_options)?;
-        let operation = Operation::UpsertEdges(convert::edges(request.edges)?);
-        let tenant = caller.tenant.to_string();
-        let now = time::calendar_ms();
-        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
-            .await
+        let key = options(write_options)?;
+        let edges = convert::edges(request.edges)?;
+        let sources: Vec<MemoryId> = edges.iter().map(|edge| edge.source).collect();
+        let parts = self.by_slot(&caller.tenant, &sources, edges, deadline).await?;
+        self.edges(caller, (key, request_hash), parts, Operation::UpsertEdges, deadline).await
     }
 
     pub async fn delete_edges(
@@ -206,25 +192,103 @@ impl Writer {
         caller: &Caller,
         mut request: v1::DeleteEdgesRequest,
         deadline: Instant,
-    ) -> Result<Written, Error> {
+    ) -> Result<Vec<Written>, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let idempotency_key = options(write_options)?;
+        let key = options(write_options)?;
         let edges = convert::edges(request.edges)?;
+        let sources: Vec<MemoryId> = edges.iter().map(|edge| edge.source).collect();
         let keys = edges.into_iter().map(|edge| (edge.source, edge.relation, edge.target)).collect();
-        let operation = Operation::DeleteEdges(keys);
-        let tenant = caller.tenant.to_string();
-        let now = time::calendar_ms();
-        self.one(Command { tenant, slot: None, idempotency_key, request_hash, now, operation }, deadline)
-            .await
+        let parts = self.by_slot(&caller.tenant, &sources, keys, deadline).await?;
+        self.edges(caller, (key, request_hash), parts, Operation::DeleteEdges, deadline).await
     }
 
-    /// Drops a month of everybody's memories; how many there were.
-    pub async fn drop_month(&self, month: Month, key: String, deadline: Instant) -> Result<Written, Error> {
+    /// Items by the slots of their sources; in a cluster of one shard all together, without a slot.
+    async fn by_slot<T>(
+        &self,
+        tenant: &str,
+        sources: &[MemoryId],
+        items: Vec<T>,
+        deadline: Instant,
+    ) -> Result<BTreeMap<Option<Slot>, Vec<T>>, Error> {
+        if self.router.map(0, deadline).await?.shards.len() == 1 {
+            return Ok(BTreeMap::from([(None, items)]));
+        }
+        let mut parts: BTreeMap<Option<Slot>, Vec<T>> = BTreeMap::new();
+        for (source, item) in sources.iter().zip(items) {
+            let slot = self.router.locate(tenant, source, deadline).await?;
+            let slot = slot.ok_or_else(|| Error::NotFound(id_text(source)))?;
+            parts.entry(Some(slot)).or_default().push(item);
+        }
+        Ok(parts)
+    }
+
+    /// One command for each slot; all edges of one slot, or none. The first that is refused is the call's error.
+    async fn edges<T>(
+        &self,
+        caller: &Caller,
+        (key, request_hash): (String, [u8; 16]),
+        parts: BTreeMap<Option<Slot>, Vec<T>>,
+        operation: impl Fn(Vec<T>) -> Operation,
+        deadline: Instant,
+    ) -> Result<Vec<Written>, Error> {
+        let now = time::calendar_ms();
+        let command = |(slot, items): (Option<Slot>, Vec<T>)| Command {
+            tenant: caller.tenant.to_string(),
+            slot,
+            // Two slots of one shard are two commands.
+            idempotency_key: match slot {
+                Some(slot) if !key.is_empty() => format!("{key}/{slot}"),
+                _ => key.clone(),
+            },
+            request_hash,
+            now,
+            operation: operation(items),
+        };
+        let commands = parts.into_iter().map(command).collect();
+        let (decided, map_version) = self.router.propose(commands, deadline).await;
+        let written: Vec<Written> =
+            decided.into_iter().map(|decided| written(decided, map_version)).collect::<Result<_, _>>()?;
+        match written.is_empty() {
+            true => Err(Error::Internal("the ledger gave no outcome".into())),
+            false => Ok(written),
+        }
+    }
+
+    /// Drops a month of everybody's memories, on every shard; what each of them had.
+    pub async fn drop_month(
+        &self,
+        month: Month,
+        key: String,
+        deadline: Instant,
+    ) -> Result<Vec<Written>, Error> {
         let request_hash = convert::hash_of(month.to_string().as_bytes());
-        let (tenant, now) = (GLOBAL_TENANT.to_string(), time::calendar_ms());
-        let operation = Operation::DropMonth(month);
-        self.one(Command { tenant, slot: None, idempotency_key: key, request_hash, now, operation }, deadline)
-            .await
+        let command = Command {
+            tenant: GLOBAL_TENANT.to_string(),
+            slot: None,
+            idempotency_key: key,
+            request_hash,
+            now: time::calendar_ms(),
+            operation: Operation::DropMonth(month),
+        };
+        let map = self.router.map(0, deadline).await?;
+        let mut dropped = vec![];
+        for shard in map.shards.keys() {
+            let outcomes =
+                self.router.at(&map, *shard).reach.propose(vec![command.clone()], deadline).await?;
+            match outcomes.into_iter().next() {
+                Some(Outcome::NotFound { .. }) => {}
+                Some(Outcome::NotHere) | None => {
+                    let problem =
+                        format!("shard {shard} is giving memories to another; parts of {month} may be gone");
+                    return Err(Error::OutcomeUnknown(problem));
+                }
+                Some(outcome) => dropped.push(written(Ok((*shard, outcome)), map.version)?),
+            }
+        }
+        match dropped.is_empty() {
+            true => Err(Error::NotFound(month.to_string())),
+            false => Ok(dropped),
+        }
     }
 }

@@ -33,7 +33,7 @@ fn entries() -> Vec<Entry> {
 
 fn open(disk: &Arc<dyn Disk>, alone: bool) -> Result<Opened, String> {
     let log = LogOptions { segment_bytes_max: 4000, cache_bytes_max: 0 };
-    recovery::open(disk, log, proofs::options(), alone).map_err(|e| e.to_string())
+    recovery::open(disk, log, proofs::options(), alone, false).map_err(|e| e.to_string())
 }
 
 /// A replica that has lived: purged segments, two bases, a checkpoint, and entries behind it.

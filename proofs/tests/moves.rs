@@ -477,8 +477,10 @@ struct Under {
     id: MoveId,
     from: usize,
     slots: SlotSet,
-    /// Sealed; copied whole; adopted; released.
+    /// Sealed; copied whole; released; adopted.
     phase: u8,
+    /// What the source's model had of it.
+    copied: Model,
     sequence: u64,
     cursor: Vec<u8>,
     pieces: u64,
@@ -612,28 +614,27 @@ impl Play {
                 for (pieces, hash) in [(pieces + 1, hash), (pieces, hash ^ 1)] {
                     let step = MoveStep::Adopt { id, slots: under.slots.clone(), pieces, hash };
                     assert_eq!(self.send(to, step, now)?, Outcome::MoveRefused);
+                    self.worlds[to].model.forget_keys();
                 }
-                let step = MoveStep::Adopt { id, slots: under.slots.clone(), pieces, hash };
-                // What arrives is decided with the entry before it is shown.
-                let arrived = self.worlds[from].model.part(&under.slots);
-                assert!(is_done(&self.send(to, step, now)?));
-                let model = &mut self.worlds[to].model;
-                model.owned = model.owned.union(&under.slots);
-                model.rows.extend(arrived.rows);
-                model.vectors.extend(arrived.vectors);
-                model.edges.extend(arrived.edges);
-                model.keys.extend(arrived.keys);
-                // The entry itself forgets what is old of it.
+                // Released before anyone else shows it.
+                under.copied = self.worlds[from].model.part(&under.slots);
+                assert!(is_done(&self.send(from, MoveStep::Release { id }, now)?));
+                let model = &mut self.worlds[from].model;
+                let kept = model.owned.minus(&under.slots);
+                *model = Model { owned: kept.clone(), sealed: SlotSet::default(), ..model.part(&kept) };
                 model.forget_keys();
                 under.phase = 2;
             }
             2 => {
-                assert!(is_done(&self.send(from, MoveStep::Release { id }, now)?));
-                let model = &mut self.worlds[from].model;
-                model.owned = model.owned.minus(&under.slots);
-                model.sealed = SlotSet::default();
-                let kept = model.owned.clone();
-                *model = Model { time: model.time, owned: kept.clone(), ..model.part(&kept) };
+                let (pieces, hash, slots) = (under.pieces, under.hash, under.slots.clone());
+                assert!(is_done(&self.send(to, MoveStep::Adopt { id, slots, pieces, hash }, now)?));
+                let (model, copied) = (&mut self.worlds[to].model, std::mem::take(&mut under.copied));
+                model.owned = model.owned.union(&under.slots);
+                model.rows.extend(copied.rows);
+                model.vectors.extend(copied.vectors);
+                model.edges.extend(copied.edges);
+                model.keys.extend(copied.keys);
+                // The entry itself forgets what is old of it.
                 model.forget_keys();
                 under.phase = 3;
             }
@@ -668,8 +669,8 @@ impl Play {
         assert!(is_done(&self.send(from, MoveStep::Seal { id, slots: slots.clone() }, now)?));
         self.worlds[from].model.sealed = slots.clone();
         self.worlds[from].model.forget_keys();
-        let (phase, sequence, cursor, pieces, hash) = (0, 0, vec![], 0, 0);
-        self.under = Some(Under { id, from, slots, phase, sequence, cursor, pieces, hash });
+        let (phase, copied, sequence, cursor, pieces, hash) = (0, Model::default(), 0, vec![], 0, 0);
+        self.under = Some(Under { id, from, slots, phase, copied, sequence, cursor, pieces, hash });
         Ok(())
     }
 

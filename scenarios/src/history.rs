@@ -11,6 +11,7 @@ pub type Id = String;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct At {
+    pub shard: u32,
     pub epoch: u64,
     pub index: u64,
     pub item: u32,
@@ -110,6 +111,8 @@ pub enum Response {
     Written {
         version: u64,
         at: At,
+        /// Of the cluster map by which it got there.
+        map_version: u64,
     },
     /// The same key was sent again after an answer and got another one.
     Changed {
@@ -151,6 +154,7 @@ pub struct Row {
 pub struct Sample {
     pub at_ns: u64,
     pub node: String,
+    pub shard: u32,
     pub index: u64,
     pub digest: Vec<u8>,
 }
@@ -158,9 +162,10 @@ pub struct Sample {
 /// What one replica holds after everything.
 #[derive(Clone, Debug)]
 pub struct Final {
-    pub sample: Sample,
-    /// The digest recomputed from its tables, or why that failed.
-    pub scanned: Result<Vec<u8>, String>,
+    pub node: String,
+    pub at_ns: u64,
+    /// Of each shard that it has a replica of: what it published, and the digest recomputed from its tables, or why that failed.
+    pub shards: Vec<(Sample, Result<Vec<u8>, String>)>,
     /// By tenant and id.
     pub rows: BTreeMap<(usize, Id), Row>,
     /// Versions in the history of each memory, oldest first, with their markers.
@@ -215,8 +220,8 @@ impl fmt::Display for Response {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Response::Linked => f.write_str("linked"),
-            Response::Written { version, at } => {
-                write!(f, "version {version}, entry {} of epoch {}", at.index, at.epoch)?;
+            Response::Written { version, at, .. } => {
+                write!(f, "version {version}, entry {} of shard {}", at.index, at.shard)?;
                 if at.item > 0 { write!(f, ", item {}", at.item) } else { Ok(()) }
             }
             Response::Changed { first, then } => write!(f, "first {first}, then {then}"),

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 25] = [
+pub const MUTANTS: [Mutant; 28] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -44,6 +44,9 @@ pub const MUTANTS: [Mutant; 25] = [
     mutant("search-the-words-of-all-tenants", "a search by words leaves the tenant's filter out"),
     mutant("lose-a-tombstone-of-a-segment", "a vector in a segment survives its memory"),
     mutant("name-a-segment-that-is-not-synced", "a segment of vectors is named before its bytes are durable"),
+    mutant("take-writes-of-a-sealed-slot", "a shard takes writes for slots that are being copied to another"),
+    mutant("answer-for-a-slot-that-is-elsewhere", "a replica answers for slots that it does not show"),
+    mutant("vote-with-an-empty-disk", "a replica whose disk was lost votes before it has been filled again"),
     mutant("leave-the-keys-behind-in-a-move", "slots move to another shard without their idempotency keys"),
     mutant(
         "show-what-has-not-been-adopted",

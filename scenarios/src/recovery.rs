@@ -160,7 +160,7 @@ mod tests {
         let failed = call("add", 5500, 2000, Outcome::Failed);
         let degraded = call("get", 8000, 4, Outcome::Degraded);
         let late = call("get", 8100, 51, Outcome::Answered);
-        assert_eq!(with(&[failed.clone()]).recovery_s, 2.5);
+        assert_eq!(with(std::slice::from_ref(&failed)).recovery_s, 2.5);
         assert_eq!(with(&[failed.clone(), degraded.clone()]).recovery_s, 3.004);
         let all = with(&[late, failed, degraded]);
         assert_eq!((all.recovery_s, all.failed, all.degraded, all.late), (3.151, 1, 1, 1));

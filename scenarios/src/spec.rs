@@ -4,7 +4,7 @@ use crate::operation::{CLIENTS_MAX, Operation};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 7] = [
+pub const SHIPPED: [(&str, &str); 9] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -12,6 +12,8 @@ pub const SHIPPED: [(&str, &str); 7] = [
     ("all-nodes-power-loss", include_str!("../files/all-nodes-power-loss.toml")),
     ("partition-leader", include_str!("../files/partition-leader.toml")),
     ("clock-drift", include_str!("../files/clock-drift.toml")),
+    ("resharding", include_str!("../files/resharding.toml")),
+    ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
@@ -53,6 +55,9 @@ pub struct Scenario {
     pub promises: Promises,
     #[serde(default)]
     pub enough: Enough,
+    /// What an operator does meanwhile, one after the other, each when the one before it is done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<Change>,
     #[serde(default)]
     pub faults: Faults,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,6 +85,23 @@ pub struct Recovery {
     pub disk_bytes_per_s: u64,
 }
 
+/// A change of the cluster: one of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// Not before then.
+    pub at_s: u64,
+    /// How many shards there are to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shards: Option<u32>,
+    /// The number of a node that is taken in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub join: Option<u64>,
+    /// The number of a node whose replicas go to others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<u64>,
+}
+
 /// Less than this proves nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -103,6 +125,12 @@ pub struct Topology {
     /// Nodes with the edge's roles only, named g1, g2, …
     #[serde(default)]
     pub gateways: usize,
+    /// Shards of the new cluster.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub shards: u32,
+    /// Of the replicas, the last so many are not among the cluster's first nodes; they can be joined later.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub spares: usize,
     /// Share of messages that must be retransmitted.
     #[serde(default)]
     pub loss: f64,
@@ -186,6 +214,14 @@ pub struct Workload {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_one(value: &u32) -> bool {
+    *value == 1
 }
 
 fn yes() -> bool {
@@ -367,9 +403,29 @@ pub fn find(name: &str) -> Result<Scenario, String> {
 impl Scenario {
     /// What a file may say that no run can do.
     fn check(&self) -> Result<(), String> {
-        let Topology { replicas, gateways, loss } = self.topology;
+        let Topology { replicas, gateways, loss, shards, spares } = self.topology;
         if !(1..=9).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
             return Err("topology: 1 to 9 replicas, at most 50 gateways, a loss below 0.5".into());
+        }
+        if !(1..=64).contains(&shards) || spares >= replicas {
+            return Err("topology: 1 to 64 shards, and fewer spares than replicas".into());
+        }
+        let one = |change: &Change| {
+            [change.shards.is_some(), change.join.is_some(), change.drain.is_some()]
+                .iter()
+                .filter(|is| **is)
+                .count()
+                == 1
+        };
+        let node = |change: &Change| {
+            change.join.or(change.drain).is_none_or(|id| (1..=replicas as u64).contains(&id))
+        };
+        if !self
+            .changes
+            .iter()
+            .all(|change| one(change) && node(change) && change.shards.is_none_or(|n| (1..=64).contains(&n)))
+        {
+            return Err("changes: each is one of shards (1 to 64), join, drain (the number of a node)".into());
         }
         let load = &self.workload;
         if !(1..=CLIENTS_MAX).contains(&load.clients)

@@ -164,6 +164,49 @@ pub fn each(
     Ok(())
 }
 
+/// Whether a walk may follow an edge.
+fn holds(walk: &Walk, edge: &Edge) -> bool {
+    (walk.relations.is_empty() || walk.relations.contains(&edge.relation))
+        && edge.valid_from.is_none_or(|from| from <= walk.as_of)
+        && edge.valid_to.is_none_or(|to| walk.as_of < to)
+}
+
+/// The edges of a memory in a slot that a walk may follow, heaviest first, equal ones by source, relation and target; with each the slot of what
+/// lies at its other end, if that is known.
+fn followed(
+    db: &Connection,
+    tenant: i64,
+    (id, slot): (&MemoryId, Slot),
+    walk: &Walk,
+    shown: &Shown,
+) -> Result<Vec<(Option<Slot>, Edge)>, StorageError> {
+    let mut edges: Vec<(Option<Slot>, Edge)> = match walk.inbound {
+        true => inbound(db, tenant, id)?.into_iter().map(|(slot, e)| (Some(slot), e)).collect(),
+        false => outbound(db, tenant, id, slot)?.into_iter().map(|e| (None, e)).collect(),
+    };
+    edges.retain(|(slot, edge)| slot.is_none_or(|slot| shown.slot(slot)) && holds(walk, edge));
+    edges.sort_by(|(_, a), (_, b)| b.weight.total_cmp(&a.weight));
+    Ok(edges)
+}
+
+/// The edges of a walk's start that it may follow, whatever is at their other ends.
+pub fn edges_of(db: &Connection, walk: &Walk, shown: &Shown) -> Result<Vec<Edge>, StorageError> {
+    let Some(tenant) = tenant_number(db, &walk.tenant)? else { return Ok(vec![]) };
+    let mut found = vec![];
+    for id in &walk.start {
+        let slots: Vec<Slot> = match walk.inbound {
+            // An edge to it may come from anywhere.
+            true => vec![0],
+            false => rows::places(db, &walk.tenant, id, None)?.into_iter().map(|(slot, _)| slot).collect(),
+        };
+        for slot in slots.into_iter().filter(|slot| walk.inbound || shown.slot(*slot)) {
+            let edges = followed(db, tenant, (id, slot), walk, shown)?;
+            found.extend(edges.into_iter().map(|(_, edge)| edge));
+        }
+    }
+    Ok(found)
+}
+
 /// Gives a memory, of one slot or of any, if it is there to be seen.
 type See<'a> = dyn FnMut(&MemoryId, Option<Slot>) -> Result<Option<Arc<Memory>>, StorageError> + 'a;
 
@@ -183,26 +226,13 @@ pub fn walk(db: &Connection, walk: &Walk, shown: &Shown, see: &mut See<'_>) -> R
             walked.memories.push(memory);
         }
     }
-    let holds = |e: &Edge| {
-        (walk.relations.is_empty() || walk.relations.contains(&e.relation))
-            && e.valid_from.is_none_or(|from| from <= walk.as_of)
-            && e.valid_to.is_none_or(|to| walk.as_of < to)
-    };
     let Some(tenant) = tenant else { return Ok(walked) };
     for _ in 0..walk.hops.min(HOPS_MAX) {
         let mut next = vec![];
         for (id, slot) in &layer {
-            // With each edge the slot of what lies at its other end, if that is known.
-            let mut edges: Vec<(Option<Slot>, Edge)> = match walk.inbound {
-                true => inbound(db, tenant, id)?.into_iter().map(|(slot, e)| (Some(slot), e)).collect(),
-                false => outbound(db, tenant, id, *slot)?.into_iter().map(|e| (None, e)).collect(),
-            };
-            edges.retain(|(slot, edge)| slot.is_none_or(|slot| shown.slot(slot)) && holds(edge));
-            // Heaviest first, equal ones by source, relation and target.
-            edges.sort_by(|(_, a), (_, b)| b.weight.total_cmp(&a.weight));
-            let mut followed = 0;
-            for (slot, edge) in edges {
-                if followed == walk.fan_out.min(FAN_OUT_MAX) {
+            let mut count = 0;
+            for (slot, edge) in followed(db, tenant, (id, *slot), walk, shown)? {
+                if count == walk.fan_out.min(FAN_OUT_MAX) {
                     break;
                 }
                 let other = if walk.inbound { edge.source } else { edge.target };
@@ -216,7 +246,7 @@ pub fn walk(db: &Connection, walk: &Walk, shown: &Shown, see: &mut See<'_>) -> R
                     next.push((other, memory.slot()));
                     walked.memories.push(memory);
                 }
-                followed += 1;
+                count += 1;
                 walked.edges.push(edge);
             }
         }

@@ -220,7 +220,7 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
                     ended = true;
                     say!(found, "snapshot of the views at position {:?}, {len} bytes", state.position);
                     say!(found, "digest {:032x}", state.whole_digest());
-                    slots(&state, &mut found.text);
+                    slots(state, &mut found.text);
                     if (*counted, state.digest) != (pieces, digest) {
                         found.problems.push("its pieces are not those that its end tells".into());
                     }

@@ -36,7 +36,7 @@ use std::collections::BTreeSet;
 const BATCH: i64 = 256;
 
 /// A part of what a sealed move takes along.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Leaving {
     pub pieces: Vec<Vec<u8>>,
     /// Sum of the pieces' hashes, modulo 2¹²⁸.

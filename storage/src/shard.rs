@@ -32,11 +32,13 @@ pub struct ShardOptions {
     /// Records kept in memory, without their vectors.
     pub cache_bytes_max: usize,
     pub vectors: VectorOptions,
+    /// A simulated run's trace shows how far these views are applied, under this name.
+    pub gauge: Option<&'static str>,
 }
 
 impl Default for ShardOptions {
     fn default() -> ShardOptions {
-        ShardOptions { cache_bytes_max: 128 << 20, vectors: VectorOptions::default() }
+        ShardOptions { cache_bytes_max: 128 << 20, vectors: VectorOptions::default(), gauge: None }
     }
 }
 
@@ -62,6 +64,7 @@ pub struct Shard {
     pub(crate) records: Records,
     vectors: RwLock<Tree>,
     pub(crate) vector_options: VectorOptions,
+    gauge: Option<&'static str>,
     pub(crate) upkeep: Upkeep,
     pub(crate) cache: Cache,
     pub(crate) published: Mutex<Arc<State>>,
@@ -120,7 +123,10 @@ impl Shard {
     fn open_any(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         let records = Records::open(disk.clone(), &format!("{dir}/records.db"))?;
         let state = rows::load_state(&records.reader())?;
-        let (upkeep, vector_options) = (Upkeep::default(), options.vectors);
+        let (upkeep, vector_options, gauge) = (Upkeep::default(), options.vectors, options.gauge);
+        if let Some(name) = gauge {
+            sim::trace::gauge(name, state.position.index);
+        }
         let tree = upkeep.open(&*disk, dir, &records, state.position, vector_options.clone())?;
         Ok(Shard {
             disk,
@@ -128,6 +134,7 @@ impl Shard {
             records,
             vectors: RwLock::new(tree),
             vector_options,
+            gauge,
             upkeep,
             cache: Cache::new(options.cache_bytes_max),
             published: Mutex::new(Arc::new(state)),
@@ -225,7 +232,9 @@ impl Shard {
             }
         }
         tree.applied = state.position;
-        sim::trace::gauge("applied", state.position.index);
+        if let Some(name) = self.gauge {
+            sim::trace::gauge(name, state.position.index);
+        }
         *lock(&self.published) = Arc::new(state);
         Ok(outcomes)
     }
@@ -654,6 +663,13 @@ impl Shard {
             let found = self.record(&reader, (GLOBAL_TENANT, global, id), Some(evictions))?;
             Ok(found.filter(|memory| memory.scope == Scope::Global && seen(memory)))
         })
+    }
+
+    /// The edges of a walk's start that it may follow, whatever is at their other ends; of each memory the heaviest first.
+    pub fn edges_of(&self, walk: &Walk) -> Result<Vec<Edge>, StorageError> {
+        let reader = self.records.lazy_reader();
+        let snapshot = reader.get().unchecked_transaction()?;
+        graph::edges_of(&snapshot, walk, &Shown::in_snapshot(&snapshot, &self.state())?)
     }
 
     /// The months that hold something, oldest first, with all that is stored: what a move has brought and not yet shown too.

@@ -222,7 +222,7 @@ impl Slots {
     /// Whether a slot's memories may be changed here.
     pub fn takes(&self, slot: Slot) -> bool {
         let sealed = matches!(&self.moving, Some(Moving::Leaving(slots)) if slots.contains(slot));
-        self.shows(slot) && !sealed
+        self.shows(slot) && (!sealed || sim::planted!("take-writes-of-a-sealed-slot"))
     }
 
     /// Whether every slot may be changed here.

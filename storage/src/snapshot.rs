@@ -27,7 +27,7 @@ pub enum Piece {
     /// Always the last one.
     End {
         pieces: u64,
-        state: State,
+        state: Box<State>,
     },
     Edge(EdgeRow),
     /// Where a deleted memory was.
@@ -75,7 +75,7 @@ impl Shard {
         )?;
         graph::each(&snapshot, &mut |edge| send(&Piece::Edge(edge)))?;
         each(&snapshot, &format!("SELECT {KEY} FROM keys"), |row| send(&Piece::Key(rows::key_row(row)?)))?;
-        let state = rows::load_state(&snapshot)?;
+        let state = Box::new(rows::load_state(&snapshot)?);
         let (position, digest) = (state.position, state.whole_digest().to_le_bytes());
         send(&Piece::End { pieces: pieces.get(), state })?;
         Ok((position, digest))
@@ -126,7 +126,7 @@ impl Shard {
             }
             None => return Err(StorageError::Snapshot("it was cut short".into())),
         };
-        applier.state = state;
+        applier.state = *state;
         let (state, _) = applier.finish()?;
         let tree = self.tree_from(&transaction, state.position)?;
         let old = {

@@ -3,6 +3,7 @@
 //! Output is for people; with `--json` each result is one JSON line. Exit status: 0 done, 1 the service said no, 2 wrong usage.
 
 mod client;
+mod cluster;
 mod demo;
 mod graph;
 mod import;
@@ -66,6 +67,9 @@ enum Command {
     Watch,
     /// Shows how the service is.
     Status,
+    /// Nodes and shards: showing and changing them. Needs an operator's key.
+    #[command(subcommand)]
+    Cluster(cluster::Cluster),
     /// Months of memories: what each holds, and dropping one. Needs an operator's key.
     #[command(subcommand)]
     Partitions(operate::Partitions),
@@ -104,6 +108,7 @@ pub fn main() -> ExitCode {
             Command::History { id } => memories::history(&to, id).await,
             Command::Link(link) => graph::link(&to, link).await,
             Command::Graph(walk) => graph::graph(&to, walk).await,
+            Command::Cluster(what) => cluster::run(&to, what).await,
             Command::Partitions(what) => operate::partitions(&to, what).await,
             Command::Inspect { file } => operate::inspect(&file),
             Command::Watch => memories::watch(&to).await,

@@ -69,6 +69,8 @@ fn local_config(data: &Path, up: &Up) -> Result<NodeConfig, Failure> {
             .collect(),
         cluster_secret: secret,
         id: Some(1),
+        rejoin: false,
+        shards: 1,
         replicas: BTreeMap::from([("1".to_string(), up.listen.clone())]),
         tuning: Default::default(),
     };

@@ -26,6 +26,8 @@ pub struct ClusterMap {
     pub version: u64,
     pub nodes: BTreeMap<NodeId, NodeEntry>,
     pub shards: BTreeMap<ShardId, ShardEntry>,
+    /// The number of the next new shard. None is given twice: an old map, or a step that comes late, never means a shard that came after it.
+    pub next_shard: ShardId,
     /// The last move of slots that was begun.
     pub last_move: MoveId,
     /// A change of the number of shards that is under way.
@@ -53,6 +55,8 @@ pub struct ShardEntry {
     /// Those whose ledgers vote.
     pub members: BTreeSet<NodeId>,
     pub slots: SlotSet,
+    /// Its replicas have been told their slots: from now on none of them is new.
+    pub founded: bool,
     /// A replica that goes from one node to another.
     pub handover: Option<Handover>,
 }
@@ -99,8 +103,9 @@ impl ClusterMap {
             let share = |shard: u32| (u32::from(SLOTS) * shard / count) as Slot;
             let slots = (share(shard)..share(shard + 1)).collect();
             let members = map.fresh_members();
-            map.shards.insert(shard, ShardEntry { epoch: 1, members, slots, handover: None });
+            map.shards.insert(shard, ShardEntry { epoch: 1, members, slots, founded: false, handover: None });
         }
+        map.next_shard = count;
         Ok(map)
     }
 
@@ -178,6 +183,11 @@ impl ClusterMap {
         Ok(self.changed(|map| drop(map.nodes.remove(&id))))
     }
 
+    /// The shards that are there when there are to be so many: the oldest.
+    fn stay(&self, shards: u32) -> BTreeSet<ShardId> {
+        self.shards.keys().copied().take(shards as usize).collect()
+    }
+
     /// Begins to change the number of shards.
     pub fn begin_resize(&self, shards: u32) -> Result<ClusterMap, Error> {
         if !(1..=SHARDS_MAX).contains(&shards) {
@@ -191,12 +201,11 @@ impl ClusterMap {
             return Ok(self.clone());
         }
         Ok(self.changed(|map| {
-            for id in 0..shards {
-                if !map.shards.contains_key(&id) {
-                    let members = map.fresh_members();
-                    let slots = SlotSet::default();
-                    map.shards.insert(id, ShardEntry { epoch: 1, members, slots, handover: None });
-                }
+            while map.shards.len() < shards as usize {
+                let (members, slots, id) = (map.fresh_members(), SlotSet::default(), map.next_shard);
+                map.next_shard += 1;
+                map.shards
+                    .insert(id, ShardEntry { epoch: 1, members, slots, founded: false, handover: None });
             }
             let slots_to_move = map.surplus(shards).values().sum();
             map.resize = Some(Resize { shards, slots_moved: 0, slots_to_move, moving: None });
@@ -207,10 +216,11 @@ impl ClusterMap {
     /// keep one more.
     fn shares(&self, shards: u32) -> BTreeMap<ShardId, usize> {
         let (each, more) = (SLOTS as usize / shards as usize, SLOTS as usize % shards as usize);
+        let staying = self.stay(shards);
         let mut stay: Vec<(usize, ShardId)> = self
             .shards
             .iter()
-            .filter(|(id, _)| **id < shards)
+            .filter(|(id, _)| staying.contains(id))
             .map(|(id, shard)| (usize::MAX - shard.slots.len(), *id))
             .collect();
         stay.sort_unstable();
@@ -224,6 +234,13 @@ impl ClusterMap {
             (*id, shard.slots.len().saturating_sub(shares.get(id).copied().unwrap_or(0)))
         };
         self.shards.iter().map(more).filter(|(_, more)| *more > 0).collect()
+    }
+
+    /// A shard's replicas have been told what they have.
+    pub fn founded(&self, shard: ShardId) -> ClusterMap {
+        self.changed(|map| {
+            map.shards.entry(shard).and_modify(|entry| entry.founded = true);
+        })
     }
 
     /// Plans the next move of a resize; where all is moved, ends it.
@@ -250,7 +267,8 @@ impl ClusterMap {
             }
             _ => {
                 let shards = map.resize.take().map_or(u32::MAX, |resize| resize.shards);
-                map.shards.retain(|id, _| *id < shards);
+                let staying = map.stay(shards);
+                map.shards.retain(|id, _| staying.contains(id));
             }
         })
     }

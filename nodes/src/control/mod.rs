@@ -1,4 +1,271 @@
-//! The control group: the cluster map and the long operations on it.
+//! The control group: which nodes and shards there are, and the long operations on them.
+//!
+//! ```text
+//!   loci cluster …, nodes ─► Control::update ─► control group (a ledger like any shard's; its one record is the map)
+//!                                                   │ followed by every node (Control::follow), kept on its disk
+//!                      ┌────────────────────────────┼──────────────────────────────┐
+//!                 router: where to ask        keeper: which replicas to open   driver: what to do next
+//! ```
+//!
+//! **The map is a record.** The control group is a group like every shard: openraft, a log, views, snapshots, repair of damaged disks. In it
+//! lies one memory, whose text is the [`map::ClusterMap`] and whose version orders its changes: each is made from the map that was read, and
+//! written with the version that it was made from ([`Control::update`]), so that of two who change it at once one reads again. Its history is
+//! the account of every change.
+//!
+//! **What can go wrong.** *The control group has no leader, or this node is cut off from it*: nodes go on with the map that they have, which
+//! is on their disks; nothing can change meanwhile. *A map is old*: whoever routes by it is refused by the replicas themselves
+//! ([`storage::slots`]), reads the map again and asks elsewhere. *The driver dies*: the plan and its progress are in the map, the next
+//! leader of the control group goes on; *two drivers run*: their steps are the same, and each change is made once.
 
+pub mod driver;
+pub mod keeper;
 pub mod lease;
 pub mod map;
+
+use crate::error::Error;
+use crate::groups::{CONTROL, Groups};
+use crate::ledger::left;
+use crate::peers::Peers;
+use crate::reach::Reach;
+use crate::remote::Remote;
+use crate::views::{Ask, Found, Freshness, Query};
+use map::ClusterMap;
+use sim::disk::Disk;
+use sim::sync::watch;
+use sim::time::{self, Duration, Instant};
+use std::sync::Arc;
+use storage::codec;
+use storage::facts;
+use storage::model::*;
+use storage::slots::SlotSet;
+
+/// The tenant that the map's record belongs to; only the control group knows it.
+const TENANT: &str = "cluster";
+const RECORD: MemoryId = *b"the cluster map!";
+/// The directory and the fact in which a node keeps the last map that it saw.
+const DIR: &str = "cluster";
+const FACT: &str = "map";
+/// How often a node looks whether there is a newer map.
+const FOLLOW: Duration = Duration::from_millis(1000);
+/// How long one look may take.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A node's view of the cluster map, and the way to change it.
+#[derive(Clone)]
+pub struct Control {
+    reach: Reach,
+    disk: Arc<dyn Disk>,
+    map: watch::Sender<Arc<ClusterMap>>,
+}
+
+impl Control {
+    /// Begins with the map that the node's disk holds. `voters`: addresses of the control group's replicas.
+    pub fn open(
+        groups: Groups,
+        peers: Peers,
+        disk: Arc<dyn Disk>,
+        voters: Vec<String>,
+        here: String,
+    ) -> Result<Control, Error> {
+        let failed = |error| Error::Internal(format!("cluster map: {error}"));
+        disk.create_dir_all(DIR).map_err(failed)?;
+        let held = match facts::get(&*disk, DIR, FACT) {
+            Ok(held) => held.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
+            Err(facts::FactError::Damaged(problem)) => {
+                sim::warn!(
+                    "the cluster map on this disk is damaged ({problem}); it is read again from the control group"
+                );
+                None
+            }
+            Err(facts::FactError::Io(error)) => return Err(failed(error)),
+        };
+        let map: ClusterMap = held.unwrap_or_default();
+        let others = voters.into_iter().filter(|addr| *addr != here).collect();
+        let reach = Reach { groups, group: CONTROL, remote: Remote::new(peers, CONTROL, others) };
+        Ok(Control { reach, disk, map: watch::channel(Arc::new(map)).0 })
+    }
+
+    /// The newest map that this node knows; version 0 if it never saw one.
+    pub fn map(&self) -> Arc<ClusterMap> {
+        self.map.borrow().clone()
+    }
+
+    /// Tells of every newer map.
+    pub fn watch(&self) -> watch::Receiver<Arc<ClusterMap>> {
+        self.map.subscribe()
+    }
+
+    async fn learn(&self, map: ClusterMap) -> Arc<ClusterMap> {
+        let new = Arc::new(map);
+        let newer = self.map.send_if_modified(|held| {
+            let newer = new.version > held.version;
+            if newer {
+                *held = new.clone();
+            }
+            newer
+        });
+        if newer {
+            let (disk, bytes) = (self.disk.clone(), serde_json::to_vec(&*new).unwrap_or_default());
+            // It is a help for the next start, not the truth: the control group has that.
+            if let Err(error) = sim::task::blocking(move || facts::put(&*disk, DIR, FACT, &bytes)).await {
+                sim::warn!("the cluster map cannot be kept on this disk: {error}");
+            }
+        }
+        self.map()
+    }
+
+    /// The record and its version; `None`: the cluster is not founded yet.
+    async fn record(
+        &self,
+        freshness: Freshness,
+        deadline: Instant,
+    ) -> Result<Option<(ClusterMap, u64)>, Error> {
+        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
+        let query = Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() };
+        let Found::Memory(found) = self.reach.query(query, deadline).await?.found else {
+            return Err(Error::Internal("the control group answered another question".into()));
+        };
+        let Some(memory) = found else { return Ok(None) };
+        let map = serde_json::from_str(&memory.text).map_err(|e| {
+            Error::Internal(format!("the cluster map is written in a way that this build does not know: {e}"))
+        })?;
+        Ok(Some((map, memory.version)))
+    }
+
+    /// Reads the map as it is now.
+    pub async fn read(&self, deadline: Instant) -> Result<Arc<ClusterMap>, Error> {
+        match self.record(Freshness::Strong, deadline).await? {
+            Some((map, _)) => Ok(self.learn(map).await),
+            None => Err(Error::Unavailable("the cluster is not founded yet".into())),
+        }
+    }
+
+    /// A map of at least `version`.
+    pub async fn at_least(&self, version: u64, deadline: Instant) -> Result<Arc<ClusterMap>, Error> {
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let map = self.map();
+            if map.version >= version.max(1) {
+                return Ok(map);
+            }
+            let left =
+                left(deadline, || Error::Unavailable("the cluster map could not be read in time".into()))?;
+            match self.read(deadline).await {
+                Ok(map) if map.version >= version.max(1) => return Ok(map),
+                _ => time::sleep(pause.min(left)).await,
+            }
+            pause = (pause * 2).min(Duration::from_millis(200));
+        }
+    }
+
+    /// Changes the map: `change` makes the next one from the one that is. A change that changes nothing is not written.
+    pub async fn update(
+        &self,
+        change: impl Fn(&ClusterMap) -> Result<ClusterMap, Error>,
+        deadline: Instant,
+    ) -> Result<Arc<ClusterMap>, Error> {
+        loop {
+            let missing = || Error::Unavailable("the cluster is not founded yet".into());
+            let (map, version) = self.record(Freshness::Strong, deadline).await?.ok_or_else(missing)?;
+            let next = change(&map)?;
+            if next == map {
+                return Ok(self.learn(map).await);
+            }
+            next.check().map_err(Error::Internal)?;
+            let patch = Patch { text: Some(text_of(&next)?), ..Patch::default() };
+            let operation = Operation::Update { id: RECORD, expected_version: Some(version), patch };
+            match self.propose(operation, deadline).await? {
+                Outcome::Done { .. } => return Ok(self.learn(next).await),
+                Outcome::VersionMismatch { .. } => {}
+                outcome => {
+                    return Err(Error::Internal(format!("the cluster map was not changed: {outcome:?}")));
+                }
+            }
+        }
+    }
+
+    /// Writes the first map, if there is none; whether there was none.
+    pub async fn found(&self, map: ClusterMap, deadline: Instant) -> Result<bool, Error> {
+        map.check().map_err(Error::Internal)?;
+        let now = time::calendar_ms();
+        let memory = Memory {
+            id: RECORD,
+            tenant: TENANT.into(),
+            scope: Scope::Shared,
+            user: String::new(),
+            agent: String::new(),
+            session: String::new(),
+            text: text_of(&map)?,
+            metadata: String::new(),
+            kind: MemoryType::Semantic,
+            status: Status::Active,
+            importance: 0.0,
+            categories: vec![],
+            links: vec![],
+            event_time: None,
+            valid_from: None,
+            valid_to: None,
+            created: now,
+            updated: now,
+            expires: None,
+            access_count: 0,
+            last_access: None,
+            version: 1,
+            space: String::new(),
+            tier: Tier::Hot,
+            vector: vec![],
+        };
+        let outcome = self.propose(Operation::Add(memory), deadline).await?;
+        Ok(matches!(outcome, Outcome::Done { .. }))
+    }
+
+    async fn propose(&self, operation: Operation, deadline: Instant) -> Result<Outcome, Error> {
+        // The key makes a repetition by the ledger itself harmless; nobody else repeats it.
+        let command = Command {
+            tenant: TENANT.into(),
+            slot: None,
+            idempotency_key: sim::rand::uuid_v7().simple().to_string(),
+            request_hash: [0; 16],
+            now: time::calendar_ms(),
+            operation,
+        };
+        let outcomes = self.reach.propose(vec![command], deadline).await?;
+        outcomes.into_iter().next().ok_or_else(|| Error::Internal("the control group gave no outcome".into()))
+    }
+
+    /// Looks for newer maps for ever.
+    pub async fn follow(self) {
+        loop {
+            let looked = self.record(Freshness::Any, Instant::now() + LOOK).await;
+            if let Ok(Some((map, _))) = looked {
+                self.learn(map).await;
+            }
+            let founded = self.map().version > 0;
+            let pause = if founded { FOLLOW } else { FOLLOW / 10 };
+            time::sleep(pause + pause.mul_f64(sim::rand::unit() / 4.0)).await;
+        }
+    }
+}
+
+fn text_of(map: &ClusterMap) -> Result<String, Error> {
+    serde_json::to_string(map).map_err(|e| Error::Internal(format!("cluster map: {e}")))
+}
+
+/// Whether another replica of the control group has the map: then this one, if its disk is empty, has lost what it had.
+pub async fn founded_elsewhere(peers: &Peers, others: &[String]) -> bool {
+    let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
+    let query = Query { freshness: Freshness::Any, wait_ms: 500, ask, needs: SlotSet::default() };
+    for addr in others {
+        let body = crate::proto::internal::Body { body: codec::encode(&query).into(), group: CONTROL };
+        let Ok(mut client) = peers.client(addr) else { continue };
+        let limit = Duration::from_millis(500);
+        let Ok(Ok(reply)) = time::timeout(limit, client.query(peers.request(body, limit))).await else {
+            continue;
+        };
+        let answered: Result<crate::views::Answered, _> = codec::decode(&reply.into_inner().body);
+        if matches!(answered.map(|a| a.found), Ok(Found::Memory(Some(_)))) {
+            return true;
+        }
+    }
+    false
+}

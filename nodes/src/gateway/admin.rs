@@ -1,7 +1,10 @@
 //! `loci.v1.AdminService`: what an operator asks of one node.
 
 use super::context;
+use crate::control::Control;
+use crate::control::map::{ClusterMap, NodeEntry, NodeState, ShardEntry, ShardId};
 use crate::error::Error;
+use crate::groups::{Groups, Replica, name_of};
 use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index, recovery};
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
@@ -15,6 +18,7 @@ use tonic::{Request, Response, Status};
 
 pub struct AdminService {
     pub about: Arc<About>,
+    pub control: Control,
     /// Of a node with the edge's roles.
     pub edge: Option<(Writer, Reader)>,
 }
@@ -24,8 +28,7 @@ pub struct About {
     pub node: String,
     pub roles: Vec<String>,
     pub started: Instant,
-    /// Of a node with a replica.
-    pub ledger: Option<Ledger>,
+    pub groups: Groups,
     pub disk_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
 }
 
@@ -34,8 +37,8 @@ impl About {
     pub async fn status(&self, with_digest: bool) -> Result<v1::StatusResponse, Error> {
         let mut shards = vec![];
         let mut level = "L0";
-        if let Some(ledger) = &self.ledger {
-            let shard = shard_status(ledger, with_digest).await?;
+        for replica in self.groups.shards() {
+            let shard = shard_status(&replica.ledger, with_digest).await?;
             if shard.leader.is_empty() {
                 level = "L3";
             }
@@ -52,19 +55,24 @@ impl About {
         })
     }
 
+    /// The members of every group that this node has a replica of.
     pub fn members(&self) -> Vec<v1::Member> {
-        let Some(ledger) = &self.ledger else { return vec![] };
-        let metrics = ledger.raft.server_metrics().borrow_watched().clone();
-        let membership = metrics.membership_config.membership();
-        let voters: Vec<u64> = membership.voter_ids().collect();
-        let member = |(id, node): (&u64, &openraft::BasicNode)| v1::Member {
-            node: id.to_string(),
-            address: node.addr.clone(),
-            role: if voters.contains(id) { "voter" } else { "learner" }.into(),
-            leader: metrics.current_leader == Some(*id),
-        };
-        membership.nodes().map(member).collect()
+        self.groups.all().iter().flat_map(members_of).collect()
     }
+}
+
+fn members_of(replica: &Replica) -> Vec<v1::Member> {
+    let metrics = replica.ledger.raft.server_metrics().borrow_watched().clone();
+    let membership = metrics.membership_config.membership();
+    let voters: Vec<u64> = membership.voter_ids().collect();
+    let member = |(id, node): (&u64, &openraft::BasicNode)| v1::Member {
+        node: id.to_string(),
+        address: node.addr.clone(),
+        role: if voters.contains(id) { "voter" } else { "learner" }.into(),
+        leader: metrics.current_leader == Some(*id),
+        group: name_of(replica.ledger.group),
+    };
+    membership.nodes().map(member).collect()
 }
 
 async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardStatus, Error> {
@@ -86,7 +94,7 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
     let view = |view: &str| v1::ViewStatus { view: view.into(), published_index };
     let committed = metrics.last_applied.map_or(0, |l| position_index(l.index));
     Ok(v1::ShardStatus {
-        shard: 0,
+        shard: ledger.group,
         leader: leader.as_ref().map_or(String::new(), |(_, addr)| addr.clone()),
         is_leader: ledger.raft.is_leader(),
         term: metrics.current_term,
@@ -157,8 +165,71 @@ impl admin_service_server::AdminService for AdminService {
             Error::NotFound(_) => Error::NotFound(format!("partition {month}")),
             other => other,
         })?;
-        let info = super::memory::info(&written);
-        Ok(Response::new(v1::DropPartitionResponse { memories: written.version, info }))
+        let memories = written.iter().map(|w| w.version).sum();
+        let info = super::memory::info_of_all(&written);
+        Ok(Response::new(v1::DropPartitionResponse { memories, info }))
+    }
+
+    async fn cluster(
+        &self,
+        request: Request<v1::ClusterRequest>,
+    ) -> Result<Response<v1::ClusterResponse>, Status> {
+        operator(&request)?;
+        let (_, deadline) = context(&request)?;
+        Ok(Response::new(cluster(&*self.control.read(deadline).await?)))
+    }
+
+    async fn change_cluster(
+        &self,
+        request: Request<v1::ChangeClusterRequest>,
+    ) -> Result<Response<v1::ClusterResponse>, Status> {
+        use v1::change_cluster_request::Change;
+        operator(&request)?;
+        let (_, deadline) = context(&request)?;
+        let change = request.into_inner().change.ok_or_else(|| Error::invalid("change", "is missing"))?;
+        let changed = self.control.update(
+            |map| match &change {
+                Change::Join(node) if node.id == 0 || node.address.is_empty() => {
+                    Err(Error::invalid("join", "needs a node's id (not 0) and its address"))
+                }
+                Change::Join(node) => map.join(node.id, &node.address),
+                Change::Drain(node) => map.drain(*node),
+                Change::Remove(node) => map.remove(*node),
+                Change::Shards(shards) => map.begin_resize(*shards),
+            },
+            deadline,
+        );
+        Ok(Response::new(cluster(&*changed.await?)))
+    }
+}
+
+fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
+    let node = |(id, node): (&u64, &NodeEntry)| v1::ClusterNode {
+        id: *id,
+        address: node.addr.clone(),
+        state: match node.state {
+            NodeState::Member => "member",
+            NodeState::Draining => "draining",
+        }
+        .into(),
+        shards: map.kept_by(*id).into_iter().collect(),
+    };
+    let shard = |(id, shard): (&ShardId, &ShardEntry)| v1::ClusterShard {
+        shard: *id,
+        members: shard.members.iter().copied().collect(),
+        slots: shard.slots.to_string(),
+        joining: shard.handover.map_or(0, |handover| handover.to),
+        leaving: shard.handover.and_then(|handover| handover.from).unwrap_or(0),
+    };
+    v1::ClusterResponse {
+        version: map.version,
+        nodes: map.nodes.iter().map(node).collect(),
+        shards: map.shards.iter().map(shard).collect(),
+        resize: map.resize.as_ref().map(|resize| v1::Resize {
+            shards: resize.shards,
+            slots_moved: resize.slots_moved as u32,
+            slots_to_move: resize.slots_to_move as u32,
+        }),
     }
 }
 

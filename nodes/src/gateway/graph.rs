@@ -1,7 +1,7 @@
 //! `loci.v1.GraphService`.
 
 use super::context;
-use super::memory::info;
+use super::memory::info_of_all;
 use crate::proto::v1::{self, graph_service_server};
 use crate::reader::Reader;
 use crate::writer::Writer;
@@ -20,7 +20,7 @@ impl graph_service_server::GraphService for GraphService {
     ) -> Result<Response<v1::UpsertEdgesResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let written = self.writer.upsert_edges(&caller, request.into_inner(), deadline).await?;
-        Ok(Response::new(v1::UpsertEdgesResponse { info: info(&written) }))
+        Ok(Response::new(v1::UpsertEdgesResponse { info: info_of_all(&written) }))
     }
 
     async fn delete_edges(
@@ -29,7 +29,7 @@ impl graph_service_server::GraphService for GraphService {
     ) -> Result<Response<v1::DeleteEdgesResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let written = self.writer.delete_edges(&caller, request.into_inner(), deadline).await?;
-        Ok(Response::new(v1::DeleteEdgesResponse { info: info(&written) }))
+        Ok(Response::new(v1::DeleteEdgesResponse { info: info_of_all(&written) }))
     }
 
     async fn traverse(

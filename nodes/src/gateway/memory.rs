@@ -1,6 +1,7 @@
 //! `loci.v1.MemoryService`.
 
 use super::context;
+use crate::control::map::ShardId;
 use crate::convert::{self, id_text};
 use crate::edge::DEADLINE_DEFAULT;
 use crate::error::Error;
@@ -11,6 +12,7 @@ use crate::writer::{Writer, Written};
 use futures::Stream;
 use sim::sync::mpsc;
 use sim::time::{self, Duration, Instant};
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use storage::model::Position;
@@ -37,14 +39,29 @@ impl<T> Stream for Feed<T> {
 }
 
 pub(super) fn info(written: &Written) -> Option<v1::WriteInfo> {
+    info_of_all(std::slice::from_ref(written))
+}
+
+/// Of a call that wrote to several slots: the place of the last one, and the token of all.
+pub(super) fn info_of_all(written: &[Written]) -> Option<v1::WriteInfo> {
     Some(v1::WriteInfo {
-        token: Some(convert::token(Position {
-            index: written.position.index - sim::planted!("give-the-token-of-the-entry-before") as u64,
-            ..written.position
-        })),
+        token: Some(token_of(written)),
         durability: v1::Durability::Quorum as i32,
-        item: written.position.item,
+        item: written.last()?.position.item,
     })
+}
+
+/// The last position of each shard that was written to.
+fn token_of<'a>(written: impl IntoIterator<Item = &'a Written>) -> v1::Token {
+    let (mut positions, mut version): (BTreeMap<ShardId, Position>, u64) = (BTreeMap::new(), 0);
+    for w in written {
+        let planted = sim::planted!("give-the-token-of-the-entry-before") as u64;
+        let position = Position { index: w.position.index - planted, ..w.position };
+        let held = positions.entry(w.shard).or_default();
+        *held = position.max(*held);
+        version = version.max(w.map_version);
+    }
+    convert::token(positions, version)
 }
 
 fn batch_result(result: Result<Written, Error>) -> v1::BatchAddResult {
@@ -81,9 +98,9 @@ impl memory_service_server::MemoryService for MemoryService {
     ) -> Result<Response<v1::BatchAddResponse>, Status> {
         let (caller, deadline) = context(&request)?;
         let results = self.writer.batch_add(&caller, request.into_inner(), deadline).await?;
-        let last = results.iter().flatten().map(|w| w.position).max();
+        let token = results.iter().any(Result::is_ok).then(|| token_of(results.iter().flatten()));
         let results = results.into_iter().map(batch_result).collect();
-        Ok(Response::new(v1::BatchAddResponse { results, token: last.map(convert::token) }))
+        Ok(Response::new(v1::BatchAddResponse { results, token }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
@@ -174,34 +191,43 @@ impl memory_service_server::MemoryService for MemoryService {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let (caller, _) = context(&request)?;
-        let after = request.into_inner().after.as_ref().map(convert::position).transpose()?;
-        let mut seen = match after {
-            Some(position) => position,
-            None => self.reader.changes(&caller.tenant, None, 0).await?.1,
-        };
+        // A shard that the token does not name is watched from now on.
+        let mut seen = request.into_inner().after.as_ref().map(convert::positions).unwrap_or_default();
         let (send, feed) = mpsc::channel(4);
         let reader = self.reader.clone();
+        for (shard, _, shown) in reader.changes(&caller.tenant, &seen, 1).await? {
+            seen.entry(shard).or_insert(shown);
+        }
         sim::task::spawn(async move {
             let mut idle = 0;
             loop {
-                let (changes, shown) =
-                    match reader.changes(&caller.tenant, Some(seen), WATCH_CHANGES_MAX).await {
-                        Ok(found) => found,
-                        Err(error) => {
-                            let _ = send.send(Err(error.into())).await;
-                            return;
-                        }
-                    };
-                // A full page may have left changes behind; else all was seen up to where the views were.
-                let last = changes.last().map_or(seen, |c| c.position);
-                seen = match changes.len() < WATCH_CHANGES_MAX as usize {
-                    true => last.max(Position { item: u32::MAX, ..shown }),
-                    false => last,
+                let found = match reader.changes(&caller.tenant, &seen, WATCH_CHANGES_MAX).await {
+                    Ok(found) => found,
+                    Err(error) => {
+                        let _ = send.send(Err(error.into())).await;
+                        return;
+                    }
                 };
+                let mut changes = vec![];
+                for (shard, found, shown) in found {
+                    let Some(at) = seen.get(&shard) else {
+                        // A shard that came while it was watched: nothing was written to it before it was seen here.
+                        seen.insert(shard, Position::default());
+                        continue;
+                    };
+                    // A full page may have left changes behind; else all was seen up to where the views were.
+                    let last = found.last().map_or(*at, |c| c.position);
+                    let all = found.len() < WATCH_CHANGES_MAX as usize;
+                    seen.insert(
+                        shard,
+                        if all { last.max(Position { item: u32::MAX, ..shown }) } else { last },
+                    );
+                    changes.extend(found.iter().map(|c| convert::change(shard, c)));
+                }
                 idle = if changes.is_empty() { idle + 1 } else { 0 };
                 if !changes.is_empty() || idle % WATCH_HEARTBEAT_LOOKS == 1 {
-                    let changes = changes.iter().map(convert::change).collect();
-                    let message = v1::WatchResponse { changes, token: Some(convert::token(seen)) };
+                    let token = convert::token(seen.iter().map(|(shard, at)| (*shard, *at)), 0);
+                    let message = v1::WatchResponse { changes, token: Some(token) };
                     if send.send(Ok(message)).await.is_err() {
                         return;
                     }

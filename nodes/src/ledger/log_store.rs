@@ -18,7 +18,7 @@ use storage::codec;
 use storage::facts::FactError;
 use storage::log::{Entries, Log, LogError};
 
-pub(super) const VOTE: &str = "vote";
+pub const VOTE: &str = "vote";
 pub const PURGED: &str = "purged";
 /// After so long without an append, the log's mark is made durable too.
 const IDLE: Duration = Duration::from_millis(200);

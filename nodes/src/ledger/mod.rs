@@ -25,6 +25,7 @@ pub mod state_machine;
 pub mod types;
 
 use crate::error::Error;
+use crate::groups::{GroupId, name_of};
 use crate::peers::Peers;
 use crate::proto::internal::Body;
 use network::Network;
@@ -88,6 +89,18 @@ impl Default for LedgerOptions {
     }
 }
 
+impl LedgerOptions {
+    /// For a group whose changes are rare and small: it costs little while nothing happens.
+    pub fn patient(self) -> LedgerOptions {
+        LedgerOptions {
+            heartbeat: self.heartbeat * 4,
+            election_min: self.election_min * 2,
+            election_max: self.election_max * 2,
+            ..self
+        }
+    }
+}
+
 struct Waiting {
     commands: Vec<Command>,
     reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
@@ -96,6 +109,7 @@ struct Waiting {
 /// This replica's handle on the shard's ledger. Cheap to clone.
 #[derive(Clone)]
 pub struct Ledger {
+    pub group: GroupId,
     pub raft: Raft,
     pub shard: Arc<Shard>,
     peers: Peers,
@@ -114,6 +128,8 @@ pub enum Proposed {
     NotLeader(Option<String>),
     Unknown(String),
     Overloaded(String),
+    /// Nothing was proposed: that node has no replica of the group.
+    NotHere,
 }
 
 fn internal(what: &str, error: impl std::fmt::Display) -> Error {
@@ -121,18 +137,19 @@ fn internal(what: &str, error: impl std::fmt::Display) -> Error {
 }
 
 impl Ledger {
-    /// Joins the peers with what this replica has on `disk`. `members` are all voters by id; the first start anywhere
-    /// forms the group from them, later ones find it on disk.
+    /// Joins the peers with what this replica has on `disk`. `members` are all voters by id: the first start anywhere forms the group from
+    /// them, later ones find it on disk. Without members it waits until the group takes it in.
     pub async fn open(
+        group: GroupId,
         id: u64,
-        members: BTreeMap<u64, String>,
+        members: Option<BTreeMap<u64, String>>,
         disk: Arc<dyn Disk>,
         opened: Opened,
         peers: Peers,
         options: LedgerOptions,
     ) -> Result<Ledger, Error> {
         let config = Config {
-            cluster_name: format!("shard-0-epoch-{FIRST_EPOCH}"),
+            cluster_name: format!("{}-epoch-{FIRST_EPOCH}", name_of(group)),
             heartbeat_interval: options.heartbeat.as_millis() as u64,
             election_timeout_min: options.election_min.as_millis() as u64,
             election_timeout_max: options.election_max.as_millis() as u64,
@@ -154,7 +171,7 @@ impl Ledger {
         let keeper = Keeper { log: log.clone(), bases, base_bytes_min: options.base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, FIRST_EPOCH).await;
         let machine = machine.map_err(|e| internal("views", e))?;
-        let network = Network { peers: peers.clone(), disk };
+        let network = Network { peers: peers.clone(), disk, group };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(sim::planted!("vote-with-a-damaged-log"));
@@ -163,9 +180,11 @@ impl Ledger {
                 repair.from,
                 repair.to
             );
-        } else if !raft.is_initialized().await.map_err(|e| internal("ledger", e))? {
+        } else if let Some(members) = members
+            && !raft.is_initialized().await.map_err(|e| internal("ledger", e))?
+        {
             let nodes: BTreeMap<u64, BasicNode> =
-                members.iter().map(|(id, addr)| (*id, BasicNode::new(addr.clone()))).collect();
+                members.into_iter().map(|(id, addr)| (id, BasicNode::new(addr))).collect();
             // Each member forms the same group; whoever is first is elected, the others' attempt is refused harmlessly.
             if let Err(error) = raft.initialize(nodes).await {
                 sim::debug!("group not formed here: {error}");
@@ -174,9 +193,9 @@ impl Ledger {
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
         sim::task::spawn(batcher(raft.clone(), waiting));
         let stopping = Arc::new(AtomicBool::new(false));
-        sim::task::spawn(watch_over(raft.clone(), stopping.clone()));
+        sim::task::spawn(watch_over(group, raft.clone(), stopping.clone()));
         let deposed_after = options.election_max;
-        let ledger = Ledger { raft, shard, peers, queue, repairing, stopping, deposed_after };
+        let ledger = Ledger { group, raft, shard, peers, queue, repairing, stopping, deposed_after };
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair(log));
         }
@@ -188,7 +207,8 @@ impl Ledger {
         let metrics = self.raft.metrics().borrow_watched().clone();
         let own = *self.raft.node_id();
         let Some(replication) = metrics.replication.filter(|_| self.raft.is_leader()) else { return };
-        let others = replication.into_iter().filter(|(id, _)| *id != own);
+        let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        let others = replication.into_iter().filter(|(id, _)| *id != own && voters.contains(id));
         let Some((next, _)) = others.max_by_key(|(id, held)| (*held, std::cmp::Reverse(*id))) else { return };
         if let Err(error) = self.raft.trigger().transfer_leader(next).await {
             return sim::warn!("leadership not handed over: {error}");
@@ -256,7 +276,8 @@ impl Ledger {
 
     /// Proposes wherever the leader is. Only attempts that certainly did nothing are repeated.
     pub async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
-        propose_via(&self.peers, deadline, commands, |commands| self.propose_here(commands), None).await
+        let here = |commands| self.propose_here(commands);
+        propose_via((&self.peers, self.group), deadline, commands, here, None).await
     }
 
     /// A position at or above every write acknowledged before the call, confirmed by a majority. Only on the leader.
@@ -284,7 +305,7 @@ impl Ledger {
             let attempt = async {
                 match self.leader() {
                     Some((id, _)) if id == *self.raft.node_id() => self.read_position_here().await,
-                    Some((_, addr)) => read_position_at(&self.peers, &addr, left).await,
+                    Some((_, addr)) => read_position_at(&self.peers, self.group, &addr, left).await,
                     None => Err(Error::Unavailable("no leader".into())),
                 }
             };
@@ -325,9 +346,15 @@ pub fn left(deadline: Instant, passed: impl FnOnce() -> Error) -> Result<Duratio
 }
 
 /// Asks the replica at `addr`, which should lead, for a read position.
-pub async fn read_position_at(peers: &Peers, addr: &str, ttl: Duration) -> Result<Position, Error> {
+pub async fn read_position_at(
+    peers: &Peers,
+    group: GroupId,
+    addr: &str,
+    ttl: Duration,
+) -> Result<Position, Error> {
     let mut client = peers.client(addr).map_err(|e| internal("peer", e))?;
-    let reply = client.read_index(peers.request(Body::default(), ttl)).await;
+    let body = Body { group, ..Body::default() };
+    let reply = client.read_index(peers.request(body, ttl)).await;
     let reply = reply.map_err(|s| Error::Unavailable(s.message().to_string()))?;
     codec::decode(&reply.into_inner().body).map_err(|e| internal("peer", e))
 }
@@ -335,7 +362,7 @@ pub async fn read_position_at(peers: &Peers, addr: &str, ttl: Duration) -> Resul
 /// Proposes `commands` at the leader: first by `here`, then wherever the answers point. `hint` is an address to try when nobody
 /// knows better. Repeats only attempts that certainly did nothing.
 pub async fn propose_via<F: Future<Output = Proposed>>(
-    peers: &Peers,
+    (peers, group): (&Peers, GroupId),
     deadline: Instant,
     commands: Vec<Command>,
     here: impl Fn(Vec<Command>) -> F,
@@ -350,7 +377,7 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
             Some(addr) => {
                 let body =
                     encoded.get_or_insert_with(|| bytes::Bytes::from(codec::encode(&commands))).clone();
-                propose_at(peers, &addr, body, left).await
+                propose_at(peers, &addr, Body { body, group }, left).await
             }
         };
         match proposed {
@@ -369,7 +396,7 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
             }
             Proposed::Overloaded(cause) => return Err(Error::Overloaded(cause)),
             Proposed::NotLeader(Some(leader)) => hint = Some(leader),
-            Proposed::NotLeader(None) => {}
+            Proposed::NotLeader(None) | Proposed::NotHere => {}
         }
         sim::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(Duration::from_millis(200));
@@ -381,13 +408,14 @@ fn late() -> Proposed {
 }
 
 /// Sends commands to the replica at `addr`. A call that may have reached it is `Unknown`.
-pub(crate) async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, ttl: Duration) -> Proposed {
+pub(crate) async fn propose_at(peers: &Peers, addr: &str, body: Body, ttl: Duration) -> Proposed {
     let Ok(mut client) = peers.client(addr) else { return Proposed::NotLeader(None) };
-    match sim::time::timeout(ttl, client.propose(peers.request(Body { body }, ttl))).await {
+    match sim::time::timeout(ttl, client.propose(peers.request(body, ttl))).await {
         Ok(Ok(reply)) => match codec::decode(&reply.into_inner().body) {
             Ok(proposed) => proposed,
             Err(error) => Proposed::Unknown(error.to_string()),
         },
+        Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("NOT_HERE") => Proposed::NotHere,
         Ok(Err(status)) => {
             Proposed::Unknown(format!("the leader at {addr} did not answer: {}", status.message()))
         }
@@ -397,19 +425,22 @@ pub(crate) async fn propose_at(peers: &Peers, addr: &str, body: bytes::Bytes, tt
 
 /// Logs each change of the leader that this replica follows. If the ledger stops although nobody asked it to, the process ends too:
 /// a replica that neither follows nor leads helps nobody, and the next start recovers.
-async fn watch_over(raft: Raft, stopping: Arc<AtomicBool>) {
+async fn watch_over(group: GroupId, raft: Raft, stopping: Arc<AtomicBool>) {
     let mut metrics = raft.server_metrics();
     let mut followed = None;
     loop {
         let seen = metrics.borrow_watched().clone();
         let (now, term) = (seen.current_leader, seen.vote.leader_id.term);
-        sim::trace::gauge("term", term);
-        sim::trace::gauge("leads", if now == Some(*raft.node_id()) { term } else { 0 });
+        if group == 0 {
+            sim::trace::gauge("term", term);
+            sim::trace::gauge("leads", if now == Some(*raft.node_id()) { term } else { 0 });
+        }
         if now != followed {
+            let group = name_of(group);
             match now {
-                Some(id) if id == *raft.node_id() => sim::info!("this replica leads now"),
-                Some(id) => sim::info!("follows replica {id} now"),
-                None => sim::info!("knows no leader"),
+                Some(id) if id == *raft.node_id() => sim::info!("{group}: this replica leads now"),
+                Some(id) => sim::info!("{group}: follows replica {id} now"),
+                None => sim::info!("{group}: knows no leader"),
             }
             followed = now;
         }

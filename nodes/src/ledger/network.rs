@@ -3,6 +3,7 @@
 use super::recovery;
 use super::state_machine::SnapshotSource;
 use super::types::{Types, Vote};
+use crate::groups::GroupId;
 use crate::peers::Peers;
 use crate::proto::internal::Body;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -27,6 +28,7 @@ const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
 pub struct Network {
     pub peers: Peers,
     pub disk: Arc<dyn Disk>,
+    pub group: GroupId,
 }
 
 /// One peer.
@@ -64,7 +66,7 @@ impl Peer {
         request: &Q,
         ttl: Duration,
     ) -> Result<A, Error> {
-        let body = Body { body: codec::encode_serde(request).into() };
+        let body = Body { body: codec::encode_serde(request).into(), group: self.network.group };
         let mut client = self.network.peers.client(&self.addr).map_err(unreachable)?;
         let request = self.network.peers.request(body, ttl);
         let call = async {
@@ -146,8 +148,9 @@ impl RaftNetworkV2<Types> for Peer {
                 }
                 file => file.map_err(unreachable)?,
             };
-            let first = futures::stream::iter([Body { body: head.into() }]);
-            let rest = futures::stream::unfold(Some(file), |file| async move {
+            let group = self.network.group;
+            let first = futures::stream::iter([Body { body: head.into(), group }]);
+            let rest = futures::stream::unfold(Some(file), move |file| async move {
                 let mut file = file?;
                 let (file, chunk) = sim::task::blocking(move || {
                     let chunk = file.next_chunk();
@@ -155,7 +158,7 @@ impl RaftNetworkV2<Types> for Peer {
                 })
                 .await;
                 // A read error ends the stream early; the receiver then refuses the snapshot as incomplete.
-                let body = Body { body: chunk.ok()??.into() };
+                let body = Body { body: chunk.ok()??.into(), group };
                 Some((body, Some(file)))
             });
             let stream = futures::StreamExt::chain(first, rest);

@@ -51,25 +51,6 @@ pub struct Opened {
     pub bases: Arc<Bases>,
 }
 
-impl Opened {
-    /// Of an empty replica that takes the place of one with a past: it may have voted and acknowledged, so it starts as one that has
-    /// forgotten. Another replica stays as it is.
-    pub fn rejoin(&self) -> Result<(), Error> {
-        let ledger = |e| failed("ledger", e);
-        let new = self.log.last_index() == 0
-            && self.log.get_meta(log_store::VOTE).map_err(ledger)?.is_none()
-            && self.log.repair().map_err(ledger)?.is_none();
-        if new && self.shard.applied().0.index == 0 {
-            sim::trace::probe("replica: started over");
-            sim::warn!(
-                "this machine is empty and takes the place of another one: starting over with what the peers have"
-            );
-            self.log.start_over().map_err(ledger)?;
-        }
-        Ok(())
-    }
-}
-
 /// Writes bases, and lets go of the log that none of them needs.
 #[derive(Clone)]
 pub struct Keeper {
@@ -100,12 +81,14 @@ fn failed(what: &str, error: impl std::fmt::Display) -> Error {
     Error::Internal(format!("{what}: {error}"))
 }
 
-/// Opens log, views and bases, and mends what can be mended here. `alone`: there are no peers to give anything back. Blocks.
+/// Opens log, views and bases, and mends what can be mended here. `alone`: there are no peers to give anything back. `forgotten`: the group was
+/// there before, so a disk without anything is that of a replica that has lost it all, and must not vote. Blocks.
 pub fn open(
     disk: &Arc<dyn Disk>,
     log: LogOptions,
     shard: ShardOptions,
     alone: bool,
+    forgotten: bool,
 ) -> Result<Opened, Error> {
     // What a crash left of snapshots that were under way between peers.
     let left = disk.list("").map_err(|e| failed("data directory", e))?;
@@ -115,6 +98,14 @@ pub fn open(
     let open_log = if alone { Log::open } else { Log::open_or_cut };
     let log = Arc::new(open_log(disk.clone(), LOG, log).map_err(|e| failed("ledger", e))?);
     log_store::finish_purge(&log).map_err(|e| failed("ledger", e))?;
+    let vote = log.get_meta(log_store::VOTE).map_err(|e| failed("ledger", e))?;
+    if forgotten && vote.is_none() && log.last_index() == 0 && !sim::planted!("vote-with-an-empty-disk") {
+        sim::trace::probe("replica: came back with an empty disk");
+        sim::warn!(
+            "this replica's disk is empty, though its group is not new: it waits for what the others have"
+        );
+        log.start_over().map_err(|e| failed("ledger", e))?;
+    }
     let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
     let purged = log.first_index() - 1;
     let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {

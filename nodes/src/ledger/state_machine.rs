@@ -71,7 +71,6 @@ impl StateMachine {
         let known = applied_meta(&shard)?;
         let index = known.last_log_id.map_or(0, |l| position_index(l.index));
         sim::debug!("views opened at {index}");
-        sim::trace::gauge("applied", index);
         let snapshot = Arc::new(Mutex::new(known.clone()));
         Ok(StateMachine { shard, keeper, epoch, known, snapshot })
     }

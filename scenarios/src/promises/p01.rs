@@ -35,7 +35,7 @@ fn missing(history: &History) -> Vec<(u64, String)> {
                     (_, None) => deletion,
                 };
                 if !survived || !kept {
-                    let node = &replica.sample.node;
+                    let node = &replica.node;
                     let shown = shown.map_or("nothing".to_string(), |version| format!("version {version}"));
                     let lacks = if kept { "" } else { ", and its history lacks it" };
                     let text = format!("{node} shows {shown} in the end{lacks}: {}", describe(op));

@@ -1,6 +1,6 @@
 //! P3: at most one acknowledged entry per shard and index.
 //!
-//! Read so: no two acknowledged writes name the same place (epoch, index, item) in the ledger. Two leaders that both
+//! Read so: no two acknowledged writes name the same place (shard, epoch, index, item). Two leaders that both
 //! acknowledged would.
 
 use super::{Violation, linearizable::describe, violation};

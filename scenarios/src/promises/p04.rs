@@ -45,8 +45,8 @@ pub fn check(history: &History) -> Vec<Violation> {
 
 /// What a replica holds in the end, as a read after everything else.
 fn last_read(replica: &crate::history::Final, tenant: usize, id: &str, history: &History) -> Op {
-    let shown = replica.sample.index;
-    let end_ns = history.ops.iter().map(|op| op.return_ns).max().unwrap_or(0).max(replica.sample.at_ns) + 1;
+    let shown = 0;
+    let end_ns = history.ops.iter().map(|op| op.return_ns).max().unwrap_or(0).max(replica.at_ns) + 1;
     let response = match replica.rows.get(&(tenant, id.to_string())) {
         Some(row) => Response::Value { row: row.clone(), shown },
         None => Response::Absent { shown },
@@ -54,7 +54,7 @@ fn last_read(replica: &crate::history::Final, tenant: usize, id: &str, history: 
     Op {
         client: LAST_LOOK,
         tenant,
-        node: replica.sample.node.clone(),
+        node: replica.node.clone(),
         call_ns: end_ns,
         return_ns: end_ns + 1,
         request: Request::Get { id: id.to_string(), token: None },

@@ -10,23 +10,26 @@ use std::collections::BTreeMap;
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     let mut digests = BTreeMap::new();
-    for sample in history.samples.iter().chain(history.finals.iter().map(|f| &f.sample)) {
-        let first = digests.entry(sample.index).or_insert(sample);
+    let finals = history.finals.iter().flat_map(|replica| &replica.shards);
+    for sample in history.samples.iter().chain(finals.clone().map(|(sample, _)| sample)) {
+        let first = digests.entry((sample.shard, sample.index)).or_insert(sample);
         if first.digest != sample.digest {
-            let what = format!("{} and {} differ at position {}", first.node, sample.node, sample.index);
+            let what = format!(
+                "{} and {} differ at position {} of shard {}",
+                first.node, sample.node, sample.index, sample.shard
+            );
             found.push(violation("P5", sample.at_ns, what));
         }
     }
-    for replica in &history.finals {
-        let sample = &replica.sample;
-        match &replica.scanned {
+    for (sample, scanned) in finals {
+        let at = format!("{}, shard {}", sample.node, sample.shard);
+        match scanned {
             Ok(scanned) if *scanned == sample.digest => {}
             Ok(_) => {
-                let what =
-                    format!("{}'s digest at {} differs from that of its tables", sample.node, sample.index);
+                let what = format!("{at}: its digest at {} differs from that of its tables", sample.index);
                 found.push(violation("P5", sample.at_ns, what));
             }
-            Err(error) => found.push(violation("P5", sample.at_ns, format!("{}: {error}", sample.node))),
+            Err(error) => found.push(violation("P5", sample.at_ns, format!("{at}: {error}"))),
         }
     }
     found

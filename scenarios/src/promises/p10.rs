@@ -22,12 +22,12 @@ pub fn check(history: &History) -> Vec<Violation> {
             let mut markers: BTreeMap<&str, u64> = BTreeMap::new();
             for (version, marker) in versions {
                 if let Some(first) = markers.insert(marker, *version) {
-                    let node = &replica.sample.node;
+                    let node = &replica.node;
                     let what = format!(
                         "{marker} was applied as versions {first} and {version} of memory {} of tenant {tenant} at {node}",
                         number(id)
                     );
-                    found.push(violation("P10", replica.sample.at_ns, what));
+                    found.push(violation("P10", replica.at_ns, what));
                 }
             }
         }

@@ -31,7 +31,7 @@ fn get(token: Option<u64>) -> Request {
 }
 
 fn written(version: u64, index: u64) -> Response {
-    Response::Written { version, at: At { epoch: 1, index, item: 0 } }
+    Response::Written { version, at: At { shard: 0, epoch: 1, index, item: 0 }, map_version: 1 }
 }
 
 fn row(version: u64, marker: &str) -> Row {
@@ -46,8 +46,12 @@ fn last(node: &str, rows: &[Row], versions: &[(u64, &str)]) -> Final {
     let keyed = |row: &Row| ((0, row.id.clone()), row.clone());
     let versions = versions.iter().map(|(version, marker)| (*version, marker.to_string())).collect();
     Final {
-        sample: Sample { at_ns: 30_000_000_000, node: node.into(), index: 9, digest: vec![9] },
-        scanned: Ok(vec![9]),
+        node: node.into(),
+        at_ns: 30_000_000_000,
+        shards: vec![(
+            Sample { at_ns: 30_000_000_000, node: node.into(), shard: 0, index: 9, digest: vec![9] },
+            Ok(vec![9]),
+        )],
         rows: rows.iter().map(keyed).collect(),
         versions: BTreeMap::from([((0, KEY.to_string()), versions)]),
     }
@@ -70,6 +74,7 @@ fn sound() -> History {
             op(1, 17, 18, add("d"), Response::Refused(Refusal::AlreadyExists { version: 4 })),
             op(1, 19, 20, Request::Search, Response::Rows(vec![row(4, "c")])),
         ],
+        calls: vec![],
         samples: vec![],
         finals: finals.into(),
         healed_ns: 20_000_000_000,
@@ -115,7 +120,7 @@ fn a_deleted_memory_that_comes_back_breaks_p1() {
     let resurrect = |h: &mut History| {
         h.ops.truncate(7);
         for replica in &mut h.finals {
-            *replica = last(&replica.sample.node, &[row(2, "b")], &[(1, "a"), (2, "b"), (3, "deletion")]);
+            *replica = last(&replica.node, &[row(2, "b")], &[(1, "a"), (2, "b"), (3, "deletion")]);
         }
     };
     assert_eq!(broken(resurrect), ["P1", "P4"]);
@@ -157,10 +162,10 @@ fn an_edge_to_nowhere_or_to_what_was_deleted_breaks_p6() {
 
 #[test]
 fn replicas_that_differ_break_p5() {
-    assert_eq!(broken(|h| h.finals[1].sample.digest = vec![8]), ["P5"]);
-    assert_eq!(broken(|h| h.finals[1].scanned = Ok(vec![8])), ["P5"]);
-    assert_eq!(broken(|h| h.finals[1].scanned = Err("unreadable".into())), ["P5"]);
-    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), index: 4, digest: vec![digest] };
+    assert_eq!(broken(|h| h.finals[1].shards[0].0.digest = vec![8]), ["P5"]);
+    assert_eq!(broken(|h| h.finals[1].shards[0].1 = Ok(vec![8])), ["P5"]);
+    assert_eq!(broken(|h| h.finals[1].shards[0].1 = Err("unreadable".into())), ["P5"]);
+    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), shard: 0, index: 4, digest: vec![digest] };
     assert_eq!(broken(|h| h.samples = vec![early(1), early(2)]), ["P5"], "long before the end");
 }
 

@@ -54,6 +54,8 @@ struct Client {
     token: v1::Token,
     versions: BTreeMap<Id, u64>,
     writes: u64,
+    /// There are several shards, at some time.
+    several: bool,
     /// The gateway that the last attempt asked.
     asked: String,
     /// Whether reads are sent again, and gateways left out that do not answer.
@@ -65,6 +67,7 @@ struct Client {
 /// Starts the scenario's clients, each on a machine of its own; how many have not ended yet.
 pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc<Mutex<usize>> {
     let running = Arc::new(Mutex::new(scenario.workload.clients));
+    let several = scenario.topology.shards > 1 || !scenario.changes.is_empty();
     for number in 0..scenario.workload.clients {
         let tenant = number % scenario.workload.tenants;
         let fails_over = scenario.recovery.is_some();
@@ -93,6 +96,7 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                 token: v1::Token::default(),
                 versions: BTreeMap::new(),
                 writes: 0,
+                several,
                 asked: String::new(),
                 fails_over,
                 out: Arc::new(Mutex::new(vec![false; gateways.len()])),
@@ -141,14 +145,36 @@ pub fn row(memory: &v1::Memory) -> Row {
     Row { id: memory.id.clone(), version: memory.version, tenant: owner.unwrap_or(usize::MAX), marker }
 }
 
-fn index(token: Option<&v1::Token>) -> u64 {
-    token.and_then(|t| t.positions.first()).map_or(0, |p| p.index)
+/// What a token names of the shard that an answer came from, which the answer's own token names first.
+fn index(token: Option<&v1::Token>, shard: u32) -> u64 {
+    let of = |t: &v1::Token| t.positions.iter().find(|p| p.shard == shard).map(|p| p.index);
+    token.and_then(of).unwrap_or(0)
+}
+
+fn shard(token: Option<&v1::Token>) -> u32 {
+    token.and_then(|t| t.positions.first()).map_or(0, |p| p.shard)
 }
 
 fn at(info: Option<&v1::WriteInfo>) -> At {
     let position =
         info.and_then(|i| i.token.as_ref()).and_then(|t| t.positions.first().copied()).unwrap_or_default();
-    At { epoch: position.epoch, index: position.index, item: info.map_or(0, |i| i.item) }
+    At {
+        shard: position.shard,
+        epoch: position.epoch,
+        index: position.index,
+        item: info.map_or(0, |i| i.item),
+    }
+}
+
+/// Whether an answered key got the same answer again. On the way to another shard a write gets another place.
+fn same(first: &Response, again: &Response) -> bool {
+    match (first, again) {
+        (
+            Response::Written { version, at, map_version },
+            Response::Written { version: then, at: then_at, map_version: later },
+        ) => version == then && (at == then_at || map_version != later),
+        (first, again) => first == again,
+    }
 }
 
 /// What a status says for certain; `None`: ask again.
@@ -305,9 +331,15 @@ impl Client {
     }
 
     fn saw(&mut self, token: Option<&v1::Token>) {
-        if index(token) > index(Some(&self.token)) {
-            self.token = token.cloned().unwrap_or_default();
+        let Some(token) = token else { return };
+        for position in &token.positions {
+            match self.token.positions.iter_mut().find(|held| held.shard == position.shard) {
+                Some(held) if held.index < position.index => *held = *position,
+                Some(_) => {}
+                None => self.token.positions.push(*position),
+            }
         }
+        self.token.map_version = self.token.map_version.max(token.map_version);
     }
 
     async fn write(&mut self, kind: Kind, key: u64, operation: &Operation) {
@@ -327,14 +359,17 @@ impl Client {
         let mut answer = self.attempts(what, &request, &marker, &text).await;
         if !matches!(answer, Response::Unknown) && operation.again {
             let again = self.attempts(what, &request, &marker, &text).await;
-            if !matches!(again, Response::Unknown) && again != answer {
+            if self.several && answer == Response::Refused(Refusal::NotFound) {
+                // Where there are several shards, what was refused because nothing with that id ever was is not remembered.
+                answer = again;
+            } else if !matches!(again, Response::Unknown) && !same(&answer, &again) {
                 answer = Response::Changed { first: answer.to_string(), then: again.to_string() };
             }
         }
-        if let Response::Written { version, at } = &answer {
+        if let Response::Written { version, at, map_version } = &answer {
             self.versions.insert(id, *version);
-            let position = v1::ShardPosition { shard: 0, epoch: at.epoch, index: at.index };
-            self.saw(Some(&v1::Token { positions: vec![position] }));
+            let position = v1::ShardPosition { shard: at.shard, epoch: at.epoch, index: at.index };
+            self.saw(Some(&v1::Token { positions: vec![position], map_version: *map_version }));
         }
         self.record(call, request, answer);
     }
@@ -389,8 +424,10 @@ impl Client {
             durability: 0,
         });
         let mut service = self.memories();
-        let written =
-            |version, info: Option<v1::WriteInfo>| Response::Written { version, at: at(info.as_ref()) };
+        let written = |version, info: Option<v1::WriteInfo>| {
+            let map_version = info.as_ref().and_then(|i| i.token.as_ref()).map_or(0, |t| t.map_version);
+            Response::Written { version, at: at(info.as_ref()), map_version }
+        };
         match request {
             Request::Add { id, .. } => {
                 let memory = v1::NewMemory {
@@ -436,7 +473,7 @@ impl Client {
     /// A read that gets no answer says nothing about the state, and leaves no [`Op`].
     async fn get(&mut self, key: u64, session: bool) {
         let id = self.id(key);
-        let session = session && index(Some(&self.token)) > 0;
+        let session = session && !self.token.positions.is_empty();
         let token = session.then(|| self.token.clone());
         let options = Some(v1::ReadOptions {
             consistency: if session { v1::Consistency::Session } else { v1::Consistency::Strong } as i32,
@@ -452,23 +489,24 @@ impl Client {
             async move { service.get(request).await }
         });
         let answer = answer.await;
-        let token = token.map(|t| index(Some(&t)));
+        let mut asked = token.as_ref().map(|_| 0);
         let response = match answer {
             Some(Ok(answer)) => {
                 let answer = answer.into_inner();
                 let shown = answer.info.as_ref().and_then(|i| i.token.as_ref());
+                let shard = shard(shown);
+                asked = token.map(|token| index(Some(&token), shard));
+                let index = index(shown, shard);
                 self.saw(shown);
                 let Some(memory) = &answer.memory else { return };
                 self.versions.insert(id.clone(), memory.version);
-                Response::Value { row: row(memory), shown: index(shown) }
+                Response::Value { row: row(memory), shown: index }
             }
-            // An absence shows no position; it is what was asked for at least.
-            Some(Err(status)) if status.code() == Code::NotFound => {
-                Response::Absent { shown: token.unwrap_or(0) }
-            }
+            // An absence shows no position.
+            Some(Err(status)) if status.code() == Code::NotFound => Response::Absent { shown: 0 },
             _ => return,
         };
-        self.record(call, Request::Get { id, token }, response);
+        self.record(call, Request::Get { id, token: asked }, response);
     }
 
     async fn search(&mut self) {

@@ -45,6 +45,9 @@ struct Told {
     rejoin: AtomicBool,
 }
 
+/// The ends of shards' ledgers.
+pub type Ends = BTreeMap<u32, u64>;
+
 pub fn host_of(addr: &str) -> &str {
     addr.split(':').next().unwrap_or(addr)
 }
@@ -73,8 +76,9 @@ impl Cluster {
             (0..scenario.workload.tenants).map(|t| file.add(&tenant(t), false)).collect::<Result<_, _>>()?;
         let operator = file.add("operators", true)?;
         let replicas = scenario.topology.replicas;
-        let voters: BTreeMap<String, String> =
-            (1..=replicas).map(|i| (i.to_string(), format!("n{i}:{PORT}"))).collect();
+        let voters: BTreeMap<String, String> = (1..=replicas - scenario.topology.spares)
+            .map(|i| (i.to_string(), format!("n{i}:{PORT}")))
+            .collect();
         let keys_per_tenant = scenario.workload.keys_per_tenant;
         let world_handle = world.clone();
         let mut cluster = Cluster {
@@ -99,9 +103,10 @@ impl Cluster {
             let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
             let addr = format!("{name}:{PORT}");
             let text = format!(
-                "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}\
+                "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
                  vector_buffer_bytes = {}\ngraph_rows_min = {}\n{product}",
+                scenario.topology.shards,
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 limits.checkpoint_entries,
                 limits.entries_kept,
@@ -159,12 +164,45 @@ impl Cluster {
     /// A replica's own account of itself; `None` if it does not answer soon.
     pub async fn status(&self, node: NodeIndex, with_digest: bool) -> Option<v1::StatusResponse> {
         let mut client = self.admin(node).ok()?;
-        let mut request = tonic::Request::new(v1::StatusRequest { with_digest });
-        request.metadata_mut().insert("authorization", format!("Bearer {}", self.operator).parse().ok()?);
         let limit = Duration::from_secs(if with_digest { 30 } else { 1 });
-        request.set_timeout(limit);
+        let request = self.request(v1::StatusRequest { with_digest }, limit)?;
         let answer = sim::time::timeout(limit, client.status(request)).await.ok()?.ok()?;
         Some(answer.into_inner())
+    }
+
+    /// The cluster map; `None` if no node reads it soon.
+    pub async fn map(&self) -> Option<v1::ClusterResponse> {
+        for &node in &self.replicas {
+            let Ok(mut client) = self.admin(node) else { continue };
+            let limit = Duration::from_secs(1);
+            let request = self.request(v1::ClusterRequest {}, limit)?;
+            if let Ok(Ok(answer)) = sim::time::timeout(limit, client.cluster(request)).await {
+                return Some(answer.into_inner());
+            }
+        }
+        None
+    }
+
+    /// Asks any node for a change; whether it was taken.
+    pub async fn change(&self, wish: v1::change_cluster_request::Change) -> bool {
+        let limit = Duration::from_secs(2);
+        for &node in &self.replicas {
+            let Ok(mut client) = self.admin(node) else { continue };
+            let change = v1::ChangeClusterRequest { change: Some(wish.clone()) };
+            let Some(request) = self.request(change, limit) else { return false };
+            if let Ok(Ok(_)) = sim::time::timeout(limit, client.change_cluster(request)).await {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// An operator's request.
+    pub fn request<T>(&self, message: T, limit: Duration) -> Option<tonic::Request<T>> {
+        let mut request = tonic::Request::new(message);
+        request.metadata_mut().insert("authorization", format!("Bearer {}", self.operator).parse().ok()?);
+        request.set_timeout(limit);
+        Some(request)
     }
 
     /// The replica that leads, by its own and the highest term's account.
@@ -179,21 +217,28 @@ impl Cluster {
         best.map(|(_, node)| node)
     }
 
-    /// Whether all replicas are up, follow one leader and publish what was the ledger's end when this was last asked with `wanted`.
-    pub async fn redundant(&self, wanted: &mut Option<u64>) -> bool {
-        let (mut end, mut published, mut leaders) = (0, u64::MAX, vec![]);
+    /// Whether all replicas are up, follow one leader in each shard and publish what was its ledger's end when this was last asked with `wanted`.
+    pub async fn redundant(&self, wanted: &mut Ends) -> bool {
+        let mut shards: BTreeMap<u32, (u64, u64, Vec<String>)> = BTreeMap::new();
         for &node in &self.replicas {
             let Some(status) = self.status(node, false).await else { return false };
             for shard in status.shards {
+                let (end, published, leaders) = shards.entry(shard.shard).or_insert((0, u64::MAX, vec![]));
                 let views = shard.views.iter().map(|v| v.published_index).min().unwrap_or(0);
-                published = published.min(if shard.repairing { 0 } else { views });
-                end = end.max(shard.last_index);
+                *published = (*published).min(if shard.repairing { 0 } else { views });
+                *end = (*end).max(shard.last_index);
                 leaders.push(shard.leader);
             }
         }
-        let before = wanted.replace(end);
-        before.is_some_and(|before| published >= before)
-            && leaders.first().is_some_and(|first| !first.is_empty() && leaders.iter().all(|l| l == first))
+        let whole = |(shard, (_, published, leaders)): (&u32, &(u64, u64, Vec<String>))| {
+            let members = self.replicas.len().min(nodes::control::map::REPLICAS);
+            leaders.len() >= members
+                && leaders.iter().all(|leader| !leader.is_empty() && *leader == leaders[0])
+                && wanted.get(shard).is_some_and(|before| published >= before)
+        };
+        let redundant = !shards.is_empty() && shards.iter().all(whole);
+        *wanted = shards.into_iter().map(|(shard, (end, ..))| (shard, end)).collect();
+        redundant
     }
 
     /// Tells a node to stop in good order; whether it had ended within `limit`.

@@ -238,7 +238,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
 /// Waits until a restarted node serves, and, if it is a replica, until all of them agree about what was written before it came back.
 async fn caught_up(cluster: &Cluster, node: NodeIndex) -> bool {
     let until = cluster.world.now() + CATCH_UP_MAX;
-    let mut wanted = None;
+    let mut wanted = Default::default();
     while cluster.world.now() < until {
         let there = match cluster.replicas.contains(&node) {
             true => cluster.redundant(&mut wanted).await,

@@ -1,5 +1,6 @@
 //! Runs in the simulated world: the cluster, its clients, its faults, and the command line that starts them.
 
+mod changes;
 mod chaos;
 pub mod cli;
 mod client;

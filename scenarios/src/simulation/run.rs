@@ -36,6 +36,8 @@ pub struct Run {
 
 struct Seen {
     history: History,
+    /// Changes of the cluster that were not done in the end.
+    undone: usize,
     measured: Option<Measured>,
     fired: Vec<Fired>,
     disk_faults: Vec<Fired>,
@@ -95,8 +97,12 @@ pub fn empty() -> Report {
 fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
     use crate::history::Response;
     let enough = settled.enough;
-    let Seen { history, measured, fired, disk_faults, probes } = seen;
+    let Seen { history, measured, fired, disk_faults, probes, undone } = seen;
     let mut violations = promises::check_all(&history);
+    if undone > 0 {
+        let what = format!("{undone} changes of the cluster were not done in time");
+        violations.push(promises::Violation { promise: "P12".into(), what, at_s: virtual_s });
+    }
     if probes.contains_key(recovery::CONTRADICTION) {
         // A view was made anew because of a bug, not of a disk: what it held is gone, but it was wrong.
         let what = "a replica's views contradicted themselves; see the trace".to_string();
@@ -185,6 +191,7 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         let (cluster, plan) = (cluster.clone(), scenario.faults.disk.unwrap_or_default());
         sim::task::spawn(async move { faults::play(&cluster, &plan).await })
     };
+    let changing = sim::task::spawn(super::changes::play(cluster.clone(), scenario.changes.clone()));
     let watch =
         scenario.recovery.as_ref().map(|r| Watch::start(&cluster, r.quiet_from_s, &scenario.faults.list));
     let fired = faults::play(&cluster, &scenario.faults.list).await;
@@ -197,6 +204,19 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
     // Recover: the system gets its time after the load and the faults, without buggify.
     world.set_buggify([]);
     let healed = healed.max(world.now());
+    // What an operator began goes on.
+    let until = world.now() + Duration::from_secs(scenario.promises.converge_s);
+    while !changing.is_finished() && world.now() < until {
+        time::sleep(Duration::from_millis(250)).await;
+    }
+    let healed = healed.max(world.now().min(until));
+    let changes_done = match changing.is_finished() {
+        true => changing.await.map_err(|e| Error::Internal(format!("the operator: {e}")))?,
+        false => {
+            changing.abort();
+            0
+        }
+    };
     world.note(0, Level::Info, "load and faults have ended; the system recovers");
     let limit = Duration::from_secs(scenario.promises.converge_s);
     let mut converged = None;
@@ -233,28 +253,34 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         converged_ns: converged.map(|at| at.as_nanos() as u64),
         converge_limit_ns: limit.as_nanos() as u64,
     };
-    Ok(Seen { history, measured, fired, disk_faults, probes })
+    let undone = scenario.changes.len() - changes_done;
+    Ok(Seen { history, measured, fired, disk_faults, probes, undone })
 }
 
-/// Whether all replicas answer, name one leader and publish the same position.
+/// Whether all replicas of each shard answer, name one leader and publish the same position, and nothing is under way in the cluster.
 async fn agree(cluster: &Cluster) -> bool {
-    let (mut published, mut leaders) = (vec![], vec![]);
+    let Some(map) = cluster.map().await else { return false };
+    if map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
+        return false;
+    }
+    let mut seen: BTreeMap<u32, Vec<(u64, u64, String)>> = BTreeMap::new();
     for &node in &cluster.replicas {
         let Some(status) = cluster.status(node, false).await else { return false };
         for shard in status.shards {
-            if shard.repairing {
+            if shard.repairing || shard.leader.is_empty() {
                 return false;
             }
-            leaders.push(shard.leader.clone());
-            published
-                .push((shard.last_index, shard.views.iter().map(|v| v.published_index).min().unwrap_or(0)));
+            let published = shard.views.iter().map(|v| v.published_index).min().unwrap_or(0);
+            seen.entry(shard.shard).or_default().push((shard.last_index, published, shard.leader));
         }
     }
-    let same = |w: &[(u64, u64)]| w[0] == w[1];
-    published.len() == cluster.replicas.len()
-        && published.windows(2).all(same)
-        && published.iter().all(|(last, published)| last == published)
-        && leaders.iter().all(|l| !l.is_empty() && *l == leaders[0])
+    let whole = |shard: &v1::ClusterShard| {
+        let replicas = seen.get(&shard.shard).map_or(&[][..], |replicas| replicas);
+        let same =
+            replicas.windows(2).all(|w| w[0] == w[1]) && replicas.iter().all(|(last, at, _)| last == at);
+        same && replicas.len() == shard.members.len()
+    };
+    seen.len() == map.shards.len() && map.shards.iter().all(whole)
 }
 
 async fn sample_forever(cluster: Arc<Cluster>, samples: Arc<Mutex<Vec<Sample>>>) {
@@ -268,10 +294,17 @@ async fn sample_forever(cluster: Arc<Cluster>, samples: Arc<Mutex<Vec<Sample>>>)
     }
 }
 
-fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Option<Sample> {
-    let shard = status.shards.first()?;
+/// What a replica of each shard published.
+fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Vec<Sample> {
     let at_ns = cluster.world.now().as_nanos() as u64;
-    Some(Sample { at_ns, node: status.node.clone(), index: shard.digest_index, digest: shard.digest.clone() })
+    let of = |shard: &v1::ShardStatus| Sample {
+        at_ns,
+        node: status.node.clone(),
+        shard: shard.shard,
+        index: shard.digest_index,
+        digest: shard.digest.clone(),
+    };
+    status.shards.iter().map(of).collect()
 }
 
 /// [`look`], again while the replica makes views anew whose damage was only found by looking. What it says is never asked twice.
@@ -294,15 +327,17 @@ async fn look(cluster: &Cluster, node: NodeIndex) -> Result<Final, Error> {
     let unanswered =
         || Error::Internal(format!("{} does not answer after recovery", cluster.world.node_name(node)));
     let addr = cluster.addr(node);
-    let status = cluster.status(node, true).await;
-    let sample = match &status {
-        Some(status) => sample(cluster, status),
-        None => cluster.status(node, false).await.as_ref().and_then(|s| sample(cluster, s)),
-    };
-    let sample = sample.ok_or_else(unanswered)?;
-    let scanned = match status.and_then(|s| s.shards.into_iter().next()) {
-        Some(shard) => Ok(shard.digest_by_scan),
-        None => Err("its tables and vectors do not agree, or could not be read".to_string()),
+    let at_ns = cluster.world.now().as_nanos() as u64;
+    let shards = match cluster.status(node, true).await {
+        Some(status) => {
+            let scanned = status.shards.iter().map(|shard| Ok(shard.digest_by_scan.clone()));
+            sample(cluster, &status).into_iter().zip(scanned).collect()
+        }
+        None => {
+            let status = cluster.status(node, false).await.ok_or_else(unanswered)?;
+            let problem = "its tables and vectors do not agree, or could not be read";
+            sample(cluster, &status).into_iter().map(|sample| (sample, Err(problem.to_string()))).collect()
+        }
     };
     let channel = sim::net::connect(&addr).map_err(|e| Error::Internal(e.to_string()))?;
     let (mut rows, mut versions) = (BTreeMap::new(), BTreeMap::new());
@@ -330,7 +365,8 @@ async fn look(cluster: &Cluster, node: NodeIndex) -> Result<Final, Error> {
             versions.insert((tenant, id), changes.iter().map(version_of).collect::<Vec<_>>());
         }
     }
-    Ok(Final { sample, scanned, rows, versions })
+    let node = cluster.world.node_name(node);
+    Ok(Final { node, at_ns, shards, rows, versions })
 }
 
 /// The version of a change and the marker of the write that made it; a deletion's own version is one more than what it deleted.

@@ -68,7 +68,7 @@ async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc
         let share = (world.busy(*node) - before).as_secs_f64() / whole;
         seen.lock().unwrap_or_else(|p| p.into_inner()).utilisation.insert(world.node_name(*node), share);
     }
-    let mut wanted = None;
+    let mut wanted = Default::default();
     loop {
         time::sleep(LOOK_INTERVAL).await;
         let at = world.now();

@@ -100,8 +100,10 @@ mod map;
 pub mod real;
 pub mod simulated;
 pub mod sqlite;
+mod within;
 
 pub use map::Map;
+pub use within::within;
 
 /// This node's disk: in simulation the machine's own, in production the directory `root`.
 pub fn open(root: &str) -> io::Result<Arc<dyn Disk>> {

@@ -258,11 +258,10 @@ impl State {
 
     /// A file under `dir` with something in it, and one of its bytes.
     fn some_byte(&mut self, dir: &str) -> Option<(u64, usize)> {
-        let prefix = format!("{dir}/");
         let files: Vec<(u64, usize)> = self
             .entries
             .iter()
-            .filter(|(path, _)| path.starts_with(&prefix))
+            .filter(|(path, _)| lies_in(path, dir))
             .filter_map(|(_, id)| Some((*id, self.inodes.get(id)?.seen.len())))
             .filter(|(_, len)| *len > 0)
             .collect();
@@ -622,15 +621,20 @@ impl SimFile {
     }
 }
 
+/// Whether a file lies in a directory of that name, however deep.
+fn lies_in(path: &str, dir: &str) -> bool {
+    path.rsplit('/').skip(1).any(|part| part == dir)
+}
+
 impl SimFile {
     /// Where a write really goes.
     fn where_it_lands(&self, state: &mut State, offset: usize, len: usize) -> usize {
         let one_in = state.faults.misdirect_one_in as u64;
-        let prefix = format!("{}/", state.faults.misdirect_in);
+        let dir = state.faults.misdirect_in;
         if one_in == 0 || state.below(one_in) > 0 || len < 2 * SECTOR {
             return offset;
         }
-        if !state.entries.iter().any(|(path, inode)| *inode == self.inode && path.starts_with(&prefix)) {
+        if !state.entries.iter().any(|(path, inode)| *inode == self.inode && lies_in(path, dir)) {
             return offset;
         }
         state.counters.writes_misdirected += 1;

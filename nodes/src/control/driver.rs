@@ -1,0 +1,317 @@
+//! The driver: whoever leads the control group carries the map's plans out.
+//!
+//! Two loops, one for slots that move between shards, one for replicas that move between nodes. Each reads the map, takes the next step, and writes down
+//! what is done; every step may be repeated, so it does not matter where an earlier driver stopped.
+//!
+//! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
+//! sends callers there, the source drops the rows ([`storage::slots`]). Writers of those slots wait from the seal to the new map; readers
+//! only from the release. The copy is throttled to [`COPY_BYTES_PER_S`].
+//!
+//! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
+//! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica.
+
+use super::map::{ClusterMap, Handover, Move, ShardId};
+use super::{Control, TENANT};
+use crate::error::Error;
+use crate::groups::{CONTROL, Groups, name_of};
+use crate::ledger;
+use crate::proto::internal::Body;
+use crate::router::Router;
+use crate::views::{Ask, Found, Freshness};
+use sim::time::{self, Duration, Instant};
+use std::collections::BTreeMap;
+use storage::codec;
+use storage::model::{Command, MoveStep, Operation, Outcome};
+use storage::slots::{Arrived, Moving, SlotSet, Slots};
+
+/// The pause between two looks at the map.
+const LOOK: Duration = Duration::from_millis(500);
+/// One step's time.
+const STEP: Duration = Duration::from_secs(5);
+/// What one import carries.
+const PART_BYTES: usize = 128 << 10;
+/// Copies leave room for the callers' own writes.
+const COPY_BYTES_PER_S: f64 = 16e6;
+/// Rows removed in one entry.
+const DROP_ROWS: u32 = 500;
+
+#[derive(Clone)]
+pub struct Driver {
+    pub control: Control,
+    pub router: Router,
+    pub groups: Groups,
+    /// The nodes of a new cluster, and how many shards it is to have.
+    pub first: (BTreeMap<u64, String>, u32),
+}
+
+fn soon() -> Instant {
+    Instant::now() + STEP
+}
+
+impl Driver {
+    pub fn start(self) {
+        sim::task::spawn(self.clone().each("slots", |driver, map| async move { driver.slots(&map).await }));
+        sim::task::spawn(self.each("replicas", |driver, map| async move { driver.replicas(&map).await }));
+    }
+
+    /// Calls `work` with the map as it is, for ever, while this node leads the control group. `work` says whether there may be more.
+    async fn each<F: Future<Output = Result<bool, Error>>>(
+        self,
+        what: &str,
+        work: impl Fn(Driver, std::sync::Arc<ClusterMap>) -> F,
+    ) {
+        let mut told = None;
+        loop {
+            let leads = self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader());
+            let more = match leads {
+                true => match self.map().await {
+                    Ok(map) => work(self.clone(), map).await,
+                    Err(error) => Err(error),
+                },
+                false => Ok(false),
+            };
+            match &more {
+                Err(error) if told.as_ref() != Some(error) => {
+                    sim::debug!("{what}: {error}");
+                    told = Some(error.clone());
+                }
+                Err(_) => {}
+                Ok(_) => told = None,
+            }
+            if !matches!(more, Ok(true)) {
+                time::sleep(LOOK).await;
+            }
+        }
+    }
+
+    async fn map(&self) -> Result<std::sync::Arc<ClusterMap>, Error> {
+        match self.control.read(soon()).await {
+            Err(Error::Unavailable(_)) if self.control.map().version == 0 => {
+                let (nodes, shards) = &self.first;
+                if self.control.found(ClusterMap::found(nodes, *shards)?, soon()).await? {
+                    sim::info!("the cluster is founded: {} nodes, {shards} shards", nodes.len());
+                }
+                self.control.read(soon()).await
+            }
+            read => read,
+        }
+    }
+
+    /// Takes the next step of what slots are to do.
+    async fn slots(&self, map: &ClusterMap) -> Result<bool, Error> {
+        if let Some((shard, entry)) = map.shards.iter().find(|(_, entry)| !entry.founded) {
+            self.step(map, *shard, MoveStep::Own { slots: entry.slots.clone() }).await?;
+            self.control.update(|map| Ok(map.founded(*shard)), soon()).await?;
+            return Ok(true);
+        }
+        match &map.resize {
+            Some(resize) => match &resize.moving {
+                Some(moving) => self.carry_out(map, moving).await.map(|()| true),
+                None => {
+                    let next = self.control.update(|map| Ok(map.plan_move()), soon()).await?;
+                    if next.resize.is_none() {
+                        sim::info!("there are {} shards now", next.shards.len());
+                    }
+                    Ok(true)
+                }
+            },
+            None => Ok(false),
+        }
+    }
+
+    async fn carry_out(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {
+        let Move { id, from, to, slots, switched } = moving.clone();
+        if !switched {
+            self.step(map, from, MoveStep::Seal { id, slots: slots.clone() }).await?;
+            if let Some((pieces, hash)) = self.copy(map, moving).await? {
+                // In this order: callers with an old map must never find the slots shown by both.
+                self.step(map, from, MoveStep::Release { id }).await?;
+                self.step(map, to, MoveStep::Adopt { id, slots: slots.clone(), pieces, hash }).await?;
+            }
+            self.control.update(|map| Ok(map.switch(id)), soon()).await?;
+            sim::info!("slots {slots} moved from shard {from} to shard {to}");
+        }
+        while self.step(map, from, MoveStep::Drop { id, rows_max: DROP_ROWS }).await? > 0 {
+            time::sleep(Duration::from_millis(5)).await;
+        }
+        self.control.update(|map| Ok(map.end_move(id)), soon()).await?;
+        Ok(())
+    }
+
+    /// Which slots a shard has, as its leader knows it.
+    async fn slots_of(&self, map: &ClusterMap, shard: ShardId) -> Result<Slots, Error> {
+        let (at, none) = (self.router.at(map, shard), SlotSet::default());
+        match at.ask(Ask::Slots, Freshness::Strong, &none, soon()).await?.found {
+            Found::State(slots) => Ok(slots),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// What has arrived of a move at its destination; `None`: it has adopted the slots.
+    async fn arrived(&self, map: &ClusterMap, moving: &Move) -> Result<Option<Arrived>, Error> {
+        let there = self.slots_of(map, moving.to).await?;
+        Ok(match there.moving() {
+            Some((of, Moving::Arriving(arrived))) if of == moving.id => Some(arrived.clone()),
+            _ if there.owned().includes(&moving.slots) => None,
+            _ => Some(Arrived::default()),
+        })
+    }
+
+    /// Copies what a sealed move takes along; parts that an earlier copy brought are only counted. How many pieces the source has and the sum of
+    /// their hashes, which are those of what has arrived. `None`: the destination has adopted them before.
+    async fn copy(&self, map: &ClusterMap, moving: &Move) -> Result<Option<(u64, u128)>, Error> {
+        let Move { id, from, to, slots, .. } = moving.clone();
+        let Some(arrived) = self.arrived(map, moving).await? else { return Ok(None) };
+        let here = self.slots_of(map, from).await?;
+        if matches!(here.moving(), Some((of, Moving::Left(_))) if of == id) {
+            // It was released, so all had arrived.
+            return Ok(Some((arrived.pieces, arrived.hash)));
+        }
+        let (mut sequence, mut cursor, mut pieces, mut hash) = (0, vec![], 0, 0u128);
+        let (at, none, mut told) = (self.router.at(map, from), SlotSet::default(), Instant::now());
+        loop {
+            if sequence == arrived.next && sequence > 0 && cursor != arrived.cursor {
+                return Err(Error::Internal(format!("move {id} was copied in other parts before")));
+            }
+            let ask = Ask::Leaving { id, cursor, bytes_max: PART_BYTES };
+            let asked = at.ask(ask, Freshness::Strong, &none, soon()).await?;
+            let Found::Leaving(part) = asked.found else { return Err(unexpected()) };
+            let bytes: usize = part.pieces.iter().map(Vec::len).sum();
+            pieces += part.pieces.len() as u64;
+            hash = hash.wrapping_add(part.hash);
+            cursor = part.cursor.clone();
+            // The end may be an empty part, of which only the first must be told.
+            if sequence >= arrived.next && (bytes > 0 || sequence == 0) {
+                let import = MoveStep::Import {
+                    id,
+                    slots: slots.clone(),
+                    sequence,
+                    pieces: part.pieces,
+                    cursor: part.cursor,
+                };
+                self.step(map, to, import).await?;
+                time::sleep(Duration::from_secs_f64(bytes as f64 / COPY_BYTES_PER_S)).await;
+            }
+            sequence += 1;
+            if part.end {
+                break;
+            }
+            if told.elapsed() > Duration::from_secs(2) {
+                told = Instant::now();
+                sim::info!(
+                    "slots {slots} on their way from shard {from} to shard {to}: {pieces} pieces so far"
+                );
+            }
+        }
+        // There is no way back from the release: first make sure that all is there.
+        match self.arrived(map, moving).await? {
+            Some(arrived) if (arrived.pieces, arrived.hash) == (pieces, hash) => Ok(Some((pieces, hash))),
+            Some(arrived) => {
+                let problem =
+                    format!("{} pieces of {pieces} arrived, or others than were sent", arrived.pieces);
+                Err(Error::Internal(format!("move {id}: {problem}; it is not carried out")))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// A step's entry in a shard's ledger; of a drop, how many rows are left.
+    async fn step(&self, map: &ClusterMap, shard: ShardId, step: MoveStep) -> Result<u64, Error> {
+        let what = format!("{step:?}").chars().take(60).collect::<String>();
+        let command = Command {
+            tenant: TENANT.into(),
+            slot: None,
+            idempotency_key: String::new(),
+            request_hash: [0; 16],
+            now: time::calendar_ms(),
+            operation: Operation::Move(step),
+        };
+        let outcomes = self.router.at(map, shard).reach.propose(vec![command], soon()).await?;
+        match outcomes.first() {
+            Some(Outcome::Done { version, .. }) => Ok(*version),
+            outcome => Err(Error::Internal(format!("{} refused {what}: {outcome:?}", name_of(shard)))),
+        }
+    }
+
+    /// Takes the next step of what replicas are to do.
+    async fn replicas(&self, map: &ClusterMap) -> Result<bool, Error> {
+        let next = match map.plan_handover() == *map {
+            true => std::sync::Arc::new(map.clone()),
+            false => self.control.update(|map| Ok(map.plan_handover()), soon()).await?,
+        };
+        let mut last = Ok(false);
+        for (shard, entry) in &next.shards {
+            let Some(handover) = entry.handover.filter(|_| entry.founded) else { continue };
+            match self.hand_over(&next, *shard, handover).await {
+                Ok(()) => {
+                    let (from, to) =
+                        (handover.from.map_or("nobody".into(), |id| id.to_string()), handover.to);
+                    sim::info!("shard {shard}: its replica went from node {from} to node {to}");
+                    self.control.update(|map| Ok(map.end_handover(*shard, handover)), soon()).await?;
+                    last = Ok(true);
+                }
+                Err(error) => last = Err(error),
+            }
+        }
+        last
+    }
+
+    async fn hand_over(&self, map: &ClusterMap, shard: ShardId, handover: Handover) -> Result<(), Error> {
+        let addr = map.nodes.get(&handover.to).map(|node| node.addr.clone());
+        let addr = addr.ok_or_else(|| Error::NotFound(format!("node {}", handover.to)))?;
+        let body = bytes::Bytes::from(codec::encode(&(handover.to, addr, handover.from)));
+        let mut last = Error::Unavailable(format!("{} has no leader", name_of(shard)));
+        let peers = self.router.peers();
+        for addr in &map.addrs(shard) {
+            let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
+            let request = peers.request(Body { body: body.clone(), group: shard }, STEP);
+            match time::timeout(STEP, client.reconfigure(request)).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(status)) => last = Error::Unavailable(status.message().to_string()),
+                Err(_) => last = Error::Unavailable(format!("{addr} did not answer")),
+            }
+        }
+        Err(last)
+    }
+}
+
+fn unexpected() -> Error {
+    Error::Internal("a shard answered another question".into())
+}
+
+impl ledger::Ledger {
+    /// Takes a node in as a learner, then as a voter in place of another. Only on the leader; to be called again until it is done.
+    pub async fn admit(&self, to: u64, addr: String, from: Option<u64>) -> Result<(), Error> {
+        use openraft::async_runtime::WatchReceiver;
+        let failed =
+            |error: &dyn std::fmt::Display| Error::Unavailable(format!("{}: {error}", name_of(self.group)));
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        if !self.raft.is_leader() {
+            return Err(failed(&"this replica does not lead"));
+        }
+        let membership = metrics.membership_config.membership();
+        let mut voters: std::collections::BTreeSet<u64> = membership.voter_ids().collect();
+        let held = membership.get_node(&to).cloned();
+        if voters.contains(&to) && from.is_none_or(|from| !voters.contains(&from)) {
+            return Ok(());
+        }
+        if !voters.contains(&to) {
+            let node = openraft::BasicNode::new(addr);
+            if held.as_ref() != Some(&node) {
+                self.raft.add_learner(to, node, false).await.map_err(|e| failed(&e))?;
+            }
+            let matched = metrics.replication.as_ref().and_then(|all| all.get(&to).cloned().flatten());
+            let behind = metrics.last_log_index.unwrap_or(0) - matched.map_or(0, |log_id| log_id.index);
+            if matched.is_none() || behind > BEHIND_MAX {
+                return Err(failed(&format!("node {to} is {behind} entries behind, and catches up")));
+            }
+        }
+        voters.insert(to);
+        voters.retain(|voter| Some(*voter) != from);
+        self.raft.change_membership(voters, false).await.map_err(|e| failed(&e))?;
+        Ok(())
+    }
+}
+
+/// A learner that is so close becomes a voter.
+const BEHIND_MAX: u64 = 100;

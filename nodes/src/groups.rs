@@ -1,0 +1,123 @@
+//! The groups that this node has a replica of: shards, and on some nodes the control group. Each is an openraft group with its own log, views and
+//! directory, and all of them speak through one service ([`crate::ledger::service`]).
+
+use crate::error::Error;
+use crate::ledger::{Ledger, LedgerOptions, recovery};
+use crate::peers::Peers;
+use crate::views::LocalViews;
+use sim::disk::Disk;
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use storage::ShardOptions;
+
+/// A shard's number, or [`CONTROL`].
+pub type GroupId = u32;
+
+/// The group whose one record is the cluster map.
+pub const CONTROL: GroupId = u32::MAX;
+
+/// A group's name in logs, and of its directory.
+pub fn name_of(group: GroupId) -> String {
+    if group == CONTROL { "control".into() } else { format!("shard-{group}") }
+}
+
+/// One group's replica here.
+#[derive(Clone)]
+pub struct Replica {
+    pub ledger: Ledger,
+    pub views: Arc<LocalViews>,
+    /// The group's own directory.
+    pub disk: Arc<dyn Disk>,
+    /// Snapshots received, for their files' names.
+    pub received: Arc<AtomicU64>,
+}
+
+/// How a replica begins.
+pub enum Start {
+    /// The group is new: these are its voters.
+    Found(BTreeMap<u64, String>),
+    /// The group has been there before; it has `voters` voters. A disk that holds nothing has forgotten what it may have acknowledged.
+    Rejoin { voters: usize },
+    /// The group will take this replica in.
+    Wait,
+}
+
+/// What every replica of this node has in common.
+#[derive(Clone)]
+pub struct Settings {
+    pub node: String,
+    pub id: u64,
+    /// The address by which the others know it.
+    pub here: String,
+    pub disk: Arc<dyn Disk>,
+    pub peers: Peers,
+    pub ledger: LedgerOptions,
+    pub shard: ShardOptions,
+    pub product_after_days: Option<i64>,
+}
+
+impl Replica {
+    /// Opens a group's replica in its directory, and recovers.
+    pub async fn open(settings: &Settings, group: GroupId, start: Start) -> Result<Replica, Error> {
+        let internal = |e: std::io::Error| Error::Internal(format!("{}: {e}", name_of(group)));
+        let disk = sim::disk::within(settings.disk.clone(), &name_of(group)).map_err(internal)?;
+        let mut options = settings.ledger.clone();
+        if group == CONTROL {
+            options = options.patient();
+        }
+        // The trace's lines are of the first shard.
+        let shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
+        let (log, views_disk) = (options.log.clone(), disk.clone());
+        let (alone, forgotten, members) = match start {
+            Start::Found(members) => (members.len() == 1, false, Some(members)),
+            Start::Rejoin { voters } => (voters == 1, voters > 1, None),
+            Start::Wait => (false, false, None),
+        };
+        let opened =
+            sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone, forgotten)).await?;
+        crate::upkeep::start(&opened.shard, settings.product_after_days);
+        let (id, peers) = (settings.id, settings.peers.clone());
+        let ledger = Ledger::open(group, id, members, disk.clone(), opened, peers, options).await?;
+        let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone()));
+        Ok(Replica { ledger, views, disk, received: Arc::default() })
+    }
+
+    pub async fn query(&self, query: crate::views::Query) -> Result<crate::views::Answered, Error> {
+        self.views.query(query).await
+    }
+}
+
+#[derive(Clone, Default)]
+pub struct Groups(Arc<Mutex<BTreeMap<GroupId, Replica>>>);
+
+impl Groups {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<GroupId, Replica>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn get(&self, group: GroupId) -> Option<Replica> {
+        self.lock().get(&group).cloned()
+    }
+
+    pub fn insert(&self, group: GroupId, replica: Replica) {
+        self.lock().insert(group, replica);
+    }
+
+    pub fn remove(&self, group: GroupId) -> Option<Replica> {
+        self.lock().remove(&group)
+    }
+
+    /// The shards' replicas, without the control group's.
+    pub fn shards(&self) -> Vec<Replica> {
+        self.lock()
+            .iter()
+            .filter(|(group, _)| **group != CONTROL)
+            .map(|(_, replica)| replica.clone())
+            .collect()
+    }
+
+    pub fn all(&self) -> Vec<Replica> {
+        self.lock().values().cloned().collect()
+    }
+}
