@@ -85,22 +85,48 @@ impl SlotSet {
     }
 
     pub fn union(&self, other: &SlotSet) -> SlotSet {
-        let mut all: Vec<Slot> = self.iter().chain(other.iter()).collect();
+        let mut all: Vec<(Slot, Slot)> = self.0.iter().chain(&other.0).copied().collect();
         all.sort_unstable();
-        all.dedup();
-        all.into_iter().collect()
+        let mut ranges: Vec<(Slot, Slot)> = Vec::with_capacity(all.len());
+        for (from, to) in all {
+            match ranges.last_mut() {
+                Some((_, end)) if from <= *end + 1 => *end = to.max(*end),
+                _ => ranges.push((from, to)),
+            }
+        }
+        SlotSet(ranges)
     }
 
     pub fn minus(&self, other: &SlotSet) -> SlotSet {
-        self.iter().filter(|slot| !other.contains(*slot)).collect()
+        let mut ranges = vec![];
+        for (mut from, to) in self.0.iter().copied() {
+            for (first, last) in other.0.iter().copied() {
+                if last < from || first > to {
+                    continue;
+                }
+                if first > from {
+                    ranges.push((from, first - 1));
+                }
+                from = last + 1;
+            }
+            if from <= to {
+                ranges.push((from, to));
+            }
+        }
+        SlotSet(ranges)
     }
 
     pub fn includes(&self, other: &SlotSet) -> bool {
-        other.iter().all(|slot| self.contains(slot))
+        // Ranges do not touch, so a range of the other lies within one.
+        let within = |(from, to): &(Slot, Slot)| {
+            let behind = self.0.partition_point(|(first, _)| first <= from);
+            behind > 0 && *to <= self.0[behind - 1].1
+        };
+        other.0.iter().all(within)
     }
 
     pub fn meets(&self, other: &SlotSet) -> bool {
-        other.iter().any(|slot| self.contains(slot))
+        other.0.iter().any(|(from, to)| self.0.iter().any(|(first, last)| first <= to && from <= last))
     }
 }
 
