@@ -410,10 +410,9 @@ mod tests {
     #[test]
     fn pages_of_several_shards_give_every_memory_once_and_in_order() -> Result<(), Error> {
         let memory = |number: u8| -> Result<Arc<Memory>, Error> {
-            let new = NewMemory { user: "u".into(), text: "x".into(), ..NewMemory::default() };
-            let mut memory = convert::new_memory("t", new, "", 0)?;
-            memory.id = [number; 16];
-            Ok(Arc::new(memory))
+            let id = convert::id_text(&[number; 16]);
+            let new = NewMemory { id, user: "u".into(), text: "x".into(), ..NewMemory::default() };
+            Ok(Arc::new(convert::new_memory("t", new, "", 0)?))
         };
         let shards: Vec<Vec<u8>> =
             vec![(0..9).map(|n| n * 5).collect(), (0..20).map(|n| n * 5 + 1).collect(), vec![]];
