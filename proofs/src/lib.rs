@@ -108,8 +108,10 @@ pub fn options() -> ShardOptions {
         graph,
         ef_search: 32,
         merge_segments: 2,
+        segment_rows_max: 1 << 20,
         originals: true,
         product_rows_min: 3,
+        conditions_bytes_max: 100_000,
     };
     ShardOptions { vectors, ..ShardOptions::default() }
 }

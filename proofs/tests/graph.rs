@@ -2,7 +2,7 @@
 //! equal points, and after deletes and re-inserts. And a graph finds what an exact search finds.
 
 use hnsw_rs::prelude::{Distance, Hnsw};
-use proofs::command;
+use proofs::{MONTHS, command};
 use sim::disk::Disk;
 use sim::disk::simulated::SimDisk;
 use std::sync::Arc;
@@ -119,36 +119,78 @@ fn by_hnsw_rs(vectors: &[Vec<f32>], coded: &Coded, options: GraphOptions) -> (Gr
     Graph::from_levels(&coded.points(), lists, entry)
 }
 
+/// What a builder's graphs missed, over many indexes.
+#[derive(Default)]
+struct Tally {
+    indexes: usize,
+    repair: Repair,
+    after: usize,
+}
+
+impl Tally {
+    fn count(
+        &mut self,
+        (graph, order, repair): &(Graph, Vec<u32>, Repair),
+        coded: &Coded,
+        vectors: &[Vec<f32>],
+    ) {
+        self.indexes += (repair.missed > 0) as usize;
+        self.repair.missed += repair.missed;
+        self.repair.left += repair.left;
+        self.after += lost(graph, order, coded, vectors);
+    }
+
+    fn print(&self, builder: &str, when: &str) {
+        println!(
+            "  {builder:8} {when:27} {:5} in {:3} indexes before, {} after; {} of them beside the graph",
+            self.repair.missed, self.indexes, self.after, self.repair.left
+        );
+    }
+}
+
 #[test]
 fn every_point_of_a_thousand_small_indexes_is_found() {
     let options = GraphOptions { m: 8, ef_construction: 40 };
-    let (mut points, mut ours, mut theirs, mut after) = (0, Repair::default(), Repair::default(), [0, 0]);
-    let (mut indexes_ours, mut indexes_theirs) = (0, 0);
+    let mut points = 0;
+    // Fresh, with equal points among them, and both after deletes and inserts; of Loci and of hnsw_rs.
+    let mut tallies: [[Tally; 2]; 4] = Default::default();
     for seed in 0..1000u64 {
         let count = 3 + (seed * 37 % 298) as usize;
         let mut vectors = clustered(count, 16, 1 + count / 20, seed);
-        if seed % 5 == 0 {
-            // Many that are equal.
+        let equal = seed % 5 == 0;
+        if equal {
             (0..count / 2).for_each(|at| vectors[at] = vectors[count - 1].clone());
         }
-        let coded = Coded::new(&vectors);
-        let (graph, order, repair) = Graph::build(&coded.points(), options, &mut |_| {});
         points += count;
-        indexes_ours += (repair.missed > 0) as usize;
-        ours = Repair { missed: ours.missed + repair.missed, left: ours.left + repair.left };
-        after[0] += lost(&graph, &order, &coded, &vectors);
-        let (graph, order, repair) = by_hnsw_rs(&vectors, &coded, options);
-        indexes_theirs += (repair.missed > 0) as usize;
-        theirs = Repair { missed: theirs.missed + repair.missed, left: theirs.left + repair.left };
-        after[1] += lost(&graph, &order, &coded, &vectors);
+        for again in [false, true] {
+            if again {
+                // Three in ten are deleted, and as many others come behind the rest.
+                let others = clustered(count, 16, 1 + count / 20, seed + 1_000_000);
+                let gone = |at: usize| at % 10 < 3;
+                let kept = (0..count).filter(|at| !gone(*at)).map(|at| vectors[at].clone());
+                let came = (0..count).filter(|at| gone(*at)).map(|at| others[at].clone());
+                vectors = kept.chain(came).collect();
+            }
+            let coded = Coded::new(&vectors);
+            let of = &mut tallies[2 * again as usize + equal as usize];
+            of[0].count(&Graph::build(&coded.points(), options, &mut |_| {}), &coded, &vectors);
+            of[1].count(&by_hnsw_rs(&vectors, &coded, options), &coded, &vectors);
+        }
     }
-    println!(
-        "1,000 indexes of 3 to 300 points, {points} in all; not found before and after repair, of these beside the graph:"
-    );
-    println!("  ours    {} in {indexes_ours} indexes, then {}; {}", ours.missed, after[0], ours.left);
-    println!("  hnsw_rs {} in {indexes_theirs} indexes, then {}; {}", theirs.missed, after[1], theirs.left);
-    assert_eq!(after, [0, 0]);
-    assert!(theirs.missed > 0, "hnsw_rs lost nothing: the verification sees nothing");
+    println!("1,000 indexes of 3 to 300 points, {points} in all; not found before and after repair:");
+    let when = [
+        "800, all points distinct",
+        "200, half of them equal",
+        "800, 30 % deleted, put again",
+        "200, likewise",
+    ];
+    for (when, [ours, theirs]) in when.iter().zip(&tallies) {
+        ours.print("loci", when);
+        theirs.print("hnsw_rs", when);
+        assert_eq!((ours.after, theirs.after), (0, 0), "{when}");
+    }
+    let theirs: usize = tallies.iter().map(|[_, theirs]| theirs.repair.missed).sum();
+    assert!(theirs > 0, "hnsw_rs lost nothing: the verification sees nothing");
 }
 
 #[test]
@@ -158,12 +200,11 @@ fn a_graph_is_built_the_same_twice_and_finds_what_hnsw_rs_finds_and_more() {
     let coded = Coded::new(&vectors);
     let options = GraphOptions { m: 12, ef_construction: 80 };
     let (ours, order, _) = Graph::build(&coded.points(), options, &mut |_| {});
-    assert!(
-        (ours.clone(), order.clone()) == {
-            let (graph, order, _) = Graph::build(&coded.points(), options, &mut |_| {});
-            (graph, order)
-        }
-    );
+    // On every processor too.
+    for level in Level::all() {
+        let (graph, again, _) = Graph::build(&Points { level, ..coded.points() }, options, &mut |_| {});
+        assert!(graph == ours && again == order, "another graph by {level:?}");
+    }
     assert_eq!(lost(&ours, &order, &coded, &vectors), 0);
     let recall = |graph: &Graph, order: &[u32]| {
         let coded = coded.renumbered(order);
@@ -212,7 +253,9 @@ fn every_memory_of_a_large_scope_is_found_after_deletes_and_inserts() -> Result<
         assert!(outcomes[0].iter().all(|o| matches!(o, Outcome::Done { .. })), "{outcomes:?}");
         Ok(())
     };
-    let all_found = |known: &[Vec<f32>]| -> Result<(), StorageError> {
+    println!("a scope of {COUNT} through the view; searches for each of its memories that did not find it:");
+    let all_found = |when: &str, known: &[Vec<f32>]| -> Result<(), StorageError> {
+        let mut missed = 0;
         for (at, vector) in known.iter().enumerate() {
             let found = shard.search(&SearchQuery {
                 tenant: "t".into(),
@@ -229,29 +272,134 @@ fn every_memory_of_a_large_scope_is_found_after_deletes_and_inserts() -> Result<
                 with_vector: false,
             })?;
             assert_eq!(found.len(), 3);
-            assert_eq!(found[0].memory.text, format!("memory {at}"), "{}", found[0].similarity);
+            missed += (found[0].memory.text != format!("memory {at}")) as usize;
         }
+        println!("  {when:44} {missed}");
+        assert_eq!(missed, 0, "{when}");
         Ok(())
     };
     apply((0..).zip(&known).map(|(id, vector)| added(id, vector)).collect())?;
     shard.seal()?;
-    all_found(&known)?;
+    all_found("scanned", &known)?;
     assert!(shard.merge()?, "the scope wanted a graph");
-    all_found(&known)?;
+    all_found("with a graph", &known)?;
     for at in (0..COUNT).filter(|at| at % 10 < 3) {
         let Operation::Add(memory) = added(at as u64, &[]) else { continue };
         apply(vec![Operation::Delete { id: memory.id, expected_version: None }])?;
         known[at] = others[at].clone();
         apply(vec![added(at as u64, &known[at])])?;
     }
-    all_found(&known)?;
+    all_found("30 % deleted in the graph, and put in memory", &known)?;
     shard.seal()?;
-    all_found(&known)?;
+    all_found("and sealed", &known)?;
     while shard.merge()? {}
     let segments = shard.segments();
     let (rows, dead) =
         segments.values().flatten().fold((0, 0), |(r, d), (_, rows, dead)| (r + rows, d + dead));
     assert_eq!((rows, dead), (COUNT, 0), "{segments:?}");
-    all_found(&known)?;
+    all_found("and merged into another graph", &known)?;
     shard.verify()
+}
+
+/// A graph with filters of every selectivity, states, expiries and the dead in it: as many are found as there are, and the nearest of them.
+#[test]
+fn filters_over_a_graph_find_k_while_k_exist_and_the_nearest() -> Result<(), StorageError> {
+    const COUNT: usize = 4000;
+    const NOW: UnixMs = MONTHS[1] + 1000;
+    let disk: Arc<dyn Disk> = SimDisk::new(1);
+    let vectors = VectorOptions {
+        graph_rows_min: 400,
+        graph: GraphOptions { m: 12, ef_construction: 80 },
+        ..VectorOptions::default()
+    };
+    let shard = Shard::open(disk, "views", ShardOptions { vectors, ..ShardOptions::default() })?;
+    let known = clustered(COUNT, 48, 40, 21);
+    let part = |at: usize| (at * 7919 + 13) % 1000;
+    let archived = |at: usize| at % 4 == 1;
+    let expired = |at: usize| at % 3 == 2;
+    let dead = |at: usize| at % 20 < 3;
+    let mut index = 0;
+    let mut apply = |operations: Vec<Operation>| {
+        index += 1;
+        let commands = operations.into_iter().map(|o| command(String::new(), o)).collect();
+        shard.apply(&[Entry { epoch: 1, index, batch: Some(&Batch { commands }) }], b"").map(drop)
+    };
+    let id = |at: usize| {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&(at as u64).to_be_bytes());
+        id
+    };
+    let memory = |at: usize| Memory {
+        id: id(at),
+        vector: known[at].clone(),
+        metadata: format!(r#"{{"part": {}}}"#, part(at)),
+        status: if archived(at) { Status::Archived } else { Status::Active },
+        expires: expired(at).then_some(NOW),
+        ..proofs::memory(1, format!("memory {at}"))
+    };
+    for first in (0..COUNT).step_by(500) {
+        apply((first..first + 500).map(|at| Operation::Add(memory(at))).collect())?;
+    }
+    shard.seal()?;
+    while shard.merge()? {}
+    let deleted = (0..COUNT).filter(|at| dead(*at));
+    apply(deleted.map(|at| Operation::Delete { id: id(at), expected_version: None }).collect())?;
+    assert_eq!(shard.segments().values().map(Vec::len).sum::<usize>(), 1);
+    let queries = clustered(15, 48, 40, 21);
+    let (mut least, mut conditions) = ([f64::MAX; 2], 0);
+    for (statuses, now) in [
+        (vec![Status::Active, Status::Archived], 0),
+        (vec![Status::Active, Status::Archived], NOW),
+        (vec![Status::Archived], 0),
+        (vec![Status::Archived], NOW),
+    ] {
+        for below in [1000, 700, 300, 150, 120, 50, 10, 1] {
+            let field = Field::Metadata("part".into());
+            let value = Value::Number(below as f64);
+            let filter = (below < 1000).then_some(Filter::Compare { field, op: CompareOp::Lt, value });
+            let there = |at: &usize| {
+                !dead(*at)
+                    && part(*at) < below
+                    && (statuses.len() == 2 || archived(*at))
+                    && !(expired(*at) && now >= NOW)
+            };
+            let wanted: Vec<usize> = (0..COUNT).filter(there).collect();
+            for k in [10, 100] {
+                let (mut right, mut all) = (0, 0);
+                for query in &queries {
+                    let found = shard.search(&SearchQuery {
+                        tenant: "t".into(),
+                        owners: vec![Owner::User { tenant: "t".into(), user: "u".into() }],
+                        vector: query.clone(),
+                        space: "s".into(),
+                        text: String::new(),
+                        k,
+                        threshold: None,
+                        filter: filter.clone(),
+                        statuses: statuses.clone(),
+                        time: None,
+                        now,
+                        with_vector: false,
+                    })?;
+                    assert_eq!(found.len(), k.min(wanted.len()), "part < {below}, {statuses:?} at {now}");
+                    let mut exact: Vec<(f32, MemoryId)> =
+                        wanted.iter().map(|at| (dot(query, &known[*at]), id(*at))).collect();
+                    exact.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+                    exact.truncate(k);
+                    all += exact.len();
+                    right +=
+                        exact.iter().filter(|(_, id)| found.iter().any(|hit| hit.memory.id == *id)).count();
+                }
+                let recall = right as f64 / all as f64;
+                least[(k > 10) as usize] = least[(k > 10) as usize].min(recall);
+                conditions += 1;
+                assert!(recall >= 0.95, "part < {below}, {statuses:?} at {now}, k {k}: {recall}");
+            }
+        }
+    }
+    let [ten, hundred] = least;
+    println!(
+        "{conditions} conditions that 0.1 to 85 % of {COUNT} meet: all found that there are; least recall {ten:.4} for k 10, {hundred:.4} for k 100"
+    );
+    Ok(())
 }

@@ -7,6 +7,7 @@
 
 use crate::apply::{Applier, Effect};
 use crate::cache::{Cache, Lookup};
+use crate::codec;
 use crate::error::StorageError;
 use crate::filter;
 use crate::graph::{self, Walk, Walked};
@@ -20,11 +21,12 @@ use crate::records::{LazyReader, Records};
 use crate::shown::Shown;
 use crate::slots::{Moving, Slot, Slots, slot_of};
 use crate::upkeep::Upkeep;
+use crate::vectors::conditions::Meeting;
 use crate::vectors::{Failed, Scan, Tree, VectorOptions};
 use rusqlite::{Connection, params};
 use sim::disk::Disk;
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[derive(Clone, Debug)]
@@ -210,13 +212,16 @@ impl Shard {
         for effect in &effects {
             match effect {
                 Effect::Put { memory, coded } => {
+                    tree.conditions.forget(&memory.owner());
                     if let Some(coded) = coded {
                         tree.put(coded);
                     }
                     cache(memory);
                 }
+                // No condition asks for accesses.
                 Effect::Touch { memory } => cache(memory),
                 Effect::Remove { memory, position, dimension } => {
+                    tree.conditions.forget(&memory.owner());
                     tree.remove(memory, *position, *dimension);
                     if !sim::planted!("keep-a-deleted-memory-in-the-cache") {
                         self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, None);
@@ -226,6 +231,7 @@ impl Shard {
                 Effect::Leave { memory, position, dimension } => tree.remove(memory, *position, *dimension),
                 Effect::ForgetRecords => self.cache.clear(),
                 Effect::DropMonth(month) => {
+                    tree.conditions.clear();
                     tree.drop_month(*month);
                     self.cache.clear();
                 }
@@ -482,10 +488,19 @@ impl Shard {
         let reader = self.records.lazy_reader();
         let (mut allowed, mut months) = (None, None);
         if query.filter.is_some() || query.time.is_some() {
-            let within = months_in(reader.get(), &query.time)?;
-            let of = owners.iter().map(|owner| self.allowed(&reader, &within, owner, query));
-            allowed = Some(of.collect::<Result<Vec<_>, StorageError>>()?);
-            months = Some(within.into_keys().collect());
+            let condition = codec::encode(&(&query.filter, &query.time));
+            let meeting = |owner: &&Owner| {
+                if let Some(known) = tree.conditions.get(owner, &condition) {
+                    return Ok(known);
+                }
+                let within = months_in(reader.get(), &query.time)?;
+                let found = Arc::new(self.allowed(&reader, &within, owner, query)?);
+                tree.conditions.remember(owner, &condition, found.clone());
+                Ok(found)
+            };
+            let of = owners.iter().map(meeting).collect::<Result<Vec<_>, StorageError>>()?;
+            months = Some(of.iter().flat_map(|meeting| meeting.months.iter().copied()).collect());
+            allowed = Some(of);
         }
         let fetch = |whose: usize, id: &MemoryId| -> Result<Vec<f32>, StorageError> {
             let (tenant, slot) = key_of(whose, id);
@@ -604,8 +619,8 @@ impl Shard {
         months: &Months,
         owner: &Owner,
         query: &SearchQuery,
-    ) -> Result<HashSet<MemoryId>, StorageError> {
-        let mut allowed = HashSet::new();
+    ) -> Result<Meeting, StorageError> {
+        let mut allowed = Meeting::default();
         let snapshot = reader.get().unchecked_transaction()?;
         let Some(number) = rows::owner_number(&snapshot, owner)? else { return Ok(allowed) };
         let condition = query.filter.as_ref().and_then(fields::condition);
@@ -618,7 +633,8 @@ impl Shard {
                     let slot = slot.unwrap_or_else(|| slot_of(owner, &id));
                     let memory = self.record(reader, (tenant, slot, &id), None)?;
                     if memory.is_some_and(|memory| meets(&query.filter, &query.time, &memory)) {
-                        allowed.insert(id);
+                        allowed.ids.insert(id);
+                        allowed.months.insert(*month);
                     }
                     Ok(())
                 })?;
@@ -630,7 +646,8 @@ impl Shard {
             while let Some(row) = found.next()? {
                 let memory = rows::decode_body(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
                 if meets(&query.filter, &query.time, &memory) {
-                    allowed.insert(memory.id);
+                    allowed.ids.insert(memory.id);
+                    allowed.months.insert(*month);
                 }
             }
         }

@@ -11,6 +11,7 @@
 //! - [`segment`]: immutable, checksummed, mapped. [`manifest`]: which of them count, and which of their rows are dead.
 //! - [`codes`]: vectors as small integers with a proven bound; [`scan`]: exact search with their help; [`dot`]: what decides.
 //! - [`product`]: as little as can be kept of vectors that are seldom searched.
+//! - [`conditions`]: which memories meet a filter, remembered between searches.
 //! - [`graph`]: approximate search in large scopes, in which every point is found.
 //!
 //! **What belongs together.** A search compares vectors of one owner, one embedding space and one dimension only ([`rows::Kind`]); of each
@@ -25,6 +26,7 @@
 
 pub mod buffer;
 pub mod codes;
+pub mod conditions;
 pub mod cpu;
 mod dot;
 pub mod graph;
@@ -42,6 +44,7 @@ use crate::slots::Slots;
 use buffer::Buffer;
 pub use buffer::Coded;
 use codes::Query;
+use conditions::{Conditions, Meeting};
 use graph::{GraphOptions, Points};
 use manifest::{Manifest, Named};
 use rows::{Bitmap, Hash, Kind, Rows, Wanted};
@@ -61,10 +64,15 @@ pub struct VectorOptions {
     pub ef_search: usize,
     /// So many segments of a month and about one size are merged.
     pub merge_segments: usize,
+    /// No merge makes a segment of more rows than this. A graph takes about two kilobytes a row while it is built, so that bounds its memory
+    /// too; a larger scope has several graphs.
+    pub segment_rows_max: usize,
     /// Segments keep the vectors themselves, beside their codes. Else the few that must be compared are read from the records.
     pub originals: bool,
     /// Product codes are made for at least so many vectors of a dimension in a month: fewer do not pay for their points.
     pub product_rows_min: usize,
+    /// What meets the filters of searches is remembered in at most so many bytes.
+    pub conditions_bytes_max: usize,
 }
 
 impl Default for VectorOptions {
@@ -75,8 +83,10 @@ impl Default for VectorOptions {
             graph: GraphOptions::default(),
             ef_search: 48,
             merge_segments: 4,
+            segment_rows_max: 1 << 20,
             originals: true,
             product_rows_min: 4096,
+            conditions_bytes_max: 32 << 20,
         }
     }
 }
@@ -130,6 +140,8 @@ pub struct Tree {
     pub applied: Position,
     /// Months whose segments are damaged or contradict the records.
     pub suspects: BTreeSet<Month>,
+    /// Whoever changes an owner's memories tells it.
+    pub conditions: Conditions,
     count: u64,
 }
 
@@ -144,7 +156,7 @@ pub struct Scan<'a> {
     pub statuses: &'a [Status],
     pub now: UnixMs,
     /// If given: of each owner only these.
-    pub allowed: Option<&'a [HashSet<MemoryId>]>,
+    pub allowed: Option<&'a [Arc<Meeting>]>,
     /// If given: only these months.
     pub months: Option<&'a BTreeSet<Month>>,
     /// If given: of GLOBAL memories only those whose slots are shown.
@@ -202,6 +214,11 @@ impl Live {
         (0..self.segment.blocks()).map(of)
     }
 
+    /// Rows that are not known to be dead.
+    fn alive(&self) -> usize {
+        self.segment.rows - self.sealed_dead.len()
+    }
+
     fn is_product(&self) -> bool {
         self.blocks().any(|(product, ..)| product)
     }
@@ -217,6 +234,7 @@ impl Tree {
         let (buffer, frozen, segments, kills, suspects) = Default::default();
         let (sealed, applied) = Default::default();
         Tree {
+            conditions: Conditions::new(options.conditions_bytes_max),
             options,
             buffer,
             frozen,
@@ -366,17 +384,25 @@ impl Tree {
             let segments: Vec<&Live> =
                 self.segments[at..at + of_month].iter().filter(|live| !live.is_product()).collect();
             at += of_month;
+            // What more than half fills a segment stays by itself.
+            let rows_max = self.options.segment_rows_max;
+            let open = segments.iter().filter(|live| live.alive() <= rows_max / 2);
             // Sizes that differ by less than four times are about the same.
-            let tier = |live: &&&Live| (live.segment.rows.max(1).ilog2()) / 2;
-            let mut tiers: Vec<u32> = segments.iter().map(|live| tier(&live)).collect();
-            tiers.sort_unstable();
-            tiers.dedup();
-            for wanted in tiers {
-                // Smaller ones go with it: they would be merged into it sooner or later.
-                let together: Vec<u64> =
-                    segments.iter().filter(|live| tier(live) <= wanted).map(|live| live.number).collect();
-                let same = segments.iter().filter(|live| tier(live) == wanted).count();
-                if same >= self.options.merge_segments {
+            let tier = |rows: usize| rows.max(1).ilog2() / 2;
+            let mut sizes: Vec<(usize, u64)> = open.map(|live| (live.segment.rows, live.number)).collect();
+            sizes.sort_unstable();
+            for same in sizes.chunk_by(|a, b| tier(a.0) == tier(b.0)) {
+                if same.len() < self.options.merge_segments {
+                    continue;
+                }
+                // Smaller ones go with it: they would be merged into it sooner or later. As many as one may hold.
+                let (wanted, mut rows) = (tier(same[0].0), 0);
+                let fit = |(of, _): &&(usize, u64)| {
+                    rows += of;
+                    tier(*of) <= wanted && rows <= rows_max
+                };
+                let together: Vec<u64> = sizes.iter().take_while(fit).map(|(_, number)| *number).collect();
+                if together.len() > 1 {
                     return Some(together);
                 }
             }
@@ -530,7 +556,7 @@ impl Tree {
         for (whose, owner) in scan.owners.iter().enumerate() {
             let dimension = scan.vector.len();
             let hash = Kind { owner: (*owner).clone(), space: scan.space.into(), dimension }.hash();
-            let allowed = scan.allowed.map(|allowed| &allowed[whose]);
+            let allowed = scan.allowed.map(|allowed| &allowed[whose].ids);
             if allowed.is_some_and(HashSet::is_empty) {
                 continue;
             }

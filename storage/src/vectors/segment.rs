@@ -37,6 +37,8 @@ const ALIGN: usize = 64;
 /// Written and verified this many bytes at a time.
 const CHUNK: usize = 1 << 20;
 const PAGE: usize = 4096;
+/// A head that tells of others is garbled; sizes that follow from these do not overflow.
+const DIMENSIONS: Range<usize> = 1..1 << 24;
 
 /// What the footer says.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -116,6 +118,9 @@ impl Layout {
     /// Sizes that a sound file cannot have give `None`.
     fn of(head_len: usize, head: &Head) -> Option<Layout> {
         let rows = head.rows as usize;
+        if !DIMENSIONS.contains(&head.kind.dimension) {
+            return None;
+        }
         let stride = codes::stride(head.kind.dimension);
         let (order, starts, lengths) = match &head.graph {
             None => (0, 0, [0; 3]),
