@@ -124,7 +124,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 31] = [
+pub const PROBES: [&str; 32] = [
     "apply: a repeated write answered as before",
     "disk: power losses",
     "disk: unsynced writes lost",
@@ -144,6 +144,7 @@ pub const PROBES: [&str; 31] = [
     "log: repaired from peers",
     "log: rewritten after a failed sync",
     "log: torn tail cut",
+    "ledger: an unheard leader gave way",
     "replica: started over",
     "vectors: sealed",
     "vectors: merged",

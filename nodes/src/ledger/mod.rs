@@ -196,6 +196,7 @@ impl Ledger {
         sim::task::spawn(watch_over(group, raft.clone(), stopping.clone()));
         let deposed_after = options.election_max;
         let ledger = Ledger { group, raft, shard, peers, queue, repairing, stopping, deposed_after };
+        sim::task::spawn(ledger.clone().give_way_when_unheard());
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair(log));
         }
@@ -245,20 +246,35 @@ impl Ledger {
         Some((leader, node))
     }
 
+    /// Whether this replica leads, but no majority has answered it for as long as a follower waits for its leader.
+    fn is_unheard(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let seen = metrics.borrow_watched();
+        let peers = seen.membership_config.membership().voter_ids().count() > 1;
+        peers && seen.last_quorum_acked.is_some_and(|at| at.elapsed() > self.deposed_after)
+    }
+
+    /// A leader whose followers hear it, though it does not hear them, would lead for ever and commit nothing: it lets one of them
+    /// take over.
+    async fn give_way_when_unheard(self) {
+        while !self.stopping.load(Ordering::SeqCst) {
+            sim::time::sleep(self.deposed_after).await;
+            if self.raft.is_leader() && self.is_unheard() {
+                sim::trace::probe("ledger: an unheard leader gave way");
+                sim::warn!("no majority answers this leader: it lets another one take over");
+                self.hand_over().await;
+            }
+        }
+    }
+
     /// Proposes here; answers `NotLeader` if this replica does not lead.
     pub async fn propose_here(&self, commands: Vec<Command>) -> Proposed {
         if !self.raft.is_leader() {
             let leader = self.leader().filter(|(id, _)| id != self.raft.node_id());
             return Proposed::NotLeader(leader.map(|(_, addr)| addr));
         }
-        // A leader that no majority has heard for as long as a follower waits is on its way out: what it took would wait for ever.
-        let metrics = self.raft.metrics();
-        let unheard = {
-            let seen = metrics.borrow_watched();
-            let peers = seen.membership_config.membership().voter_ids().count() > 1;
-            peers && seen.last_quorum_acked.is_some_and(|at| at.elapsed() > self.deposed_after)
-        };
-        if unheard {
+        // It is on its way out: what it took would wait for ever.
+        if self.is_unheard() {
             return Proposed::NotLeader(None);
         }
         let (reply, outcome) = oneshot::channel();

@@ -159,7 +159,8 @@ fn print(table: &[(Row, &Recovery)], by_row: &BTreeMap<&str, Vec<&Report>>) {
          its kind, as the clients saw it; attempts: to the last attempt without an answer, whatever became of its call"
     );
     println!(
-        "seed: what the requirements state (0 lost in each); redundancy: until all replicas are up, follow one leader and publish the same"
+        "seed: what the requirements state (0 lost in each); redundancy: until all replicas are up, follow one leader and publish the same, \
+         lags of less than a second apart"
     );
     if let Some((_, recovery)) = table.first() {
         let mut bytes: Vec<u64> = all.iter().map(|m| m.bytes).collect();

@@ -227,6 +227,7 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         }
         time::sleep(Duration::from_millis(200)).await;
     }
+    watch.iter().for_each(Watch::end);
     // Check.
     let mut finals = vec![];
     if converged.is_some() {

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// A replica that lags for less than this, or answers this much later, has not gone.
+const LAG_MAX: Duration = Duration::from_secs(1);
 
 /// Looks on while a run goes on.
 pub struct Watch {
@@ -24,6 +26,8 @@ pub struct Watch {
 struct Looks {
     /// Since when all replicas are there, if they are.
     since: Option<Duration>,
+    /// Since when one is missing or lags.
+    missed: Option<Duration>,
     utilisation: BTreeMap<String, f64>,
 }
 
@@ -36,9 +40,13 @@ impl Watch {
         Watch { quiet_from, seen, looking }
     }
 
+    /// The load and the faults have ended, and all replicas agree, or never will.
+    pub fn end(&self) {
+        self.looking.abort();
+    }
+
     /// What came of it; `None` if no fault took place.
     pub fn measured(self, cluster: &Cluster, calls: &[Call], fired: &[Fired]) -> Option<Measured> {
-        self.looking.abort();
         let first = fired.first().filter(|first| first.fired)?;
         let ns = |seconds: f64| (seconds * 1e9) as u64;
         let times = Times {
@@ -74,6 +82,10 @@ async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc
         let at = world.now();
         let redundant = cluster.redundant(&mut wanted).await;
         let mut seen = seen.lock().unwrap_or_else(|p| p.into_inner());
-        seen.since = if redundant { seen.since.or(Some(at)) } else { None };
+        if redundant {
+            (seen.since, seen.missed) = (seen.since.or(Some(at)), None);
+        } else if at - *seen.missed.get_or_insert(at) >= LAG_MAX {
+            seen.since = None;
+        }
     }
 }
