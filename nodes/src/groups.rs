@@ -82,10 +82,6 @@ impl Replica {
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone()));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }
-
-    pub async fn query(&self, query: crate::views::Query) -> Result<crate::views::Answered, Error> {
-        self.views.query(query).await
-    }
 }
 
 #[derive(Clone, Default)]

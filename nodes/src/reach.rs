@@ -33,7 +33,7 @@ impl Reach {
         if let Some(replica) = self.groups.get(self.group) {
             let share = if others { time / 2 } else { time };
             query.wait_ms = share.as_millis() as u64;
-            match replica.query(query.clone()).await {
+            match replica.views.query(query.clone()).await {
                 Err(Error::Unavailable(_) | Error::NotYetVisible) if others => {
                     sim::trace::probe("read: asked elsewhere, this replica lags");
                 }

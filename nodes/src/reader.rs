@@ -10,8 +10,8 @@ use crate::convert::{self, owners};
 use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
-use crate::router::{Part, Reading, Router};
-use crate::views::{Answered, Ask, Found, Freshness};
+use crate::router::{Part, Reading, Router, everywhere};
+use crate::views::{Answered, Ask, Found, Freshness, unexpected};
 use sim::cpu::cost;
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
@@ -113,10 +113,6 @@ fn statuses(include_archived: bool) -> Vec<Status> {
     if include_archived { vec![Status::Active, Status::Archived] } else { vec![Status::Active] }
 }
 
-fn unexpected() -> Error {
-    Error::Internal("the views answered another question".into())
-}
-
 impl Reader {
     fn info(&self, answers: &[(ShardId, Answered)], given: v1::Consistency) -> v1::ReadInfo {
         info(answers, given, self.router.known().version)
@@ -171,8 +167,7 @@ impl Reader {
         };
         let plan = |map: &ClusterMap| -> Vec<Part> {
             if query.owners.is_empty() {
-                let whole = |(id, shard): (&ShardId, &_)| (*id, Ask::List(query.clone()), slots(shard));
-                return map.shards.iter().map(whole).collect();
+                return everywhere(map, || Ask::List(query.clone()));
             }
             let part = |(id, (owners, needs))| (id, Ask::List(ListQuery { owners, ..query.clone() }), needs);
             by_shard(map, &query.owners).into_iter().map(part).collect()
@@ -376,10 +371,6 @@ impl Reader {
         };
         answers.into_iter().map(changes).collect()
     }
-}
-
-fn slots(shard: &crate::control::map::ShardEntry) -> SlotSet {
-    shard.slots.clone()
 }
 
 /// One page out of one of each shard, in the order of ids, and where to continue. Behind the end of a page that was cut, others say nothing.

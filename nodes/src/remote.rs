@@ -140,9 +140,7 @@ impl Remote {
             }
         }
     }
-}
 
-impl Remote {
     /// Proposes wherever the leader is. Repeats only attempts that certainly did nothing.
     pub async fn propose(
         &self,

@@ -63,14 +63,19 @@ pub type Decided = Result<(ShardId, Outcome), Error>;
 /// One question to one shard: what is asked, and the slots that it must show.
 pub type Part = (ShardId, Ask, SlotSet);
 
+/// The same question to every shard, each of which must show all that is its own.
+pub fn everywhere(map: &ClusterMap, ask: impl Fn() -> Ask) -> Vec<Part> {
+    map.shards.iter().map(|(id, shard)| (*id, ask(), shard.slots.clone())).collect()
+}
+
 #[derive(Clone)]
 pub struct Router {
     control: Control,
     groups: Groups,
     peers: Peers,
     here: String,
-    /// The ways to shards' replicas elsewhere, with what is known of how they answer.
-    remotes: Arc<Mutex<BTreeMap<ShardId, Remote>>>,
+    /// The ways to shards' replicas elsewhere, by the map of a version, with what is known of how they answer.
+    remotes: Arc<Mutex<BTreeMap<ShardId, (u64, Remote)>>>,
     located: Arc<Mutex<BTreeMap<(String, MemoryId), Slot>>>,
 }
 
@@ -128,16 +133,18 @@ impl Router {
 
     /// The way to a shard, by a map.
     pub fn at(&self, map: &ClusterMap, shard: ShardId) -> At {
-        let addrs: Vec<String> = map.addrs(shard).into_iter().filter(|addr| *addr != self.here).collect();
+        let at = |remote| At { reach: Reach { groups: self.groups.clone(), group: shard, remote } };
         let mut remotes = self.remotes.lock().unwrap_or_else(|p| p.into_inner());
-        let remote = remotes.get(&shard).filter(|remote| remote.addrs() == addrs).cloned();
-        let remote = remote.unwrap_or_else(|| {
-            let remote = Remote::new(self.peers.clone(), shard, addrs);
-            remotes.insert(shard, remote.clone());
-            remotes.retain(|shard, _| map.shards.contains_key(shard));
-            remote
-        });
-        At { reach: Reach { groups: self.groups.clone(), group: shard, remote } }
+        if let Some((_, remote)) = remotes.get(&shard).filter(|(version, _)| *version == map.version) {
+            return at(remote.clone());
+        }
+        let addrs: Vec<String> = map.addrs(shard).into_iter().filter(|addr| *addr != self.here).collect();
+        // What is known of replicas outlives changes that are not theirs.
+        let known = remotes.get(&shard).map(|(_, remote)| remote).filter(|remote| remote.addrs() == addrs);
+        let remote = known.cloned().unwrap_or_else(|| Remote::new(self.peers.clone(), shard, addrs));
+        remotes.insert(shard, (map.version, remote.clone()));
+        remotes.retain(|shard, _| map.shards.contains_key(shard));
+        at(remote)
     }
 
     /// The newest map that this node knows.
@@ -194,10 +201,7 @@ impl Router {
         deadline: Instant,
         ask: impl Fn() -> Ask,
     ) -> Result<Vec<(ShardId, Answered)>, Error> {
-        let plan = |map: &ClusterMap| {
-            map.shards.iter().map(|(id, shard)| (*id, ask(), shard.slots.clone())).collect()
-        };
-        self.ask(reading, deadline, plan).await
+        self.ask(reading, deadline, |map| everywhere(map, &ask)).await
     }
 
     /// A question about one memory: to the shard that has its slot, or to all if nobody knows of it.
@@ -217,7 +221,7 @@ impl Router {
             let of = slot.and_then(|slot| Some((slot, map.shard_of(slot)?)));
             match of {
                 Some((slot, shard)) => vec![(shard, ask(Some(slot)), [slot].into_iter().collect())],
-                None => map.shards.iter().map(|(id, shard)| (*id, ask(None), shard.slots.clone())).collect(),
+                None => everywhere(map, || ask(None)),
             }
         })
         .await

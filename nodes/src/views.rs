@@ -104,6 +104,11 @@ pub enum Found {
     Leaving(Leaving),
 }
 
+/// An answer of another kind than its question: a bug of whoever gave it.
+pub fn unexpected() -> Error {
+    Error::Internal("another question was answered than the one that was asked".into())
+}
+
 /// An answer, and the position that it shows at least.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct Answered {

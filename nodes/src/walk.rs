@@ -5,7 +5,7 @@ use crate::control::map::{ClusterMap, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::reader::Reader;
 use crate::router::{Part, Reading};
-use crate::views::{Answered, Ask, Found};
+use crate::views::{Answered, Ask, Found, unexpected};
 use sim::time::Instant;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,10 +13,6 @@ use storage::graph::{FAN_OUT_MAX, HOPS_MAX, REACHED_MAX, Walk, Walked};
 use storage::model::*;
 
 type Answers = Vec<(ShardId, Answered)>;
-
-fn unexpected() -> Error {
-    Error::Internal("a shard answered another question".into())
-}
 
 impl Reader {
     /// Walks breadth first; the walk and the answers that it was made of.

@@ -124,7 +124,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 32] = [
+pub const PROBES: [&str; 34] = [
     "apply: a repeated write answered as before",
     "disk: power losses",
     "disk: unsynced writes lost",
@@ -139,12 +139,14 @@ pub const PROBES: [&str; 32] = [
     "fact: healed from its second copy",
     "ledger: a deposed leader's entries cut",
     "ledger: a write's outcome unknown",
+    "ledger: an unheard leader gave way",
     "ledger: snapshot installed",
     "log: damage cut",
     "log: repaired from peers",
     "log: rewritten after a failed sync",
     "log: torn tail cut",
-    "ledger: an unheard leader gave way",
+    "read: asked elsewhere, this replica lags",
+    "replica: came back with an empty disk",
     "replica: started over",
     "vectors: sealed",
     "vectors: merged",

@@ -228,8 +228,14 @@ impl Shard {
                     }
                 }
                 Effect::Arrive { coded } => tree.put(coded),
-                Effect::Leave { memory, position, dimension } => tree.remove(memory, *position, *dimension),
-                Effect::ForgetRecords => self.cache.clear(),
+                Effect::Leave { memory, position, dimension } => {
+                    tree.conditions.forget(&memory.owner());
+                    tree.remove(memory, *position, *dimension);
+                }
+                Effect::ForgetRecords => {
+                    tree.conditions.clear();
+                    self.cache.clear();
+                }
                 Effect::DropMonth(month) => {
                     tree.conditions.clear();
                     tree.drop_month(*month);

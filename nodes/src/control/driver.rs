@@ -17,7 +17,7 @@ use crate::groups::{CONTROL, Groups, name_of};
 use crate::ledger;
 use crate::proto::internal::Body;
 use crate::router::Router;
-use crate::views::{Ask, Found, Freshness};
+use crate::views::{Ask, Found, Freshness, unexpected};
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
@@ -60,15 +60,27 @@ impl Driver {
         what: &str,
         work: impl Fn(Driver, std::sync::Arc<ClusterMap>) -> F,
     ) {
-        let mut told = None;
+        // `settled`: the map's version that leaves nothing to do.
+        let (mut told, mut settled) = (None, None);
         loop {
             let leads = self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader());
-            let more = match leads {
-                true => match self.map().await {
-                    Ok(map) => work(self.clone(), map).await,
+            if !leads {
+                settled = None;
+            }
+            let idle = match settled {
+                Some(version) => self.control.glance(soon()).await.is_ok_and(|map| map.version == version),
+                None => !leads,
+            };
+            let more = match idle {
+                true => Ok(false),
+                false => match self.map().await {
+                    Ok(map) => {
+                        let (version, more) = (map.version, work(self.clone(), map).await);
+                        settled = matches!(more, Ok(false)).then_some(version);
+                        more
+                    }
                     Err(error) => Err(error),
                 },
-                false => Ok(false),
             };
             match &more {
                 Err(error) if told.as_ref() != Some(error) => {
@@ -273,10 +285,6 @@ impl Driver {
         }
         Err(last)
     }
-}
-
-fn unexpected() -> Error {
-    Error::Internal("a shard answered another question".into())
 }
 
 impl ledger::Ledger {

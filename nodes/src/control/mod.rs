@@ -22,13 +22,15 @@ pub mod keeper;
 pub mod lease;
 pub mod map;
 
+use crate::convert;
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups};
 use crate::ledger::left;
 use crate::peers::Peers;
+use crate::proto::v1;
 use crate::reach::Reach;
 use crate::remote::Remote;
-use crate::views::{Ask, Found, Freshness, Query};
+use crate::views::{Ask, Found, Freshness, Query, unexpected};
 use map::ClusterMap;
 use sim::disk::Disk;
 use sim::sync::watch;
@@ -123,7 +125,7 @@ impl Control {
         let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
         let query = Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() };
         let Found::Memory(found) = self.reach.query(query, deadline).await?.found else {
-            return Err(Error::Internal("the control group answered another question".into()));
+            return Err(unexpected());
         };
         let Some(memory) = found else { return Ok(None) };
         let map = serde_json::from_str(&memory.text).map_err(|e| {
@@ -138,6 +140,14 @@ impl Control {
             Some((map, _)) => Ok(self.learn(map).await),
             None => Err(Error::Unavailable("the cluster is not founded yet".into())),
         }
+    }
+
+    /// Reads the map as the nearest replica of the control group has it, which may be behind.
+    pub async fn glance(&self, deadline: Instant) -> Result<Arc<ClusterMap>, Error> {
+        if let Some((map, _)) = self.record(Freshness::Any, deadline).await? {
+            self.learn(map).await;
+        }
+        Ok(self.map())
     }
 
     /// A map of at least `version`.
@@ -188,33 +198,9 @@ impl Control {
     pub async fn found(&self, map: ClusterMap, deadline: Instant) -> Result<bool, Error> {
         map.check().map_err(Error::Internal)?;
         let now = time::calendar_ms();
-        let memory = Memory {
-            id: RECORD,
-            tenant: TENANT.into(),
-            scope: Scope::Shared,
-            user: String::new(),
-            agent: String::new(),
-            session: String::new(),
-            text: text_of(&map)?,
-            metadata: String::new(),
-            kind: MemoryType::Semantic,
-            status: Status::Active,
-            importance: 0.0,
-            categories: vec![],
-            links: vec![],
-            event_time: None,
-            valid_from: None,
-            valid_to: None,
-            created: now,
-            updated: now,
-            expires: None,
-            access_count: 0,
-            last_access: None,
-            version: 1,
-            space: String::new(),
-            tier: Tier::Hot,
-            vector: vec![],
-        };
+        let new =
+            v1::NewMemory { scope: v1::Scope::Shared.into(), text: text_of(&map)?, ..Default::default() };
+        let memory = Memory { id: RECORD, ..convert::new_memory(TENANT, new, "", now)? };
         let outcome = self.propose(Operation::Add(memory), deadline).await?;
         Ok(matches!(outcome, Outcome::Done { .. }))
     }
@@ -236,10 +222,7 @@ impl Control {
     /// Looks for newer maps for ever.
     pub async fn follow(self) {
         loop {
-            let looked = self.record(Freshness::Any, Instant::now() + LOOK).await;
-            if let Ok(Some((map, _))) = looked {
-                self.learn(map).await;
-            }
+            let _ = self.glance(Instant::now() + LOOK).await;
             let founded = self.map().version > 0;
             let pause = if founded { FOLLOW } else { FOLLOW / 10 };
             time::sleep(pause + pause.mul_f64(sim::rand::unit() / 4.0)).await;

@@ -293,7 +293,7 @@ impl Ledger {
     /// Proposes wherever the leader is. Only attempts that certainly did nothing are repeated.
     pub async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
         let here = |commands| self.propose_here(commands);
-        propose_via((&self.peers, self.group), deadline, commands, here, None).await
+        propose_via((&self.peers, self.group), deadline, commands, here).await
     }
 
     /// A position at or above every write acknowledged before the call, confirmed by a majority. Only on the leader.
@@ -375,16 +375,15 @@ pub async fn read_position_at(
     codec::decode(&reply.into_inner().body).map_err(|e| internal("peer", e))
 }
 
-/// Proposes `commands` at the leader: first by `here`, then wherever the answers point. `hint` is an address to try when nobody
-/// knows better. Repeats only attempts that certainly did nothing.
+/// Proposes `commands` at the leader: first by `here`, then wherever the answers point. Repeats only attempts that certainly
+/// did nothing.
 pub async fn propose_via<F: Future<Output = Proposed>>(
     (peers, group): (&Peers, GroupId),
     deadline: Instant,
     commands: Vec<Command>,
     here: impl Fn(Vec<Command>) -> F,
-    mut hint: Option<String>,
 ) -> Result<Vec<Outcome>, Error> {
-    let mut pause = Duration::from_millis(5);
+    let (mut pause, mut hint) = (Duration::from_millis(5), None::<String>);
     let (mut commands, mut encoded) = (commands, None);
     loop {
         let left = left(deadline, || Error::Unavailable("no leader took the write in time".into()))?;

@@ -124,6 +124,6 @@ impl replica_server::Replica for ReplicaService {
         let replica = self.replica(request.get_ref())?;
         let query: Query = codec::decode(&request.get_ref().body)
             .map_err(|e| Status::invalid_argument(format!("unreadable query: {e}")))?;
-        encoded(&replica.query(query).await?)
+        encoded(&replica.views.query(query).await?)
     }
 }
