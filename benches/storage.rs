@@ -331,7 +331,7 @@ fn words_and_edges(scale: f64) -> Result<()> {
         query.owners = vec![Owner::User { tenant: "acme".into(), user }];
         query.text = random.text(3);
         let started = Instant::now();
-        found += shard.keywords(&query)?.len();
+        found += shard.by_words(&query)?.len();
         times.push(started.elapsed());
     }
     let (p50, p99) = percentiles(times);

@@ -16,12 +16,13 @@
 //! 3 = "127.0.0.1:7403"
 //! ```
 //!
-//! Roles come in two groups, each of which lives in one process: the edge (gateway, writer, reader) and the replica (ledger,
-//! records, graph, vector). A process has one of them or both.
+//! Roles come in two groups: those of the edge (gateway, writer, reader) live in one process; of those of the replica (ledger, records,
+//! graph, vector: [`crate::roles`]) a process has any. It may have both groups.
 
 use crate::control::map::SHARDS_MAX;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
+use crate::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 use sim::time::Duration;
 use std::collections::BTreeMap;
@@ -29,7 +30,6 @@ use storage::ShardOptions;
 use storage::vectors::VectorOptions;
 
 pub const EDGE_ROLES: [&str; 3] = ["gateway", "writer", "reader"];
-pub const REPLICA_ROLES: [&str; 4] = ["ledger", "records", "graph", "vector"];
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -110,8 +110,9 @@ fn data_default() -> String {
     "./loci-data".into()
 }
 
-fn all_roles() -> Vec<String> {
-    EDGE_ROLES.iter().chain(&REPLICA_ROLES).map(|r| r.to_string()).collect()
+/// The edge's roles and the replica's.
+pub fn all_roles() -> Vec<String> {
+    EDGE_ROLES.into_iter().chain(Role::ALL.map(Role::name)).map(String::from).collect()
 }
 
 impl NodeConfig {
@@ -119,12 +120,18 @@ impl NodeConfig {
     pub fn parse(text: &str) -> Result<NodeConfig, Error> {
         let config: NodeConfig =
             toml::from_str(text).map_err(|e| Error::invalid("configuration", e.to_string()))?;
-        config.voters()?;
-        config.has_group(&EDGE_ROLES)?;
-        if config.has_group(&REPLICA_ROLES)? {
-            config.id.filter(|id| *id > 0).ok_or_else(|| {
-                Error::invalid("id", "a node with the role ledger needs its number, from 1 on")
+        let (voters, roles) = (config.voters()?, config.replica_roles());
+        config.is_edge()?;
+        if !roles.is_empty() {
+            let id = config.id.filter(|id| *id > 0).ok_or_else(|| {
+                Error::invalid("id", "a node with a role that has replicas needs its number, from 1 on")
             })?;
+            if voters.contains_key(&id) && !roles.contains(&Role::Ledger) {
+                let problem = format!(
+                    "node {id} is listed in [replicas], whose nodes keep the cluster map, and lacks the role ledger"
+                );
+                return Err(Error::invalid("roles", problem));
+            }
         }
         if let Some(role) = config.roles.iter().find(|r| !all_roles().contains(r)) {
             return Err(Error::invalid(
@@ -162,16 +169,21 @@ impl NodeConfig {
         Ok(voters)
     }
 
-    /// Whether the node has the roles of a group: all or none of them.
-    pub fn has_group(&self, group: &[&str]) -> Result<bool, Error> {
-        match group.iter().filter(|role| self.roles.iter().any(|r| r == *role)).count() {
+    /// Whether the node has the edge's roles: all or none of them.
+    pub fn is_edge(&self) -> Result<bool, Error> {
+        match EDGE_ROLES.iter().filter(|role| self.roles.iter().any(|r| r == *role)).count() {
             0 => Ok(false),
-            all if all == group.len() => Ok(true),
+            all if all == EDGE_ROLES.len() => Ok(true),
             _ => Err(Error::invalid(
                 "roles",
-                format!("{} live in one process: give all of them or none", group.join(", ")),
+                format!("{} live in one process: give all of them or none", EDGE_ROLES.join(", ")),
             )),
         }
+    }
+
+    /// Those of its roles that have replicas.
+    pub fn replica_roles(&self) -> Roles {
+        self.roles.iter().filter_map(|name| Role::parse(name)).collect()
     }
 
     pub fn shard_options(&self) -> ShardOptions {
@@ -207,7 +219,8 @@ mod tests {
     #[test]
     fn a_small_file_is_enough() -> Result<(), Error> {
         let config = NodeConfig::parse(GOOD)?;
-        assert!(config.has_group(&EDGE_ROLES)? && config.has_group(&REPLICA_ROLES)?);
+        assert!(config.is_edge()?);
+        assert_eq!(config.replica_roles(), crate::roles::all());
         Ok(())
     }
 

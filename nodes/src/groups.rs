@@ -4,6 +4,7 @@
 use crate::error::Error;
 use crate::ledger::{Ledger, LedgerOptions, recovery};
 use crate::peers::Peers;
+use crate::roles::{Role, Roles};
 use crate::views::LocalViews;
 use sim::disk::Disk;
 use std::collections::BTreeMap;
@@ -41,6 +42,8 @@ pub enum Start {
     Rejoin { voters: usize },
     /// The group will take this replica in.
     Wait,
+    /// The group has taken this replica in, without a vote.
+    Learner,
 }
 
 /// What every replica of this node has in common.
@@ -50,6 +53,8 @@ pub struct Settings {
     pub id: u64,
     /// The address by which the others know it.
     pub here: String,
+    /// What it keeps and answers of each shard.
+    pub roles: Roles,
     pub disk: Arc<dyn Disk>,
     pub peers: Peers,
     pub ledger: LedgerOptions,
@@ -66,20 +71,24 @@ impl Replica {
         if group == CONTROL {
             options = options.patient();
         }
+        // The cluster map's group is whole wherever it is.
+        let roles = if group == CONTROL { crate::roles::all() } else { settings.roles.clone() };
         // The trace's lines are of the first shard.
-        let shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
+        let mut shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
+        (shard.words, shard.vectors.kept) = (roles.contains(&Role::Records), roles.contains(&Role::Vector));
         let (log, views_disk) = (options.log.clone(), disk.clone());
         let (alone, forgotten, members) = match start {
             Start::Found(members) => (members.len() == 1, false, Some(members)),
             Start::Rejoin { voters } => (voters == 1, voters > 1, None),
             Start::Wait => (false, false, None),
+            Start::Learner => (false, true, None),
         };
         let opened =
             sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone, forgotten)).await?;
         crate::upkeep::start(&opened.shard, settings.product_after_days);
         let (id, peers) = (settings.id, settings.peers.clone());
         let ledger = Ledger::open(group, id, members, disk.clone(), opened, peers, options).await?;
-        let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone()));
+        let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }
 }

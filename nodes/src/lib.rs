@@ -29,6 +29,7 @@ pub mod proto;
 pub mod reach;
 pub mod reader;
 pub mod remote;
+pub mod roles;
 pub mod router;
 pub mod standing;
 pub mod upkeep;

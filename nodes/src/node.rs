@@ -2,7 +2,7 @@
 
 use crate::access::Accesses;
 use crate::auth::KeyRing;
-use crate::config::{EDGE_ROLES, NodeConfig, REPLICA_ROLES};
+use crate::config::NodeConfig;
 use crate::control::{self, Control, driver::Driver, keeper};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
@@ -47,11 +47,13 @@ impl Node {
         let control =
             Control::open(groups.clone(), peers.clone(), disk.clone(), addrs.clone(), here.clone())?;
         let router = Router::new(control.clone(), groups.clone(), peers.clone(), here.clone());
-        if let (true, Some(id)) = (config.has_group(&REPLICA_ROLES)?, config.id) {
+        let roles = config.replica_roles();
+        if let (false, Some(id)) = (roles.is_empty(), config.id) {
             let settings = Settings {
                 node: config.name.clone(),
                 id,
                 here: here.clone(),
+                roles,
                 disk: disk.clone(),
                 peers: peers.clone(),
                 ledger: config.ledger_options(),
@@ -97,7 +99,7 @@ impl Node {
         let server = ReplicaServer::new(ReplicaService { groups: groups.clone() });
         let limit = peers::MESSAGE_BYTES_MAX;
         builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
-        if config.has_group(&EDGE_ROLES)? {
+        if config.is_edge()? {
             let accesses = Accesses::default();
             let interval = Duration::from_millis(config.tuning.access_flush_ms.max(1));
             sim::task::spawn(accesses.clone().flush_forever(router.clone(), interval));

@@ -4,6 +4,7 @@ use crate::error::Error;
 use crate::groups::{GroupId, Groups, name_of};
 use crate::ledger::left;
 use crate::remote::Remote;
+use crate::roles::Role;
 use crate::views::{Answered, Query};
 use sim::time::{Duration, Instant};
 use storage::model::{Command, Outcome};
@@ -17,12 +18,22 @@ pub struct Reach {
     pub groups: Groups,
     pub group: GroupId,
     /// Its replicas elsewhere.
+    /// What a replica must have to be asked.
+    pub needs: &'static [Role],
     pub remote: Remote,
 }
 
 impl Reach {
     fn unknown(&self) -> Error {
-        Error::NotHere(format!("no replica of {} is known", name_of(self.group)))
+        let group = name_of(self.group);
+        if self.needs.is_empty() {
+            return Error::NotHere(format!("no replica of {group} is known"));
+        }
+        let needs: Vec<&str> = self.needs.iter().map(|role| role.name()).collect();
+        Error::Unavailable(format!(
+            "no node with the role {} has a replica of {group}; join one",
+            needs.join(" and ")
+        ))
     }
 
     /// Asks the views. A replica of this process that cannot answer in half of the time is helped by the others. `NotHere`: the
@@ -30,7 +41,8 @@ impl Reach {
     pub async fn query(&self, mut query: Query, deadline: Instant) -> Result<Answered, Error> {
         let time = left(deadline, || Error::NotYetVisible)?.saturating_sub(RESERVE);
         let others = !self.remote.addrs().is_empty();
-        if let Some(replica) = self.groups.get(self.group) {
+        let here = self.groups.get(self.group).filter(|replica| replica.views.answers(&query.ask));
+        if let Some(replica) = here {
             let share = if others { time / 2 } else { time };
             query.wait_ms = share.as_millis() as u64;
             match replica.views.query(query.clone()).await {

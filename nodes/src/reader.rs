@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use storage::embed::{LEXICAL_SPACE, embed, lexical_score};
 use storage::model::*;
-use storage::slots::{SlotSet, slot_of};
+use storage::slots::{Slot, SlotSet, slot_of};
 use storage::{Hit, ListQuery, SearchQuery, TimeField, TimeRange};
 
 /// The cosine's share in a text search's score.
@@ -64,8 +64,14 @@ fn reading(
 fn info(answers: &[(ShardId, Answered)], consistency: v1::Consistency, map_version: u64) -> v1::ReadInfo {
     let mut replicas: Vec<&str> = answers.iter().map(|(_, answered)| answered.replica.as_str()).collect();
     replicas.dedup();
+    // A shard that was asked twice shows what both answers show.
+    let mut shows: BTreeMap<ShardId, Position> = BTreeMap::new();
+    for (shard, answered) in answers {
+        let shown = shows.entry(*shard).or_insert(answered.position);
+        *shown = (*shown).min(answered.position);
+    }
     v1::ReadInfo {
-        token: Some(convert::token(answers.iter().map(|(shard, a)| (*shard, a.position)), map_version)),
+        token: Some(convert::token(shows.into_iter(), map_version)),
         consistency: consistency as i32,
         level: "L0".into(),
         tiers: vec![v1::Tier::Hot as i32],
@@ -243,6 +249,9 @@ impl Reader {
             let Found::Hits(hits) = answered.found else { return Err(unexpected()) };
             found.extend(hits);
         }
+        if several && rerank {
+            found = joined(found);
+        }
         if several && !rerank {
             // Cosines are the same on every shard.
             found.sort_by(|a, b| {
@@ -371,6 +380,22 @@ impl Reader {
         };
         answers.into_iter().map(changes).collect()
     }
+}
+
+/// Each memory once, where one was found by its vector and by its words, with what either says of it.
+fn joined(hits: Vec<Hit>) -> Vec<Hit> {
+    let mut places: BTreeMap<(String, Slot, MemoryId), usize> = BTreeMap::new();
+    let mut found: Vec<Hit> = vec![];
+    for hit in hits {
+        let key = (hit.memory.tenant.clone(), hit.memory.slot(), hit.memory.id);
+        let at = *places.entry(key).or_insert(found.len());
+        match found.get_mut(at) {
+            Some(held) if held.memory.version < hit.memory.version => *held = hit,
+            Some(held) => held.keywords = held.keywords.max(hit.keywords),
+            None => found.push(hit),
+        }
+    }
+    found
 }
 
 /// One page out of one of each shard, in the order of ids, and where to continue. Behind the end of a page that was cut, others say nothing.

@@ -85,8 +85,9 @@ impl Remote {
         let (peers, group, standing) = (self.peers.clone(), self.group, Arc::downgrade(&self.standing));
         sim::task::spawn(async move {
             let mut pause = PROBE_FIRST;
-            let ask = Ask::Get { tenant: String::new(), slot: None, id: Default::default(), now: 0 };
-            let query = Query { freshness: Freshness::Strong, wait_ms: 0, ask, needs: SlotSet::default() };
+            // Every replica answers this, whatever its roles.
+            let (ask, needs) = (Ask::Slots, SlotSet::default());
+            let query = Query { freshness: Freshness::Strong, wait_ms: 0, ask, needs };
             loop {
                 sim::time::sleep(pause).await;
                 pause = (pause * 2).min(PROBE_LAST);

@@ -21,6 +21,7 @@ use crate::ledger::left;
 use crate::peers::Peers;
 use crate::reach::Reach;
 use crate::remote::Remote;
+use crate::roles::Role;
 use crate::views::{Answered, Ask, Found, Freshness, Query};
 use futures::future::{join_all, try_join_all};
 use sim::time::{self, Duration, Instant};
@@ -74,9 +75,16 @@ pub struct Router {
     groups: Groups,
     peers: Peers,
     here: String,
-    /// The ways to shards' replicas elsewhere, by the map of a version, with what is known of how they answer.
-    remotes: Arc<Mutex<BTreeMap<ShardId, (u64, Remote)>>>,
+    /// The ways to shards' replicas elsewhere, with what is known of how they answer.
+    ways: Arc<Mutex<BTreeMap<ShardId, Vec<Way>>>>,
     located: Arc<Mutex<BTreeMap<(String, MemoryId), Slot>>>,
+}
+
+/// The way to those of a shard's replicas that have some roles, by the map of a version.
+struct Way {
+    version: u64,
+    needs: &'static [Role],
+    remote: Remote,
 }
 
 /// The way to a shard.
@@ -124,27 +132,42 @@ enum Place {
 
 impl Router {
     pub fn new(control: Control, groups: Groups, peers: Peers, here: String) -> Router {
-        Router { control, groups, peers, here, remotes: Arc::default(), located: Arc::default() }
+        Router { control, groups, peers, here, ways: Arc::default(), located: Arc::default() }
     }
 
     pub fn peers(&self) -> &Peers {
         &self.peers
     }
 
-    /// The way to a shard, by a map.
-    pub fn at(&self, map: &ClusterMap, shard: ShardId) -> At {
-        let at = |remote| At { reach: Reach { groups: self.groups.clone(), group: shard, remote } };
-        let mut remotes = self.remotes.lock().unwrap_or_else(|p| p.into_inner());
-        if let Some((_, remote)) = remotes.get(&shard).filter(|(version, _)| *version == map.version) {
-            return at(remote.clone());
+    /// The way to those of a shard's replicas that have some roles, by a map; without any, to those that vote.
+    pub fn at(&self, map: &ClusterMap, shard: ShardId, needs: &'static [Role]) -> At {
+        let at = |remote| At { reach: Reach { groups: self.groups.clone(), group: shard, needs, remote } };
+        let mut all = self.ways.lock().unwrap_or_else(|p| p.into_inner());
+        if !all.contains_key(&shard) {
+            all.retain(|shard, _| map.shards.contains_key(shard));
         }
-        let addrs: Vec<String> = map.addrs(shard).into_iter().filter(|addr| *addr != self.here).collect();
-        // What is known of replicas outlives changes that are not theirs.
-        let known = remotes.get(&shard).map(|(_, remote)| remote).filter(|remote| remote.addrs() == addrs);
-        let remote = known.cloned().unwrap_or_else(|| Remote::new(self.peers.clone(), shard, addrs));
-        remotes.insert(shard, (map.version, remote.clone()));
-        remotes.retain(|shard, _| map.shards.contains_key(shard));
+        let ways = all.entry(shard).or_default();
+        if let Some(way) = ways.iter().find(|way| way.version == map.version && way.needs == needs) {
+            return at(way.remote.clone());
+        }
+        let mut addrs = if needs.is_empty() { map.addrs(shard) } else { map.addrs_with(shard, needs) };
+        addrs.retain(|addr| *addr != self.here);
+        // What is known of replicas outlives changes that are not theirs, and is shared by all who ask the same ones.
+        let known = ways.iter().map(|way| &way.remote).find(|remote| remote.addrs() == addrs).cloned();
+        let remote = known.unwrap_or_else(|| Remote::new(self.peers.clone(), shard, addrs));
+        ways.retain(|way| way.needs != needs);
+        ways.push(Way { version: map.version, needs, remote: remote.clone() });
         at(remote)
+    }
+
+    /// The parts of a question: two where no replica that the map knows has all that is needed.
+    fn parts(&self, map: &ClusterMap, (shard, ask, needs): Part) -> Vec<Part> {
+        match ask.split() {
+            Some(halves) if map.addrs_with(shard, ask.needs()).is_empty() => {
+                halves.into_iter().map(|half| (shard, half, needs.clone())).collect()
+            }
+            _ => vec![(shard, ask, needs)],
+        }
     }
 
     /// The newest map that this node knows.
@@ -169,7 +192,8 @@ impl Router {
         Ok(())
     }
 
-    /// Asks the shards that `plan` names by the map, side by side; their answers in that order.
+    /// Asks the shards that `plan` names by the map, side by side; their answers in that order. A search by vector and words has two
+    /// answers where no replica has both.
     pub async fn ask(
         &self,
         reading: &Reading,
@@ -179,9 +203,10 @@ impl Router {
         let mut pause = Duration::from_millis(5);
         loop {
             let map = self.map(reading.map_version, deadline).await?;
-            let parts = plan(&map).into_iter().map(|(shard, ask, needs)| {
+            let parts = plan(&map).into_iter().flat_map(|part| self.parts(&map, part));
+            let parts = parts.map(|(shard, ask, needs)| {
                 let (at, freshness, founded) =
-                    (self.at(&map, shard), reading.of(shard), founded(&map, shard));
+                    (self.at(&map, shard, ask.needs()), reading.of(shard), founded(&map, shard));
                 async move {
                     founded?;
                     at.ask(ask, freshness, &needs, deadline).await.map(|answered| (shard, answered))
@@ -337,7 +362,7 @@ impl Router {
             }
         }
         let attempts = parts.into_iter().map(|(shard, (places, commands))| {
-            let (at, founded) = (self.at(&map, shard), founded(&map, shard));
+            let (at, founded) = (self.at(&map, shard, &[]), founded(&map, shard));
             async move {
                 let outcomes = match founded {
                     Ok(()) => at.reach.propose(commands, deadline).await,

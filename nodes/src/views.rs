@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::ledger::{Ledger, recovery};
+use crate::roles::{Role, Roles};
 use bincode::{Decode, Encode};
 use sim::cpu::cost;
 use sim::time::{Duration, Instant};
@@ -53,7 +54,10 @@ pub enum Ask {
         after: Position,
         limit: u32,
     },
+    /// By the vector, and by the words if there are any.
     Search(SearchQuery),
+    /// By the words alone.
+    Words(SearchQuery),
     Walk(Walk),
     /// The edges of a walk's start, whatever is at their other ends.
     Edges(Walk),
@@ -77,6 +81,28 @@ impl Ask {
     /// How many kinds there are, which differ in what they cost.
     pub const KINDS: usize = 6;
 
+    /// What a replica must have to answer.
+    pub fn needs(&self) -> &'static [Role] {
+        match self {
+            Ask::Search(query) if !query.text.is_empty() => &[Role::Records, Role::Vector],
+            Ask::Search(_) => &[Role::Vector],
+            Ask::Walk(_) | Ask::Edges(_) => &[Role::Graph],
+            Ask::Slots | Ask::Leaving { .. } => &[],
+            _ => &[Role::Records],
+        }
+    }
+
+    /// The same question in two, of which no part needs two roles; `None` if none does.
+    pub fn split(&self) -> Option<[Ask; 2]> {
+        match self {
+            Ask::Search(query) if self.needs().len() > 1 => {
+                let by_vector = SearchQuery { text: String::new(), ..query.clone() };
+                Some([Ask::Search(by_vector), Ask::Words(query.clone())])
+            }
+            _ => None,
+        }
+    }
+
     /// The number of its kind.
     pub fn kind(&self) -> usize {
         match self {
@@ -84,7 +110,7 @@ impl Ask {
             Ask::List(_) => 1,
             Ask::History { .. } => 2,
             Ask::Changes { .. } => 3,
-            Ask::Search(_) => 4,
+            Ask::Search(_) | Ask::Words(_) => 4,
             Ask::Walk(_) | Ask::Edges(_) | Ask::Partitions | Ask::Leaving { .. } => 5,
         }
     }
@@ -125,13 +151,15 @@ const INLINE_VECTORS_MAX: usize = 20_000;
 pub struct LocalViews {
     pub ledger: Ledger,
     pub name: String,
+    /// What is kept here.
+    pub roles: Roles,
     /// When a read position was last asked for and then published here.
     fresh: std::sync::Mutex<Option<Instant>>,
 }
 
 impl LocalViews {
-    pub fn new(ledger: Ledger, name: String) -> LocalViews {
-        LocalViews { ledger, name, fresh: std::sync::Mutex::new(None) }
+    pub fn new(ledger: Ledger, name: String, roles: Roles) -> LocalViews {
+        LocalViews { ledger, name, roles, fresh: std::sync::Mutex::new(None) }
     }
 
     fn fresh_since(&self) -> Option<Instant> {
@@ -183,6 +211,7 @@ fn answer(shard: &Shard, ask: Ask) -> Result<Found, StorageError> {
             shard.changes_after(&tenant, after, limit as usize).map(Found::Changes)
         }
         Ask::Search(query) => shard.search(&query).map(Found::Hits),
+        Ask::Words(query) => shard.by_words(&query).map(Found::Hits),
         Ask::Walk(walk) => shard.walk(&walk).map(Found::Walked),
         Ask::Edges(walk) => shard.edges_of(&walk).map(Found::Edges),
         Ask::Partitions => shard.partitions().map(Found::Partitions),
@@ -201,8 +230,17 @@ fn shown(needs: &SlotSet, slots: &Slots) -> Result<(), Error> {
 }
 
 impl LocalViews {
+    /// Whether this replica keeps what a question needs.
+    pub fn answers(&self, ask: &Ask) -> bool {
+        ask.needs().iter().all(|role| self.roles.contains(role))
+    }
+
     /// Answers from this replica.
     pub async fn query(&self, query: Query) -> Result<Answered, Error> {
+        if !self.answers(&query.ask) {
+            let needs: Vec<&str> = query.ask.needs().iter().map(|role| role.name()).collect();
+            return Err(Error::Unavailable(format!("{} has not the role {}", self.name, needs.join(", "))));
+        }
         let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
         let staleness_ms = self.make_fresh(query.freshness, deadline).await?;
         let shard = self.ledger.shard.clone();

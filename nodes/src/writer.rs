@@ -275,7 +275,7 @@ impl Writer {
         let mut dropped = vec![];
         for shard in map.shards.keys() {
             let outcomes =
-                self.router.at(&map, *shard).reach.propose(vec![command.clone()], deadline).await?;
+                self.router.at(&map, *shard, &[]).reach.propose(vec![command.clone()], deadline).await?;
             match outcomes.into_iter().next() {
                 Some(Outcome::NotFound { .. }) => {}
                 Some(Outcome::NotHere) | None => {

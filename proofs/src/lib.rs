@@ -103,6 +103,7 @@ pub fn meta(index: u64) -> Vec<u8> {
 pub fn options() -> ShardOptions {
     let graph = GraphOptions { m: 4, ef_construction: 16 };
     let vectors = VectorOptions {
+        kept: true,
         buffer_bytes_max: 2000,
         graph_rows_min: 4,
         graph,

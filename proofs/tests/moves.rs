@@ -331,8 +331,8 @@ fn compare(world: &World) -> Result<(), StorageError> {
         let listed = shard.list(&list(of, owners.clone()))?.memories;
         assert_eq!(sorted(listed.iter().map(|m| text(m)).collect()), expected, "by owners");
         let query = search(of, owners.clone());
-        let found = shard.keywords(&SearchQuery { text: "harbour".into(), ..query.clone() })?;
-        assert_eq!(sorted(found.iter().map(|(m, _)| text(m)).collect()), expected, "by words");
+        let found = shard.by_words(&SearchQuery { text: "harbour".into(), ..query.clone() })?;
+        assert_eq!(sorted(found.iter().map(|h| text(&h.memory)).collect()), expected, "by words");
         let with_vector = |who: &&Who| model.vectors.contains(who);
         let expected = sorted(seen.iter().filter(with_vector).filter_map(|who| told(*who)).collect());
         let found = shard.search(&query)?;

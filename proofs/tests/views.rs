@@ -363,9 +363,9 @@ fn compare(shard: &Shard, model: &Model, now: UnixMs) -> Result<(), StorageError
                 .collect();
             expected.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             let mut found: Vec<(f32, u8)> = shard
-                .keywords(&search(user, word, 100, now))?
+                .by_words(&search(user, word, 100, now))?
                 .iter()
-                .map(|(memory, score)| (*score, memory.id[0]))
+                .map(|hit| (hit.keywords, hit.memory.id[0]))
                 .collect();
             assert!(found.windows(2).all(|w| w[0].0 >= w[1].0));
             found.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

@@ -1,6 +1,7 @@
 //! Scenarios as data: topology, workload, fault plan and promises, in TOML.
 
 use crate::operation::{CLIENTS_MAX, Operation};
+use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
@@ -17,7 +18,10 @@ pub const SHIPPED: [(&str, &str); 9] = [
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
-pub const CHAOS: [(&str, &str); 11] = [
+pub const CHAOS: [(&str, &str); 14] = [
+    ("vector-node-failure", include_str!("../files/chaos/vector-node-failure.toml")),
+    ("graph-node-failure", include_str!("../files/chaos/graph-node-failure.toml")),
+    ("records-node-failure", include_str!("../files/chaos/records-node-failure.toml")),
     ("api-node-crash", include_str!("../files/chaos/api-node-crash.toml")),
     ("ledger-leader-loss", include_str!("../files/chaos/ledger-leader-loss.toml")),
     ("partition-two-way", include_str!("../files/chaos/partition-two-way.toml")),
@@ -120,7 +124,7 @@ impl Default for Enough {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Topology {
-    /// Nodes with all roles, named n1, n2, …
+    /// Nodes with replicas, named n1, n2, … They have all roles, but for what `roles` says.
     pub replicas: usize,
     /// Nodes with the edge's roles only, named g1, g2, …
     #[serde(default)]
@@ -131,9 +135,33 @@ pub struct Topology {
     /// Of the replicas, the last so many are not among the cluster's first nodes; they can be joined later.
     #[serde(default, skip_serializing_if = "is_default")]
     pub spares: usize,
+    /// Replicas that have some roles only, beside the edge's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roles: Vec<NodeRoles>,
     /// Share of messages that must be retransmitted.
     #[serde(default)]
     pub loss: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRoles {
+    /// Numbers of replicas, from 1 on.
+    pub nodes: Vec<u64>,
+    pub roles: Roles,
+}
+
+impl Topology {
+    /// What a replica does, by its number.
+    pub fn roles_of(&self, node: u64) -> Roles {
+        let of = self.roles.iter().find(|of| of.nodes.contains(&node));
+        of.map_or_else(nodes::roles::all, |of| of.roles.clone())
+    }
+
+    /// Numbers of the replicas that do not vote.
+    pub fn apart(&self) -> Vec<u64> {
+        (1..=self.replicas as u64).filter(|node| !self.roles_of(*node).contains(&Role::Ledger)).collect()
+    }
 }
 
 /// Limits shrunk so that runs cross them, machines that differ, and the `buggify` sites that are on.
@@ -210,6 +238,9 @@ pub struct Workload {
     /// Share of operations that are strong reads; the rest keep their proportions.
     #[serde(default = "strong_reads_default")]
     pub strong_reads: f64,
+    /// Share of operations that are searches and walks, half of them each, beside those among the rest.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub of_views: f64,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -345,6 +376,8 @@ pub enum Target {
     Leader,
     /// A replica drawn from the seed.
     Any,
+    /// A replica that does not vote, drawn from the seed.
+    Apart,
     All,
     /// A node with the edge's roles only, drawn from the seed.
     Gateway,
@@ -403,12 +436,21 @@ pub fn find(name: &str) -> Result<Scenario, String> {
 impl Scenario {
     /// What a file may say that no run can do.
     fn check(&self) -> Result<(), String> {
-        let Topology { replicas, gateways, loss, shards, spares } = self.topology;
+        let Topology { replicas, gateways, loss, shards, spares, .. } = self.topology;
         if !(1..=9).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
             return Err("topology: 1 to 9 replicas, at most 50 gateways, a loss below 0.5".into());
         }
         if !(1..=64).contains(&shards) || spares >= replicas {
             return Err("topology: 1 to 64 shards, and fewer spares than replicas".into());
+        }
+        let apart = self.topology.apart();
+        let unknown = |node: &u64| !(1..=replicas as u64).contains(node);
+        if self.topology.roles.iter().any(|of| of.roles.is_empty() || of.nodes.iter().any(unknown))
+            || apart.iter().any(|node| *node <= (replicas - spares) as u64)
+        {
+            return Err(
+                "topology.roles: numbers of replicas, and roles; whoever does not vote is a spare".into()
+            );
         }
         let one = |change: &Change| {
             [change.shards.is_some(), change.join.is_some(), change.drain.is_some()]
@@ -437,8 +479,11 @@ impl Scenario {
                 "workload: 1 to {CLIENTS_MAX} clients, and at least one tenant, one key and 1 ms"
             ));
         }
-        if !(0.0..1.0).contains(&load.strong_reads) || !(0.01..100.0).contains(&load.key_skew) {
-            return Err("workload: strong_reads below 1, key_skew 0.01 to 100".into());
+        if !(0.0..1.0).contains(&load.strong_reads)
+            || !(0.0..1.0).contains(&load.of_views)
+            || !(0.01..100.0).contains(&load.key_skew)
+        {
+            return Err("workload: strong_reads and of_views below 1, key_skew 0.01 to 100".into());
         }
         let mut operations = self.operations.iter().flatten();
         if let Some(operation) = operations.find(|o| o.client >= load.clients) {
@@ -448,10 +493,11 @@ impl Scenario {
             return Err(format!("draw.nodes has {} of {} nodes", draw.nodes.len(), replicas + gateways));
         }
         let targets = self.faults.list.iter().map(|fault| fault.target);
-        if gateways == 0
-            && targets.chain(self.faults.generate.iter().map(|g| g.target)).any(|t| t == Target::Gateway)
+        let targets: Vec<Target> = targets.chain(self.faults.generate.iter().map(|g| g.target)).collect();
+        if gateways == 0 && targets.contains(&Target::Gateway)
+            || apart.is_empty() && targets.contains(&Target::Apart)
         {
-            return Err("faults: there is no gateway to be a target".into());
+            return Err("faults: there is no gateway, or no replica apart, to be a target".into());
         }
         if self.recovery.as_ref().is_some_and(|r| r.cpu_slowdown == 0 || r.disk_bytes_per_s == 0) {
             return Err("recovery: cpu_slowdown and disk_bytes_per_s are at least 1".into());

@@ -41,6 +41,8 @@ pub enum Effect {
 /// One transaction's work.
 pub struct Applier<'a> {
     pub db: &'a Connection,
+    /// Whether the index of words is kept.
+    words: bool,
     pub state: State,
     pub effects: Vec<Effect>,
     pub months: Months,
@@ -52,9 +54,9 @@ pub struct Applier<'a> {
 }
 
 impl<'a> Applier<'a> {
-    pub fn new(db: &'a Connection, state: State) -> Result<Applier<'a>, StorageError> {
+    pub fn new(db: &'a Connection, state: State, words: bool) -> Result<Applier<'a>, StorageError> {
         let (effects, months, changed) = (vec![], months::load(db)?, BTreeSet::new());
-        Ok(Applier { db, state, effects, months, changed, next_item: 0, about: rows::STAYS })
+        Ok(Applier { db, words, state, effects, months, changed, next_item: 0, about: rows::STAYS })
     }
 
     /// Writes what is known of the months and of all; what is to be done outside.
@@ -461,7 +463,7 @@ impl<'a> Applier<'a> {
 
     /// Removes a memory's row, but not its place. `old` is what the row's body encodes.
     pub fn unstore(&mut self, held: &Stored, old: &Memory) -> Result<(), StorageError> {
-        rows::remove_memory(self.db, held.position, old)?;
+        rows::remove_memory(self.db, held.position, old, self.words)?;
         let (month, has_vector) = (Month::of(old.created), !held.vector.is_empty() as u64);
         self.take(month, rows::memory_hash("memories", held))?;
         let of_month = self.month(month)?;
@@ -507,7 +509,7 @@ impl<'a> Applier<'a> {
         of_month.hold(memory, has_vector);
         self.state.memories += 1;
         self.state.vectors += has_vector;
-        rows::put_memory(self.db, row, memory)?;
+        rows::put_memory(self.db, row, memory, self.words)?;
         self.add(month, rows::memory_hash("memories", row))
     }
 

@@ -33,6 +33,9 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 pub struct ShardOptions {
     /// Records kept in memory, without their vectors.
     pub cache_bytes_max: usize,
+    /// Whether memories are found by their words; without, neither the index nor [`Shard::by_words`] is there. Views that were made otherwise
+    /// are refused as damaged, so that they are made anew.
+    pub words: bool,
     pub vectors: VectorOptions,
     /// A simulated run's trace shows how far these views are applied, under this name.
     pub gauge: Option<&'static str>,
@@ -40,7 +43,12 @@ pub struct ShardOptions {
 
 impl Default for ShardOptions {
     fn default() -> ShardOptions {
-        ShardOptions { cache_bytes_max: 128 << 20, vectors: VectorOptions::default(), gauge: None }
+        ShardOptions {
+            cache_bytes_max: 128 << 20,
+            words: true,
+            vectors: VectorOptions::default(),
+            gauge: None,
+        }
     }
 }
 
@@ -66,6 +74,7 @@ pub struct Shard {
     pub(crate) records: Records,
     vectors: RwLock<Tree>,
     pub(crate) vector_options: VectorOptions,
+    pub(crate) words: bool,
     gauge: Option<&'static str>,
     pub(crate) upkeep: Upkeep,
     pub(crate) cache: Cache,
@@ -81,6 +90,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A memory by tenant, slot and id, and its score.
 type Scored = ((String, Slot, MemoryId), f32);
 
+/// The fact that views have no index of words.
+const WORDLESS: &str = "wordless";
+const RECORDS: &str = "records.db";
 /// The fact that views are damaged.
 const CONDEMNED: &str = "condemned";
 
@@ -93,12 +105,28 @@ fn condemned(disk: &dyn Disk, dir: &str) -> Result<Option<String>, StorageError>
     }
 }
 
+fn is_wordless(disk: &dyn Disk, dir: &str) -> Result<bool, StorageError> {
+    match crate::facts::get(disk, dir, WORDLESS) {
+        Ok(fact) => Ok(fact.is_some()),
+        Err(crate::facts::FactError::Io(error)) => Err(error.into()),
+        // It is there, whatever it says.
+        Err(crate::facts::FactError::Damaged(_)) => Ok(true),
+    }
+}
+
 impl Shard {
     /// Opens the views in `dir`, creating them if there are none. Fails if they were condemned.
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
         if let Some(reason) = condemned(&*disk, dir)? {
             return Err(StorageError::Damaged { what: format!("what is stored in {dir}"), problem: reason });
+        }
+        let wordless = is_wordless(&*disk, dir)?;
+        if wordless == options.words && disk.list(dir)?.iter().any(|name| name == RECORDS) {
+            let with = if wordless { "without" } else { "with" };
+            let problem =
+                format!("they were made {with} an index of words, which this node now has otherwise");
+            return Err(StorageError::Damaged { what: format!("the views in {dir}"), problem });
         }
         Shard::open_any(disk, dir, options)
     }
@@ -123,7 +151,12 @@ impl Shard {
     }
 
     fn open_any(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
-        let records = Records::open(disk.clone(), &format!("{dir}/records.db"))?;
+        match (options.words, is_wordless(&*disk, dir)?) {
+            (true, true) => crate::facts::remove(&*disk, dir, WORDLESS)?,
+            (false, false) => crate::facts::put(&*disk, dir, WORDLESS, b"")?,
+            _ => {}
+        }
+        let records = Records::open(disk.clone(), &format!("{dir}/{RECORDS}"))?;
         let state = rows::load_state(&records.reader())?;
         let (upkeep, vector_options, gauge) = (Upkeep::default(), options.vectors, options.gauge);
         if let Some(name) = gauge {
@@ -136,6 +169,7 @@ impl Shard {
             records,
             vectors: RwLock::new(tree),
             vector_options,
+            words: options.words,
             gauge,
             upkeep,
             cache: Cache::new(options.cache_bytes_max),
@@ -185,7 +219,7 @@ impl Shard {
         self.records.bound_wal(&writer)?;
         let transaction = writer.transaction()?;
         let state = State { meta: meta.to_vec(), ..State::clone(&before) };
-        let mut applier = Applier::new(&transaction, state)?;
+        let mut applier = Applier::new(&transaction, state, self.words)?;
         let mut outcomes = Vec::with_capacity(entries.len());
         for entry in entries {
             let skipped = (entry.epoch, entry.index) <= (before.position.epoch, before.position.index)
@@ -569,19 +603,24 @@ impl Shard {
         Ok(hits)
     }
 
-    /// The k memories that fit the query's words best, with their scores, best first. Its vector says nothing here.
-    pub fn keywords(&self, query: &SearchQuery) -> Result<Vec<(Arc<Memory>, f32)>, StorageError> {
-        let reader = self.records.lazy_reader();
-        let found = {
-            let snapshot = reader.get().unchecked_transaction()?;
-            let shown = Shown::in_snapshot(&snapshot, &self.state())?;
-            let owners = readable(&query.tenant, &query.owners, &shown);
-            self.keywords_with(&snapshot, query, &owners, &shown)?
-        };
-        let memory = |((tenant, slot, id), score): Scored| {
-            Ok(self.record(&reader, (&tenant, slot, &id), None)?.map(|memory| (memory, score)))
-        };
-        found.into_iter().filter_map(|found| memory(found).transpose()).collect()
+    /// The k memories that fit the query's words best, best first; their cosines with its vector are those of the records. Needs no vector view.
+    pub fn by_words(&self, query: &SearchQuery) -> Result<Vec<Hit>, StorageError> {
+        let reader = self.records.reader();
+        let snapshot = reader.unchecked_transaction()?;
+        let shown = Shown::in_snapshot(&snapshot, &self.state())?;
+        let owners = readable(&query.tenant, &query.owners, &shown);
+        let mut hits = vec![];
+        for ((tenant, slot, id), keywords) in self.keywords_with(&snapshot, query, &owners, &shown)? {
+            let Some(row) = rows::find(&snapshot, &tenant, &id, slot)? else { continue };
+            let mut memory = whole(&row)?;
+            let same = memory.space == query.space && memory.vector.len() == query.vector.len();
+            let similarity = if same { crate::vectors::dot(&query.vector, &memory.vector) } else { 0.0 };
+            if !query.with_vector {
+                memory.vector.clear();
+            }
+            hits.push(Hit { memory: Arc::new(memory), similarity, keywords });
+        }
+        Ok(hits)
     }
 
     fn keywords_with(
@@ -796,7 +835,7 @@ impl Shard {
                 damaged.set(failed.month);
                 failed.error
             };
-            if !vector.is_empty() && !held(&vector).map_err(note)? {
+            if self.vector_options.kept && !vector.is_empty() && !held(&vector).map_err(note)? {
                 let problem = format!("it differs from the record of memory {:02x?}", memory.id);
                 return Err(corrupt("the vector view", problem));
             }
@@ -804,17 +843,16 @@ impl Shard {
         })?;
         let state = self.state();
         digest = digest.wrapping_add(rows::slots_hash(&state.slots));
-        if (memories, with_vector, tree.count()) != (state.memories, state.vectors, state.vectors) {
+        let held = if self.vector_options.kept { tree.count() } else { state.vectors };
+        if (memories, with_vector, held) != (state.memories, state.vectors, state.vectors) {
             let problem = format!(
-                "{memories} memories, {with_vector} with a vector, {} in the vector view, are not the {} and {} that are counted",
-                tree.count(),
-                state.memories,
-                state.vectors,
+                "{memories} memories, {with_vector} with a vector, {held} in the vector view, are not the {} and {} that are counted",
+                state.memories, state.vectors,
             );
             return Err(corrupt("the records", problem));
         }
         for ((month, owner), (memories, words)) in owners {
-            if words::counts(&reader, month, owner)? != (memories as u64, words as u64) {
+            if self.words && words::counts(&reader, month, owner)? != (memories as u64, words as u64) {
                 return Err(corrupt(
                     "the words' index",
                     format!("owner {owner} is counted wrongly in {month}"),

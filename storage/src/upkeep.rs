@@ -260,6 +260,9 @@ impl Upkeep {
         options: &VectorOptions,
     ) -> Result<Vec<Numbered>, StorageError> {
         let mut made = vec![];
+        if !options.kept {
+            return Ok(made);
+        }
         for month in months::load(db)?.keys() {
             made.extend(self.rebuild(
                 disk,
@@ -304,12 +307,13 @@ impl Upkeep {
             Some(manifest) => rows_behind(&reader, &months, manifest.position)?,
             None => usize::MAX,
         };
-        let mut tree = match manifest {
+        let kept = options.kept;
+        let mut tree = match manifest.filter(|_| kept) {
             Some(manifest) if behind <= rows_in(&options) => {
                 self.open_named(disk, dir, &reader, &months, manifest, options, applied)?
             }
             manifest => {
-                if manifest.is_some() || months.values().any(|of| of.vectors > 0) {
+                if kept && (manifest.is_some() || months.values().any(|of| of.vectors > 0)) {
                     sim::trace::probe("vectors: made anew at the start");
                     sim::warn!("{dir}: making all segments of vectors anew from the records");
                 }
@@ -323,8 +327,11 @@ impl Upkeep {
         };
         tree.applied = applied;
         let manifest = tree.manifest(tree.sealed, tree.sealed_kills, &[]);
-        if loaded.as_ref() != Some(&manifest) {
-            manifest::store(disk, dir, &manifest)?;
+        match kept {
+            true if loaded.as_ref() != Some(&manifest) => manifest::store(disk, dir, &manifest)?,
+            // Were they kept again, they would be made anew.
+            false if loaded.is_some() => manifest::remove(disk, dir)?,
+            _ => {}
         }
         let named: BTreeSet<u64> = tree.segments.iter().map(|live| live.number).collect();
         for name in disk.list(dir)? {
@@ -760,6 +767,9 @@ impl Shard {
 
     /// Names the segments that took the place of others, and removes those.
     pub(crate) fn forget_tree(&self, old: &Tree) -> Result<(), StorageError> {
+        if !self.vector_options.kept {
+            return Ok(());
+        }
         let _changing = lock(&self.upkeep.changing);
         let manifest = {
             let tree = self.tree();

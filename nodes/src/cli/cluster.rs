@@ -13,7 +13,13 @@ pub enum Cluster {
     /// Nodes, shards, and what is under way.
     Status,
     /// Takes a node in, so that it may be given shards: its id, and the address at which the others reach it.
-    Join { id: u64, addr: String },
+    Join {
+        id: u64,
+        addr: String,
+        /// What it may be given: ledger, records, graph, vector; else all.
+        #[arg(long, value_delimiter = ',')]
+        roles: Vec<String>,
+    },
     /// Gives a node's shards to others; waits for the end.
     Drain { id: u64 },
     /// Forgets a node that has no shard.
@@ -26,8 +32,8 @@ pub async fn run(to: &To, what: Cluster) -> Done {
     let client = to.connect()?;
     match what {
         Cluster::Status => show(to, &status(&client).await?),
-        Cluster::Join { id, addr } => {
-            let node = v1::ClusterNode { id, address: addr, ..Default::default() };
+        Cluster::Join { id, addr, roles } => {
+            let node = v1::ClusterNode { id, address: addr, roles, ..Default::default() };
             show(to, &change(&client, Change::Join(node)).await?);
         }
         Cluster::Drain { id } => {
@@ -87,8 +93,12 @@ async fn wait(to: &To, client: &Client, left: impl Fn(&v1::ClusterResponse) -> O
 
 fn show(to: &To, cluster: &v1::ClusterResponse) {
     if to.json {
-        let node = |n: &v1::ClusterNode| json!({ "id": n.id, "address": n.address, "state": n.state, "shards": n.shards });
-        let shard = |s: &v1::ClusterShard| json!({ "shard": s.shard, "members": s.members, "slots": s.slots, "joining": s.joining, "leaving": s.leaving });
+        let node = |n: &v1::ClusterNode| json!({ "id": n.id, "address": n.address, "state": n.state, "roles": n.roles, "shards": n.shards });
+        let learner = |l: &v1::ClusterLearner| json!({ "node": l.node, "state": l.state });
+        let shard = |s: &v1::ClusterShard| {
+            json!({ "shard": s.shard, "members": s.members, "slots": s.slots, "joining": s.joining, "leaving": s.leaving,
+            "learners": s.learners.iter().map(learner).collect::<Vec<_>>() })
+        };
         let resize = cluster.resize.as_ref().map(
             |r| json!({ "shards": r.shards, "slots_moved": r.slots_moved, "slots_to_move": r.slots_to_move }),
         );
@@ -101,7 +111,14 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
     }
     println!("map version {}", cluster.version);
     for node in &cluster.nodes {
-        println!("node {:3}  {:22} {:9} {} replicas", node.id, node.address, node.state, node.shards.len());
+        println!(
+            "node {:3}  {:22} {:9} {:3} replicas  {}",
+            node.id,
+            node.address,
+            node.state,
+            node.shards.len(),
+            node.roles.join(",")
+        );
     }
     for shard in &cluster.shards {
         let moving = match (shard.leaving, shard.joining) {
@@ -110,6 +127,9 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
             (from, to) => format!("  (node {to} takes the place of node {from})"),
         };
         println!("shard {:2}  nodes {:?}  slots {}{moving}", shard.shard, shard.members, shard.slots);
+        for learner in &shard.learners {
+            println!("          node {} for its views: {}", learner.node, learner.state);
+        }
     }
     if let Some(resize) = &cluster.resize {
         println!(

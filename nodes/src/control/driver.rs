@@ -8,9 +8,10 @@
 //! only from the release. The copy is throttled to [`COPY_BYTES_PER_S`].
 //!
 //! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
-//! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica.
+//! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica. Replicas for views
+//! alone ([`crate::roles`]) stay learners, and go by the same way.
 
-use super::map::{ClusterMap, Handover, Move, ShardId};
+use super::map::{ClusterMap, Handover, Learner, Move, NodeId, ShardId};
 use super::{Control, TENANT};
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups, name_of};
@@ -18,6 +19,7 @@ use crate::ledger;
 use crate::proto::internal::Body;
 use crate::router::Router;
 use crate::views::{Ask, Found, Freshness, unexpected};
+use bincode::{Decode, Encode};
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
@@ -152,7 +154,7 @@ impl Driver {
 
     /// Which slots a shard has, as its leader knows it.
     async fn slots_of(&self, map: &ClusterMap, shard: ShardId) -> Result<Slots, Error> {
-        let (at, none) = (self.router.at(map, shard), SlotSet::default());
+        let (at, none) = (self.router.at(map, shard, &[]), SlotSet::default());
         match at.ask(Ask::Slots, Freshness::Strong, &none, soon()).await?.found {
             Found::State(slots) => Ok(slots),
             _ => Err(unexpected()),
@@ -180,7 +182,7 @@ impl Driver {
             return Ok(Some((arrived.pieces, arrived.hash)));
         }
         let (mut sequence, mut cursor, mut pieces, mut hash) = (0, vec![], 0, 0u128);
-        let (at, none, mut told) = (self.router.at(map, from), SlotSet::default(), Instant::now());
+        let (at, none, mut told) = (self.router.at(map, from, &[]), SlotSet::default(), Instant::now());
         loop {
             if sequence == arrived.next && sequence > 0 && cursor != arrived.cursor {
                 return Err(Error::Internal(format!("move {id} was copied in other parts before")));
@@ -238,7 +240,7 @@ impl Driver {
             now: time::calendar_ms(),
             operation: Operation::Move(step),
         };
-        let outcomes = self.router.at(map, shard).reach.propose(vec![command], soon()).await?;
+        let outcomes = self.router.at(map, shard, &[]).reach.propose(vec![command], soon()).await?;
         match outcomes.first() {
             Some(Outcome::Done { version, .. }) => Ok(*version),
             outcome => Err(Error::Internal(format!("{} refused {what}: {outcome:?}", name_of(shard)))),
@@ -265,13 +267,52 @@ impl Driver {
                 Err(error) => last = Err(error),
             }
         }
+        let next = match next.plan_learners() == *next {
+            true => next,
+            false => self.control.update(|map| Ok(map.plan_learners()), soon()).await?,
+        };
+        for (shard, entry) in &next.shards {
+            for (node, learner) in &entry.learners {
+                match self.learner(&next, *shard, (*node, *learner)).await {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        let what = if *learner == Learner::Joining { "has" } else { "no longer has" };
+                        sim::info!("shard {shard}: node {node} {what} a replica for its views");
+                        self.control
+                            .update(|map| Ok(map.end_learner(*shard, *node, *learner)), soon())
+                            .await?;
+                        last = last.and(Ok(true));
+                    }
+                    Err(error) => last = Err(error),
+                }
+            }
+        }
         last
     }
 
+    /// Takes a learner in or lets it go, if that is to be done; whether it was.
+    async fn learner(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        (node, learner): (NodeId, Learner),
+    ) -> Result<bool, Error> {
+        let change = match learner {
+            Learner::Serving => return Ok(false),
+            Learner::Joining => Membership::Learner { to: node, addr: addr_of(map, node)? },
+            Learner::Leaving => Membership::Without { node },
+        };
+        self.reconfigure(map, shard, &change).await.map(|()| true)
+    }
+
     async fn hand_over(&self, map: &ClusterMap, shard: ShardId, handover: Handover) -> Result<(), Error> {
-        let addr = map.nodes.get(&handover.to).map(|node| node.addr.clone());
-        let addr = addr.ok_or_else(|| Error::NotFound(format!("node {}", handover.to)))?;
-        let body = bytes::Bytes::from(codec::encode(&(handover.to, addr, handover.from)));
+        let Handover { from, to } = handover;
+        self.reconfigure(map, shard, &Membership::Voter { to, addr: addr_of(map, to)?, from }).await
+    }
+
+    /// Asks a shard's leader, whoever that is, to change who is in its ledger.
+    async fn reconfigure(&self, map: &ClusterMap, shard: ShardId, change: &Membership) -> Result<(), Error> {
+        let body = bytes::Bytes::from(codec::encode(change));
         let mut last = Error::Unavailable(format!("{} has no leader", name_of(shard)));
         let peers = self.router.peers();
         for addr in &map.addrs(shard) {
@@ -287,9 +328,25 @@ impl Driver {
     }
 }
 
+fn addr_of(map: &ClusterMap, node: NodeId) -> Result<String, Error> {
+    let addr = map.nodes.get(&node).map(|node| node.addr.clone());
+    addr.ok_or_else(|| Error::NotFound(format!("node {node}")))
+}
+
+/// A change of who is in a shard's ledger.
+#[derive(Clone, Debug, Encode, Decode)]
+pub enum Membership {
+    /// Who votes: one more, in place of another.
+    Voter { to: NodeId, addr: String, from: Option<NodeId> },
+    /// One more that does not vote.
+    Learner { to: NodeId, addr: String },
+    /// One less that does not vote.
+    Without { node: NodeId },
+}
+
 impl ledger::Ledger {
-    /// Takes a node in as a learner, then as a voter in place of another. Only on the leader; to be called again until it is done.
-    pub async fn admit(&self, to: u64, addr: String, from: Option<u64>) -> Result<(), Error> {
+    /// Changes who is in the group; who is new begins as a learner. Only on the leader; to be called again until it is done.
+    pub async fn change(&self, change: Membership) -> Result<(), Error> {
         use openraft::async_runtime::WatchReceiver;
         let failed =
             |error: &dyn std::fmt::Display| Error::Unavailable(format!("{}: {error}", name_of(self.group)));
@@ -299,6 +356,17 @@ impl ledger::Ledger {
         }
         let membership = metrics.membership_config.membership();
         let mut voters: std::collections::BTreeSet<u64> = membership.voter_ids().collect();
+        let (to, addr, votes, from) = match change {
+            Membership::Voter { to, addr, from } => (to, addr, true, from),
+            Membership::Learner { to, addr } => (to, addr, false, None),
+            Membership::Without { node } => {
+                if membership.get_node(&node).is_some() && !voters.contains(&node) {
+                    let without = openraft::ChangeMembers::RemoveNodes([node].into());
+                    self.raft.change_membership(without, false).await.map_err(|e| failed(&e))?;
+                }
+                return Ok(());
+            }
+        };
         let held = membership.get_node(&to).cloned();
         if voters.contains(&to) && from.is_none_or(|from| !voters.contains(&from)) {
             return Ok(());
@@ -314,6 +382,9 @@ impl ledger::Ledger {
                 return Err(failed(&format!("node {to} is {behind} entries behind, and catches up")));
             }
         }
+        if !votes {
+            return Ok(());
+        }
         voters.insert(to);
         voters.retain(|voter| Some(*voter) != from);
         self.raft.change_membership(voters, false).await.map_err(|e| failed(&e))?;
@@ -321,5 +392,5 @@ impl ledger::Ledger {
     }
 }
 
-/// A learner that is so close becomes a voter.
+/// A learner that is so close may vote, or be asked.
 const BEHIND_MAX: u64 = 100;

@@ -5,7 +5,7 @@
 //! has what it may have acknowledged ([`crate::ledger::recovery`]).
 
 use super::Control;
-use super::map::{ClusterMap, ShardId};
+use super::map::{ClusterMap, Learner, NodeEntry, ShardId};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, Settings, Start, name_of};
 use sim::disk::Disk;
@@ -35,6 +35,9 @@ fn start(map: &ClusterMap, shard: ShardId, node: u64) -> Option<Start> {
     Some(match entry.members.contains(&node) {
         true if entry.founded => Start::Rejoin { voters: entry.members.len() },
         true => Start::Found(entry.members.iter().filter_map(addr).collect()),
+        false if entry.learners.get(&node).is_some_and(|learner| *learner != Learner::Joining) => {
+            Start::Learner
+        }
         false => Start::Wait,
     })
 }
@@ -49,13 +52,12 @@ pub async fn keep(settings: Settings, groups: Groups, control: Control) {
                 sim::task::abort(&format!("{error}; this process ends, and its next start tries again"))
                     .await;
             }
-            let moved = map.nodes.get(&settings.id).is_some_and(|node| node.addr != settings.here);
-            if moved {
-                // It was given another address since.
-                let joined =
-                    control.update(|map| map.join(settings.id, &settings.here), Instant::now() + MOVED);
-                if let Err(error) = joined.await {
-                    sim::warn!("the cluster map has an old address of this node: {error}");
+            let other = |node: &NodeEntry| (&node.addr, &node.roles) != (&settings.here, &settings.roles);
+            if map.nodes.get(&settings.id).is_some_and(other) {
+                // It was given another address or other roles since.
+                let told = |map: &ClusterMap| Ok(map.told(settings.id, &settings.here, &settings.roles));
+                if let Err(error) = control.update(told, Instant::now() + MOVED).await {
+                    sim::warn!("the cluster map has an old address or old roles of this node: {error}");
                 }
             }
             let kept = map.kept_by(settings.id);

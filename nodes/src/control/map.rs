@@ -5,6 +5,7 @@
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
 use crate::error::Error;
+use crate::roles::{self, POLICIES, Role, Roles};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use storage::slots::{MoveId, SLOTS, Slot, SlotSet};
@@ -13,8 +14,6 @@ use storage::slots::{MoveId, SLOTS, Slot, SlotSet};
 pub type NodeId = u64;
 pub type ShardId = u32;
 
-/// Replicas that vote in a shard's ledger, where there are as many nodes.
-pub const REPLICAS: usize = 3;
 /// Shards at most; a slot cannot be divided.
 pub const SHARDS_MAX: u32 = 256;
 /// Slots in one move: what is sealed at a time, so that writers wait briefly.
@@ -38,6 +37,20 @@ pub struct ClusterMap {
 pub struct NodeEntry {
     pub addr: String,
     pub state: NodeState,
+    /// What it may be given, by its own account once it runs.
+    #[serde(default = "roles::all")]
+    pub roles: Roles,
+}
+
+impl NodeEntry {
+    /// Whether it may be given replicas for this.
+    fn may(&self, role: Role) -> bool {
+        self.state == NodeState::Member && self.roles.contains(&role)
+    }
+
+    fn has_view(&self) -> bool {
+        self.roles.iter().any(|role| role.is_view())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -59,6 +72,26 @@ pub struct ShardEntry {
     pub founded: bool,
     /// A replica that goes from one node to another.
     pub handover: Option<Handover>,
+    /// Replicas that do not vote, for the views of their nodes' roles.
+    #[serde(default)]
+    pub learners: BTreeMap<NodeId, Learner>,
+}
+
+impl ShardEntry {
+    fn new(members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
+        let (founded, handover, learners) = Default::default();
+        ShardEntry { epoch: 1, members, slots, founded, handover, learners }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Learner {
+    /// The ledger is yet to take it in.
+    Joining,
+    Serving,
+    /// Nobody asks it any more; the ledger is yet to let it go.
+    Leaving,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -95,7 +128,7 @@ impl ClusterMap {
             return Err(Error::invalid("shards", format!("at least one node, and 1 to {SHARDS_MAX} shards")));
         }
         let entry = |(id, addr): (&NodeId, &String)| {
-            (*id, NodeEntry { addr: addr.clone(), state: NodeState::Member })
+            (*id, NodeEntry { addr: addr.clone(), state: NodeState::Member, roles: roles::all() })
         };
         let mut map =
             ClusterMap { version: 1, nodes: nodes.iter().map(entry).collect(), ..ClusterMap::default() };
@@ -103,7 +136,7 @@ impl ClusterMap {
             let share = |shard: u32| (u32::from(SLOTS) * shard / count) as Slot;
             let slots = (share(shard)..share(shard + 1)).collect();
             let members = map.fresh_members();
-            map.shards.insert(shard, ShardEntry { epoch: 1, members, slots, founded: false, handover: None });
+            map.shards.insert(shard, ShardEntry::new(members, slots));
         }
         map.next_shard = count;
         Ok(map)
@@ -119,25 +152,40 @@ impl ClusterMap {
         members.into_iter().flatten().filter_map(|id| self.nodes.get(id)).map(|n| n.addr.clone()).collect()
     }
 
-    /// Shards whose replica a node keeps: as a member, or about to be one.
+    /// Addresses of the replicas of a shard whose nodes have all of these roles.
+    pub fn addrs_with(&self, shard: ShardId, roles: &[Role]) -> Vec<String> {
+        let Some(shard) = self.shards.get(&shard) else { return vec![] };
+        let serving = |(id, learner): (&NodeId, &Learner)| (*learner == Learner::Serving).then_some(*id);
+        let ids = shard.members.iter().copied().chain(shard.learners.iter().filter_map(serving));
+        let nodes = ids.filter_map(|id| self.nodes.get(&id));
+        nodes
+            .filter(|node| roles.iter().all(|role| node.roles.contains(role)))
+            .map(|node| node.addr.clone())
+            .collect()
+    }
+
+    /// Shards whose replica a node keeps: as a member or a learner, or about to be one.
     pub fn kept_by(&self, node: NodeId) -> BTreeSet<ShardId> {
         let keeps = |shard: &ShardEntry| {
-            shard.members.contains(&node) || shard.handover.is_some_and(|handover| handover.to == node)
+            shard.members.contains(&node)
+                || shard.learners.contains_key(&node)
+                || shard.handover.is_some_and(|handover| handover.to == node)
         };
         self.shards.iter().filter(|(_, shard)| keeps(shard)).map(|(id, _)| *id).collect()
     }
 
-    /// How many replicas each node has that may be given more.
-    fn loads(&self) -> BTreeMap<NodeId, usize> {
-        let members = self.nodes.iter().filter(|(_, node)| node.state == NodeState::Member);
-        members.map(|(id, _)| (*id, self.kept_by(*id).len())).collect()
+    /// How many replicas each node has that may be given more for a role.
+    fn loads(&self, role: Role) -> BTreeMap<NodeId, usize> {
+        let nodes = self.nodes.iter().filter(|(_, node)| node.may(role));
+        nodes.map(|(id, _)| (*id, self.kept_by(*id).len())).collect()
     }
 
     /// The nodes with the fewest replicas.
     fn fresh_members(&self) -> BTreeSet<NodeId> {
-        let mut loads: Vec<(usize, NodeId)> = self.loads().into_iter().map(|(id, load)| (load, id)).collect();
+        let mut loads: Vec<(usize, NodeId)> =
+            self.loads(Role::Ledger).into_iter().map(|(id, load)| (load, id)).collect();
         loads.sort_unstable();
-        loads.into_iter().take(REPLICAS).map(|(_, id)| id).collect()
+        loads.into_iter().take(Role::Ledger.policy().replicas).map(|(_, id)| id).collect()
     }
 
     fn changed(&self, change: impl FnOnce(&mut ClusterMap)) -> ClusterMap {
@@ -149,26 +197,46 @@ impl ClusterMap {
         map
     }
 
-    /// Takes a node in; if it is there, its address is brought up to date, and it is drained no longer.
-    pub fn join(&self, id: NodeId, addr: &str) -> Result<ClusterMap, Error> {
+    /// Takes a node in; if it is there, its address and roles are brought up to date, and it is drained no longer.
+    pub fn join(&self, id: NodeId, addr: &str, roles: &Roles) -> Result<ClusterMap, Error> {
+        if roles.is_empty() {
+            return Err(Error::invalid("roles", "are empty: this node would be given nothing"));
+        }
         if let Some((other, _)) = self.nodes.iter().find(|(other, node)| **other != id && node.addr == addr) {
             return Err(Error::invalid(
                 "addr",
                 format!("{addr} is node {other}'s; every node needs its own"),
             ));
         }
-        let entry = NodeEntry { addr: addr.into(), state: NodeState::Member };
+        let entry = NodeEntry { addr: addr.into(), state: NodeState::Member, roles: roles.clone() };
         Ok(self.changed(|map| drop(map.nodes.insert(id, entry))))
+    }
+
+    /// A node says where it is and what it does, if the map has it and says otherwise.
+    pub fn told(&self, id: NodeId, addr: &str, roles: &Roles) -> ClusterMap {
+        self.changed(|map| {
+            map.nodes.entry(id).and_modify(|node| {
+                (node.addr, node.roles) = (addr.into(), roles.clone());
+            });
+        })
     }
 
     /// Gives a node's shards to others, one after the other.
     pub fn drain(&self, id: NodeId) -> Result<ClusterMap, Error> {
         let Some(node) = self.nodes.get(&id) else { return Err(Error::NotFound(format!("node {id}"))) };
-        let rest = self.loads().len() - (node.state == NodeState::Member) as usize;
-        if let Some((shard, entry)) = self.shards.iter().find(|(_, entry)| entry.members.len() > rest) {
-            let problem =
-                format!("shard {shard} has {} replicas, and {rest} nodes would be left", entry.members.len());
+        let rest = |role| self.loads(role).keys().filter(|other| **other != id).count();
+        let (voters, votes) = (rest(Role::Ledger), node.roles.contains(&Role::Ledger));
+        let short = self.shards.iter().find(|(_, entry)| votes && entry.members.len() > voters);
+        if let Some((shard, entry)) = short {
+            let problem = format!(
+                "shard {shard} has {} replicas that vote, and {voters} nodes would be left",
+                entry.members.len()
+            );
             return Err(Error::invalid("node", format!("{problem}; join another node first")));
+        }
+        if let Some(role) = node.roles.iter().find(|role| rest(**role) == 0) {
+            let problem = format!("{id} is the last with the role {}; join another node first", role.name());
+            return Err(Error::invalid("node", problem));
         }
         Ok(self.changed(|map| {
             map.nodes.entry(id).and_modify(|node| node.state = NodeState::Draining);
@@ -204,8 +272,7 @@ impl ClusterMap {
             while map.shards.len() < shards as usize {
                 let (members, slots, id) = (map.fresh_members(), SlotSet::default(), map.next_shard);
                 map.next_shard += 1;
-                map.shards
-                    .insert(id, ShardEntry { epoch: 1, members, slots, founded: false, handover: None });
+                map.shards.insert(id, ShardEntry::new(members, slots));
             }
             let slots_to_move = map.surplus(shards).values().sum();
             map.resize = Some(Resize { shards, slots_moved: 0, slots_to_move, moving: None });
@@ -299,20 +366,22 @@ impl ClusterMap {
         })
     }
 
-    /// Plans the next handover: away from nodes that are drained, then to shards that lack replicas.
+    /// Plans the next handover: away from nodes that are drained or may not vote, then to shards that lack replicas.
     pub fn plan_handover(&self) -> ClusterMap {
-        let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| node.state == NodeState::Draining);
+        let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.may(Role::Ledger));
         self.changed(|map| {
             for (id, shard) in &self.shards {
                 if shard.handover.is_some() {
                     continue;
                 }
                 let from = shard.members.iter().copied().find(draining);
-                let lacks = shard.members.len() < REPLICAS.min(self.loads().len());
+                let lacks =
+                    shard.members.len() < Role::Ledger.policy().replicas.min(self.loads(Role::Ledger).len());
                 if from.is_none() && !lacks {
                     continue;
                 }
-                let free = map.loads().into_iter().filter(|(node, _)| !shard.members.contains(node));
+                let free = map.loads(Role::Ledger).into_iter();
+                let free = free.filter(|(node, _)| !shard.members.contains(node));
                 let Some((_, to)) = free.map(|(node, load)| (load, node)).min() else { continue };
                 map.shards.entry(*id).and_modify(|shard| shard.handover = Some(Handover { from, to }));
             }
@@ -327,8 +396,62 @@ impl ClusterMap {
             };
             entry.handover = None;
             entry.members.insert(done.to);
+            entry.learners.remove(&done.to);
             if let Some(from) = done.from {
                 entry.members.remove(&from);
+            }
+        })
+    }
+
+    /// Plans learners: of each view as many replicas as its policy has, voters included, where there are as many nodes; none for nodes
+    /// that are drained, or gone, or have no view any more.
+    pub fn plan_learners(&self) -> ClusterMap {
+        self.changed(|map| {
+            for (id, shard) in
+                self.shards.iter().filter(|(_, shard)| shard.founded && shard.handover.is_none())
+            {
+                let mut planned = shard.clone();
+                for role in POLICIES.iter().map(|policy| policy.role).filter(|role| role.is_view()) {
+                    let loads = map.loads(role);
+                    let holds =
+                        |node: &NodeId| planned.members.contains(node) || planned.learners.contains_key(node);
+                    let held = loads.keys().filter(|node| holds(node)).count();
+                    let mut free: Vec<(usize, NodeId)> = loads
+                        .into_iter()
+                        .filter(|(node, _)| !holds(node))
+                        .map(|(node, load)| (load, node))
+                        .collect();
+                    free.sort_unstable();
+                    for (_, node) in free.into_iter().take(role.policy().replicas.saturating_sub(held)) {
+                        planned.learners.insert(node, Learner::Joining);
+                    }
+                }
+                // Whoever takes its place answers before it goes.
+                let settled = planned.learners.values().all(|learner| *learner != Learner::Joining);
+                for (node, learner) in &mut planned.learners {
+                    let stays = self
+                        .nodes
+                        .get(node)
+                        .is_some_and(|node| node.state == NodeState::Member && node.has_view());
+                    if !stays && (settled || *learner == Learner::Joining) {
+                        *learner = Learner::Leaving;
+                    }
+                }
+                map.shards.insert(*id, planned);
+            }
+        })
+    }
+
+    /// A learner has been taken in, or let go.
+    pub fn end_learner(&self, shard: ShardId, node: NodeId, done: Learner) -> ClusterMap {
+        self.changed(|map| {
+            let Some(entry) = map.shards.get_mut(&shard) else { return };
+            match (entry.learners.get(&node).copied(), done) {
+                (Some(Learner::Joining), Learner::Joining) => {
+                    drop(entry.learners.insert(node, Learner::Serving))
+                }
+                (Some(Learner::Leaving), Learner::Leaving) => drop(entry.learners.remove(&node)),
+                _ => {}
             }
         })
     }
@@ -409,7 +532,7 @@ mod tests {
     fn a_drained_node_gives_its_shards_away_and_can_then_be_removed() -> Result<(), Error> {
         let map = ClusterMap::found(&nodes(3), 4)?;
         assert!(map.drain(2).is_err(), "two nodes cannot hold three replicas");
-        let mut map = map.join(4, "n4:1")?.drain(2)?;
+        let mut map = map.join(4, "n4:1", &roles::all())?.drain(2)?;
         assert_eq!(map, map.drain(2)?, "a repeated command changes nothing");
         assert!(map.remove(2).is_err());
         map = map.plan_handover();
@@ -421,7 +544,64 @@ mod tests {
         assert_eq!(map.check(), Ok(()));
         assert!(map.kept_by(2).is_empty());
         assert_eq!(map.remove(2)?.check(), Ok(()));
-        assert!(map.join(5, "n4:1").is_err(), "an address of another node");
+        assert!(map.join(5, "n4:1", &roles::all()).is_err(), "an address of another node");
+        Ok(())
+    }
+
+    #[test]
+    fn views_live_on_their_own_nodes_and_go_with_them() -> Result<(), Error> {
+        let ledger = Roles::from([Role::Ledger, Role::Records, Role::Graph]);
+        let vector = Roles::from([Role::Vector]);
+        let mut map = ClusterMap::found(&nodes(3), 2)?;
+        assert_eq!(map, map.plan_learners(), "where everybody does everything, nobody else is needed");
+        for id in 1..=3 {
+            map = map.told(id, &format!("n{id}:1"), &ledger);
+        }
+        for id in 4..=7 {
+            map = map.join(id, &format!("n{id}:1"), &vector)?;
+        }
+        for shard in [0, 1] {
+            map = map.founded(shard);
+        }
+        assert_eq!(map.plan_handover(), map, "voters stay");
+        assert!(map.addrs_with(0, &[Role::Vector]).is_empty());
+        map = map.plan_learners();
+        assert_eq!(map, map.plan_learners());
+        for shard in [0, 1] {
+            let joining: Vec<NodeId> = map.shards[&shard].learners.keys().copied().collect();
+            assert_eq!(joining.len(), Role::Vector.policy().replicas);
+            for node in joining {
+                map = map.end_learner(shard, node, Learner::Joining);
+            }
+            assert_eq!(map.addrs_with(shard, &[Role::Vector]).len(), 3);
+            assert_eq!(map.addrs_with(shard, &[Role::Graph]).len(), 3);
+            assert!(map.addrs_with(shard, &[Role::Records, Role::Vector]).is_empty());
+        }
+        assert_eq!((4..=7).map(|node| map.kept_by(node).len()).sum::<usize>(), 6);
+        // One is drained: another takes its place before it goes.
+        let drained = map.shards[&0].learners.keys().copied().next().unwrap_or_default();
+        map = map.drain(drained)?.plan_learners();
+        let of = |map: &ClusterMap| map.shards[&0].learners.clone();
+        assert_eq!(of(&map).get(&drained), Some(&Learner::Serving));
+        let next = of(&map).iter().find(|(_, l)| **l == Learner::Joining).map(|(node, _)| *node);
+        let next = next.ok_or_else(|| Error::Internal("nobody takes its place".into()))?;
+        for shard in [0, 1] {
+            map = map.end_learner(shard, next, Learner::Joining);
+        }
+        map = map.plan_learners();
+        assert_eq!(of(&map).get(&drained), Some(&Learner::Leaving));
+        assert_eq!(map.addrs_with(0, &[Role::Vector]).len(), 3);
+        for shard in [0, 1] {
+            map = map.end_learner(shard, drained, Learner::Leaving);
+        }
+        assert!(map.kept_by(drained).is_empty());
+        // A node that may no longer vote gives its votes away.
+        map = map.told(3, "n3:1", &vector).join(8, "n8:1", &ledger)?.plan_handover();
+        assert_eq!(map.shards[&0].handover, Some(Handover { from: Some(3), to: 8 }));
+        for last in [4, 5, 6, 7] {
+            map = map.drain(last)?;
+        }
+        assert!(map.drain(3).is_err(), "the last with vectors");
         Ok(())
     }
 

@@ -83,7 +83,7 @@ impl Control {
         };
         let map: ClusterMap = held.unwrap_or_default();
         let others = voters.into_iter().filter(|addr| *addr != here).collect();
-        let reach = Reach { groups, group: CONTROL, remote: Remote::new(peers, CONTROL, others) };
+        let reach = Reach { groups, group: CONTROL, needs: &[], remote: Remote::new(peers, CONTROL, others) };
         Ok(Control { reach, disk, map: watch::channel(Arc::new(map)).0 })
     }
 

@@ -2,12 +2,13 @@
 
 use super::context;
 use crate::control::Control;
-use crate::control::map::{ClusterMap, NodeEntry, NodeState, ShardEntry, ShardId};
+use crate::control::map::{ClusterMap, Learner, NodeEntry, NodeState, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
-use crate::ledger::{FIRST_EPOCH, Ledger, log_store::position_index, recovery};
+use crate::ledger::{FIRST_EPOCH, log_store::position_index, recovery};
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
+use crate::roles::{self, Role, Roles};
 use crate::writer::Writer;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::Instant;
@@ -38,7 +39,7 @@ impl About {
         let mut shards = vec![];
         let mut level = "L0";
         for replica in self.groups.shards() {
-            let shard = shard_status(&replica.ledger, with_digest).await?;
+            let shard = shard_status(&replica, with_digest).await?;
             if shard.leader.is_empty() {
                 level = "L3";
             }
@@ -75,7 +76,10 @@ fn members_of(replica: &Replica) -> Vec<v1::Member> {
     membership.nodes().map(member).collect()
 }
 
-async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardStatus, Error> {
+async fn shard_status(
+    Replica { ledger, views, .. }: &Replica,
+    with_digest: bool,
+) -> Result<v1::ShardStatus, Error> {
     let metrics = ledger.raft.metrics().borrow_watched().clone();
     let leader = ledger.leader();
     let shard = ledger.shard.clone();
@@ -91,7 +95,8 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
     let internal = |e: StorageError| Error::Internal(e.to_string());
     let (counts, ((position, digest), scan)) = (counts.map_err(internal)?, digests.map_err(internal)?);
     let published_index = ledger.shard.applied().0.index;
-    let view = |view: &str| v1::ViewStatus { view: view.into(), published_index };
+    let roles = views.roles.iter().filter(|role| role.is_view());
+    let view = |role: &Role| v1::ViewStatus { view: role.name().into(), published_index };
     let committed = metrics.last_applied.map_or(0, |l| position_index(l.index));
     Ok(v1::ShardStatus {
         shard: ledger.group,
@@ -101,7 +106,7 @@ async fn shard_status(ledger: &Ledger, with_digest: bool) -> Result<v1::ShardSta
         epoch: FIRST_EPOCH,
         last_index: metrics.last_log_index.map_or(0, position_index),
         committed_index: committed,
-        views: vec![view("records"), view("graph"), view("vector")],
+        views: roles.map(view).collect(),
         memories: counts.memories,
         vectors: counts.vectors,
         idempotency_keys: counts.idempotency_keys,
@@ -192,7 +197,7 @@ impl admin_service_server::AdminService for AdminService {
                 Change::Join(node) if node.id == 0 || node.address.is_empty() => {
                     Err(Error::invalid("join", "needs a node's id (not 0) and its address"))
                 }
-                Change::Join(node) => map.join(node.id, &node.address),
+                Change::Join(node) => map.join(node.id, &node.address, &roles_of(node)?),
                 Change::Drain(node) => map.drain(*node),
                 Change::Remove(node) => map.remove(*node),
                 Change::Shards(shards) => map.begin_resize(*shards),
@@ -213,10 +218,21 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         }
         .into(),
         shards: map.kept_by(*id).into_iter().collect(),
+        roles: node.roles.iter().map(|role| role.name().to_string()).collect(),
+    };
+    let learner = |(node, learner): (&u64, &Learner)| v1::ClusterLearner {
+        node: *node,
+        state: match learner {
+            Learner::Joining => "joining",
+            Learner::Serving => "serving",
+            Learner::Leaving => "leaving",
+        }
+        .into(),
     };
     let shard = |(id, shard): (&ShardId, &ShardEntry)| v1::ClusterShard {
         shard: *id,
         members: shard.members.iter().copied().collect(),
+        learners: shard.learners.iter().map(learner).collect(),
         slots: shard.slots.to_string(),
         joining: shard.handover.map_or(0, |handover| handover.to),
         leaving: shard.handover.and_then(|handover| handover.from).unwrap_or(0),
@@ -231,6 +247,19 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
             slots_to_move: resize.slots_to_move as u32,
         }),
     }
+}
+
+/// The roles that a node joins with; where none are named, all.
+fn roles_of(node: &v1::ClusterNode) -> Result<Roles, Error> {
+    if node.roles.is_empty() {
+        return Ok(roles::all());
+    }
+    let role = |name: &String| {
+        let names = Role::ALL.map(Role::name).join(", ");
+        Role::parse(name)
+            .ok_or_else(|| Error::invalid("roles", format!("'{name}' has no replicas; there are {names}")))
+    };
+    node.roles.iter().map(role).collect()
 }
 
 impl AdminService {

@@ -3,6 +3,7 @@
 use super::Proposed;
 use super::state_machine::SnapshotSource;
 use super::types::{SnapshotMeta, Vote};
+use crate::control::driver::Membership;
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
 use crate::proto::internal::{Body, replica_server};
@@ -114,9 +115,9 @@ impl replica_server::Replica for ReplicaService {
 
     async fn reconfigure(&self, request: Request<Body>) -> Answer {
         let ledger = self.replica(request.get_ref())?.ledger;
-        let (to, addr, from): (u64, String, Option<u64>) = codec::decode(&request.get_ref().body)
+        let change: Membership = codec::decode(&request.get_ref().body)
             .map_err(|e| Status::invalid_argument(format!("unreadable change: {e}")))?;
-        ledger.admit(to, addr, from).await?;
+        ledger.change(change).await?;
         encoded(&())
     }
 

@@ -1,7 +1,7 @@
 //! What an operator does while a run goes on: shards and nodes that come and go, by the commands that `loci cluster` gives.
 
 use super::cluster::Cluster;
-use crate::spec::Change;
+use crate::spec::{Change, Topology};
 use nodes::proto::v1::{self, change_cluster_request::Change as Wish};
 use sim::time::{self, Duration};
 use sim::trace::Level;
@@ -10,13 +10,13 @@ use std::sync::Arc;
 const LOOK: Duration = Duration::from_millis(250);
 
 /// Makes the changes one after the other, each as often as it takes; how many were done in the end.
-pub async fn play(cluster: Arc<Cluster>, changes: Vec<Change>) -> usize {
+pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change>) -> usize {
     let world = &cluster.world;
     let mut done = 0;
     for change in changes {
         time::sleep(Duration::from_secs(change.at_s).saturating_sub(world.now())).await;
         world.note(0, Level::Info, &format!("operator: {}", describe(&change)));
-        while !make(&cluster, &change).await {
+        while !make(&cluster, &topology, &change).await {
             time::sleep(LOOK).await;
         }
         world.note(0, Level::Info, &format!("operator: done: {}", describe(&change)));
@@ -35,14 +35,15 @@ fn describe(change: &Change) -> String {
 }
 
 /// Asks for a change, which is harmless when it is under way or done; whether it is done.
-async fn make(cluster: &Cluster, change: &Change) -> bool {
+async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     let wish = match (change.shards, change.join, change.drain) {
         (Some(shards), ..) => Wish::Shards(shards),
         (_, Some(id), _) => {
             let Some(address) = cluster.replicas.get(id as usize - 1).map(|node| cluster.addr(*node)) else {
                 return true;
             };
-            Wish::Join(v1::ClusterNode { id, address, ..Default::default() })
+            let roles = topology.roles_of(id).iter().map(|role| role.name().to_string()).collect();
+            Wish::Join(v1::ClusterNode { id, address, roles, ..Default::default() })
         }
         (.., Some(id)) => Wish::Drain(id),
         _ => return true,

@@ -2,10 +2,11 @@
 
 use crate::spec::{Draw, Scenario};
 use nodes::auth::Keys;
-use nodes::config::NodeConfig;
+use nodes::config::{EDGE_ROLES, NodeConfig};
 use nodes::error::Error;
 use nodes::node::Node;
 use nodes::proto::v1::{self, admin_service_client::AdminServiceClient};
+use nodes::roles::{Role, Roles};
 use sim::disk::simulated::DiskFaults;
 use sim::net::Channel;
 use sim::time::Duration;
@@ -33,6 +34,8 @@ pub struct Cluster {
     pub keys_per_tenant: u64,
     /// The nodes with the edge's roles only: g1, g2, …
     pub edges: Vec<NodeIndex>,
+    /// The replicas that do not vote.
+    pub apart: Vec<NodeIndex>,
     told: BTreeMap<NodeIndex, Arc<Told>>,
     operator: String,
 }
@@ -89,6 +92,7 @@ impl Cluster {
             keys,
             keys_per_tenant,
             edges: vec![],
+            apart: vec![],
             told: BTreeMap::new(),
             operator,
         };
@@ -99,11 +103,13 @@ impl Cluster {
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         for ((name, id), limits) in names.chain(edges).zip(&draw.nodes) {
-            let roles = if id.is_some() { "" } else { "roles = ['gateway', 'writer', 'reader']\n" };
+            let of_replicas = id.map_or(Roles::new(), |id| scenario.topology.roles_of(id));
+            let roles = EDGE_ROLES.into_iter().chain(of_replicas.iter().map(|role| role.name()));
+            let roles = roles.map(|role| format!("'{role}'")).collect::<Vec<_>>().join(", ");
             let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
             let addr = format!("{name}:{PORT}");
             let text = format!(
-                "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\n{roles}{number}shards = {}\n\
+                "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\nroles = [{roles}]\n{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
                  vector_buffer_bytes = {}\ngraph_rows_min = {}\n{product}",
                 scenario.topology.shards,
@@ -138,6 +144,9 @@ impl Cluster {
                 let usual = DiskFaults { latency, sync_latency, bytes_per_s, ..Default::default() };
                 disk.set_faults(usual);
                 cluster.disk_faults.insert(node, usual);
+            }
+            if id.is_some() && !of_replicas.contains(&Role::Ledger) {
+                cluster.apart.push(node);
             }
             match id {
                 Some(_) => cluster.replicas.push(node),
@@ -224,15 +233,16 @@ impl Cluster {
             let Some(status) = self.status(node, false).await else { return false };
             for shard in status.shards {
                 let (end, published, leaders) = shards.entry(shard.shard).or_insert((0, u64::MAX, vec![]));
-                let views = shard.views.iter().map(|v| v.published_index).min().unwrap_or(0);
+                let views = shard.views.iter().map(|v| v.published_index).min();
+                let views = views.unwrap_or(shard.committed_index);
                 *published = (*published).min(if shard.repairing { 0 } else { views });
                 *end = (*end).max(shard.last_index);
                 leaders.push(shard.leader);
             }
         }
         let whole = |(shard, (_, published, leaders)): (&u32, &(u64, u64, Vec<String>))| {
-            let members = self.replicas.len().min(nodes::control::map::REPLICAS);
-            leaders.len() >= members
+            let members = self.replicas.len().min(Role::Ledger.policy().replicas);
+            leaders.len() >= members + self.apart.len()
                 && leaders.iter().all(|leader| !leader.is_empty() && *leader == leaders[0])
                 && wanted.get(shard).is_some_and(|before| published >= before)
         };

@@ -44,9 +44,10 @@ async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     match fault.target {
         Target::All => cluster.replicas.clone(),
         Target::Everyone => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
-        Target::Any | Target::Drawn | Target::Gateway | Target::Machine => {
+        Target::Any | Target::Drawn | Target::Gateway | Target::Machine | Target::Apart => {
             let all: Vec<NodeIndex> = match fault.target {
                 Target::Gateway => cluster.edges.clone(),
+                Target::Apart => cluster.apart.clone(),
                 Target::Machine => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
                 _ => cluster.replicas.clone(),
             };

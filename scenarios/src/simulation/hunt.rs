@@ -11,13 +11,16 @@ use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::Mutex;
 
+/// A scenario whose first so many seeds never came upon a bug's code is not run for it any more.
+const UNREACHED_MAX: u64 = 8;
+
 /// What came of one planted bug.
 #[derive(Serialize)]
 struct Caught {
     mutant: &'static str,
     /// A run with it failed that passes without it.
     caught: bool,
-    /// How many seeds were tried, all scenarios on each, until that one; all if it was not caught.
+    /// How many seeds were tried, on each all scenarios that come upon it, until that one; all if it was not caught.
     seeds_to_detection: u64,
     /// What gave it away: a promise, or how the run ended.
     promise: Option<String>,
@@ -92,10 +95,18 @@ fn one(
     survives: &dyn Fn(u64),
 ) -> Caught {
     let mut runs_reached = 0;
+    // In how many runs of each scenario its code was come upon.
+    let mut reached: BTreeMap<&str, u64> = BTreeMap::new();
     for seed in seeds.clone() {
+        let tried = seed - seeds.start;
         for scenario in scenarios {
+            if tried >= UNREACHED_MAX && reached.get(scenario.as_str()) == Some(&0) {
+                continue;
+            }
             let report = child(&Job::new(scenario, seed, Some(mutant.name)), None);
-            runs_reached += report.mutant.as_ref().is_none_or(|(_, times)| *times > 0) as u64;
+            let here = report.mutant.as_ref().is_none_or(|(_, times)| *times > 0) as u64;
+            runs_reached += here;
+            *reached.entry(scenario).or_default() += here;
             if matches!(report.class, Class::Pass | Class::Vacuous)
                 || !passes(Job::new(scenario, seed, None), clean)
             {

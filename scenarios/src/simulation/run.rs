@@ -191,7 +191,11 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         let (cluster, plan) = (cluster.clone(), scenario.faults.disk.unwrap_or_default());
         sim::task::spawn(async move { faults::play(&cluster, &plan).await })
     };
-    let changing = sim::task::spawn(super::changes::play(cluster.clone(), scenario.changes.clone()));
+    let changing = sim::task::spawn(super::changes::play(
+        cluster.clone(),
+        scenario.topology.clone(),
+        scenario.changes.clone(),
+    ));
     let watch =
         scenario.recovery.as_ref().map(|r| Watch::start(&cluster, r.quiet_from_s, &scenario.faults.list));
     let fired = faults::play(&cluster, &scenario.faults.list).await;
@@ -271,7 +275,8 @@ async fn agree(cluster: &Cluster) -> bool {
             if shard.repairing || shard.leader.is_empty() {
                 return false;
             }
-            let published = shard.views.iter().map(|v| v.published_index).min().unwrap_or(0);
+            let published = shard.views.iter().map(|v| v.published_index).min();
+            let published = published.unwrap_or(shard.committed_index);
             seen.entry(shard.shard).or_default().push((shard.last_index, published, shard.leader));
         }
     }
@@ -279,7 +284,8 @@ async fn agree(cluster: &Cluster) -> bool {
         let replicas = seen.get(&shard.shard).map_or(&[][..], |replicas| replicas);
         let same =
             replicas.windows(2).all(|w| w[0] == w[1]) && replicas.iter().all(|(last, at, _)| last == at);
-        same && replicas.len() == shard.members.len()
+        same && replicas.len() == shard.members.len() + shard.learners.len()
+            && shard.learners.iter().all(|learner| learner.state == "serving")
     };
     seen.len() == map.shards.len() && map.shards.iter().all(whole)
 }

@@ -278,11 +278,19 @@ pub fn number_owner(db: &Connection, owner: &Owner) -> Result<i64, StorageError>
     Ok(db.last_insert_rowid())
 }
 
-/// Writes a memory's row and its indexes. `memory` is what the row's body encodes.
-pub fn put_memory(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), StorageError> {
+/// Writes a memory's row and its indexes, that of words if it is kept. `memory` is what the row's body encodes.
+pub fn put_memory(
+    db: &Connection,
+    row: &Stored,
+    memory: &Memory,
+    words_kept: bool,
+) -> Result<(), StorageError> {
     let (month, of) = (Month::of(memory.created), memory.owner());
     let owner = number_owner(db, &of)?;
-    let words = words::add(db, month, row.position, owner, &memory.text)?;
+    let words = match words_kept {
+        true => words::add(db, month, row.position, owner, &memory.text)?,
+        false => 0,
+    };
     fields::add(db, month, owner, row.position, memory)?;
     let mut statement = db.prepare_cached(&format!(
         "INSERT INTO m{} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
@@ -305,14 +313,21 @@ pub fn put_memory(db: &Connection, row: &Stored, memory: &Memory) -> Result<(), 
 }
 
 /// Removes a memory's row and what indexes it, but not its place.
-pub fn remove_memory(db: &Connection, position: i64, memory: &Memory) -> Result<(), StorageError> {
+pub fn remove_memory(
+    db: &Connection,
+    position: i64,
+    memory: &Memory,
+    words_kept: bool,
+) -> Result<(), StorageError> {
     let month = Month::of(memory.created);
     let mut statement = db.prepare_cached(&format!(
         "DELETE FROM m{} WHERE position = ?1 RETURNING owner, words",
         suffix(month)
     ))?;
     let (owner, words) = statement.query_row([position], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    words::remove(db, month, position, owner, words)?;
+    if words_kept {
+        words::remove(db, month, position, owner, words)?;
+    }
     fields::remove(db, month, owner, position, memory)
 }
 

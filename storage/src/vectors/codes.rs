@@ -11,8 +11,11 @@
 
 use super::cpu::Level;
 
-/// Bytes that are fetched before they are needed where rows lie side by side: two pages, since the processor does not look beyond one.
-const AHEAD: usize = 8192;
+/// Rows that are summed at a time; where they lie side by side, each is of a part of its own: a processor fetches ahead in several places
+/// at once, but in none of them beyond a page.
+const STREAMS: u32 = 4;
+/// Bytes that are fetched before they are needed where rows lie side by side.
+const AHEAD: usize = 4096;
 /// Codes are padded with zeroes to a multiple of this many.
 pub const LINE: usize = 64;
 /// The largest twelve-bit integer: its code is 127, its rest 7.
@@ -163,9 +166,13 @@ impl Query {
     /// The sums of integers of many rows of codes, one behind the other.
     pub fn sums(&self, level: Level, codes: &[u8], out: &mut [i32]) {
         assert_eq!(codes.len(), self.high.len() * out.len(), "rows and results differ in number");
-        let rows = 0..out.len() as u32;
+        let (count, part) = (out.len() as u32, out.len() as u32 / STREAMS);
+        let rows = (0..count).map(|turn| match turn < part * STREAMS {
+            true => turn % STREAMS * part + turn / STREAMS,
+            false => turn,
+        });
         // SAFETY: there is a row for each place of `out`.
-        unsafe { self.sums_at::<AHEAD>(level, codes, rows, out) }
+        unsafe { self.sums_at::<AHEAD>(level, codes, rows.map(|row| (row, row)), out) }
     }
 
     /// The sums of some rows.
@@ -174,10 +181,10 @@ impl Query {
         assert!(rows.iter().all(|row| (*row as usize) < count), "there are {count} rows");
         assert!(rows.len() <= out.len(), "as many results as rows");
         // SAFETY: the rows are there, as was just asserted.
-        unsafe { self.sums_at::<0>(level, codes, rows.iter().copied(), out) }
+        unsafe { self.sums_at::<0>(level, codes, rows.iter().copied().zip(0..rows.len() as u32), out) }
     }
 
-    /// What lies so many bytes behind each row is fetched already.
+    /// Rows, and where in `out` their sums go. What lies so many bytes behind each row is fetched already.
     ///
     /// # Safety
     /// `codes` has all the rows, and `out` a place for each.
@@ -185,14 +192,14 @@ impl Query {
         &self,
         level: Level,
         codes: &[u8],
-        rows: impl ExactSizeIterator<Item = u32>,
+        rows: impl ExactSizeIterator<Item = (u32, u32)>,
         out: &mut [i32],
     ) {
         let stride = self.high.len();
         match level {
             Level::Portable => {
-                for (row, out) in rows.zip(out) {
-                    *out = sum_portable(&self.wide, &codes[row as usize * stride..][..stride]);
+                for (row, place) in rows {
+                    out[place as usize] = sum_portable(&self.wide, &codes[row as usize * stride..][..stride]);
                 }
             }
             // SAFETY: `level` says that the CPU has the instructions; the rows are there.
@@ -278,10 +285,10 @@ fn sum_avx2(eight: std::arch::x86_64::__m256i) -> i32 {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn sums_avx2(query: &Query, codes: &[u8], rows: impl Iterator<Item = u32>, out: &mut [i32]) {
+unsafe fn sums_avx2(query: &Query, codes: &[u8], rows: impl Iterator<Item = (u32, u32)>, out: &mut [i32]) {
     use std::arch::x86_64::*;
     let stride = query.wide.len();
-    for (row, out) in rows.zip(out) {
+    for (row, place) in rows {
         let row = &codes[row as usize * stride..][..stride];
         let mut sums = [_mm256_setzero_si256(); 4];
         for at in (0..stride).step_by(LINE) {
@@ -295,7 +302,7 @@ unsafe fn sums_avx2(query: &Query, codes: &[u8], rows: impl Iterator<Item = u32>
             }
         }
         let sum = _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
-        *out = sum_avx2(sum).wrapping_sub(query.sum.wrapping_mul(128));
+        out[place as usize] = sum_avx2(sum).wrapping_sub(query.sum.wrapping_mul(128));
     }
 }
 
@@ -305,21 +312,21 @@ unsafe fn sums_avx2(query: &Query, codes: &[u8], rows: impl Iterator<Item = u32>
 unsafe fn sums_avx512<const AHEAD: usize>(
     query: &Query,
     codes: &[u8],
-    mut rows: impl ExactSizeIterator<Item = u32>,
+    mut rows: impl ExactSizeIterator<Item = (u32, u32)>,
     out: &mut [i32],
 ) {
     use std::arch::x86_64::*;
-    const ROWS: usize = 4;
+    const ROWS: usize = STREAMS as usize;
     let stride = query.high.len();
     let less = query.sum.wrapping_mul(128);
-    let mut done = 0;
     while rows.len() > 0 {
         let count = rows.len().min(ROWS);
-        let mut at_row = [codes.as_ptr(); ROWS];
-        for place in &mut at_row[..count] {
-            let row = rows.next().unwrap_or(0) as usize;
+        let (mut at_row, mut places) = ([codes.as_ptr(); ROWS], [0; ROWS]);
+        for (at_row, at_place) in at_row[..count].iter_mut().zip(&mut places) {
+            let (row, place) = rows.next().unwrap_or((0, 0));
+            *at_place = place as usize;
             // SAFETY: the caller promised that the row is there.
-            *place = unsafe { codes.as_ptr().add(row * stride) };
+            *at_row = unsafe { codes.as_ptr().add(row as usize * stride) };
         }
         let mut high = [_mm512_setzero_si512(); ROWS];
         let mut low = [_mm512_setzero_si512(); ROWS];
@@ -331,7 +338,7 @@ unsafe fn sums_avx512<const AHEAD: usize>(
                 for row in 0..ROWS {
                     code[row] = _mm512_loadu_si512(at_row[row].add(at).cast());
                     if AHEAD > 0 {
-                        _mm_prefetch::<_MM_HINT_T0>(at_row[row].wrapping_add(at + AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(at_row[row].wrapping_add(at + AHEAD).cast());
                     }
                     high[row] = _mm512_dpbusd_epi32(high[row], code[row], h);
                 }
@@ -343,14 +350,13 @@ unsafe fn sums_avx512<const AHEAD: usize>(
                 }
             }
         }
-        for (row, out) in out[done..done + count].iter_mut().enumerate() {
+        for (row, place) in places[..count].iter().enumerate() {
             // `16·high + low` may pass the range of an i32 on the way, and comes back within it: additions wrap.
             let all = _mm512_add_epi32(_mm512_slli_epi32::<4>(high[row]), low[row]);
             let upper = _mm512_extracti64x4_epi64::<1>(all);
             let sum = sum_avx2(_mm256_add_epi32(_mm512_castsi512_si256(all), upper));
-            *out = sum.wrapping_sub(less);
+            out[*place] = sum.wrapping_sub(less);
         }
-        done += count;
     }
 }
 

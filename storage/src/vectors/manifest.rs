@@ -72,3 +72,7 @@ pub fn load(disk: &dyn Disk, dir: &str) -> Result<Option<Manifest>, StorageError
 pub fn store(disk: &dyn Disk, dir: &str, manifest: &Manifest) -> Result<(), StorageError> {
     Ok(facts::put(disk, dir, MANIFEST, &codec::encode(manifest))?)
 }
+
+pub fn remove(disk: &dyn Disk, dir: &str) -> Result<(), StorageError> {
+    Ok(facts::remove(disk, dir, MANIFEST)?)
+}

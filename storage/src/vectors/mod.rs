@@ -55,6 +55,8 @@ use std::sync::Arc;
 
 #[derive(Clone, Debug)]
 pub struct VectorOptions {
+    /// Whether vectors are kept for searching at all; the records have them in any case.
+    pub kept: bool,
     /// The buffer is sealed when it has grown to this, in bytes.
     pub buffer_bytes_max: usize,
     /// A scope with so many vectors in a month gets a graph.
@@ -78,6 +80,7 @@ pub struct VectorOptions {
 impl Default for VectorOptions {
     fn default() -> VectorOptions {
         VectorOptions {
+            kept: true,
             buffer_bytes_max: 32 << 20,
             graph_rows_min: 10_000,
             graph: GraphOptions::default(),
@@ -277,13 +280,16 @@ impl Tree {
 
     /// A memory's new version has this vector; the version before was removed.
     pub fn put(&mut self, coded: &Coded) {
+        if !self.options.kept {
+            return;
+        }
         self.buffer.insert(coded);
         self.count += 1;
     }
 
     /// A version of a memory is superseded; how many dimensions its vector had.
     pub fn remove(&mut self, memory: &Memory, position: i64, dimension: usize) {
-        if dimension == 0 {
+        if dimension == 0 || !self.options.kept {
             return;
         }
         let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension };
@@ -303,6 +309,9 @@ impl Tree {
 
     /// A month was dropped.
     pub fn drop_month(&mut self, month: Month) {
+        if !self.options.kept {
+            return;
+        }
         self.count -= self.count_of_month(month);
         self.buffer.remove_month(month);
         self.kill(Kill::Month(month));

@@ -11,7 +11,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 /// Rows whose estimates are computed at once.
-const CHUNK: usize = 128;
+const CHUNK: usize = 1024;
 /// Of rows with nothing but product codes so many times k are scored by f32, and at least so many.
 const RESCORED: usize = 8;
 const RESCORED_MIN: usize = 64;

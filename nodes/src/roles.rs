@@ -1,0 +1,82 @@
+//! What a node does in its cluster, and how many replicas each view has.
+//!
+//! Every replica of a shard follows its ledger by the same loop ([`crate::ledger::state_machine`]): it loads a snapshot or what is on its disk,
+//! applies from there, makes checkpoints, and publishes the position up to which it answers. Those whose node has the role *ledger* may
+//! vote; the others are learners, whose death or lag no writer notices. What differs is what a replica keeps and which questions it answers:
+//!
+//! | role | keeps, beside the rows that decide outcomes | answers |
+//! |---|---|---|
+//! | ledger | nothing | writes, and reads' positions |
+//! | records | the index of words | gets, listings, histories, changes, searches by words |
+//! | graph | nothing: edges are rows | walks |
+//! | vector | segments and graphs of vectors | searches by vectors |
+//!
+//! A node may have several roles, and has all of them unless it is told otherwise. Which nodes have which replica stands in the cluster map
+//! ([`crate::control::map`]); a node that finds itself there with other roles than it has tells so.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Ledger,
+    Records,
+    Graph,
+    Vector,
+}
+
+pub type Roles = BTreeSet<Role>;
+
+impl Role {
+    pub const ALL: [Role; 4] = [Role::Ledger, Role::Records, Role::Graph, Role::Vector];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Ledger => "ledger",
+            Role::Records => "records",
+            Role::Graph => "graph",
+            Role::Vector => "vector",
+        }
+    }
+
+    pub fn parse(name: &str) -> Option<Role> {
+        Role::ALL.into_iter().find(|role| role.name() == name)
+    }
+
+    /// Whether it is a view that is asked.
+    pub fn is_view(self) -> bool {
+        self != Role::Ledger
+    }
+
+    pub fn policy(self) -> &'static Policy {
+        match self {
+            Role::Ledger => &POLICIES[0],
+            Role::Records => &POLICIES[1],
+            Role::Graph => &POLICIES[2],
+            Role::Vector => &POLICIES[3],
+        }
+    }
+}
+
+pub fn all() -> Roles {
+    Role::ALL.into()
+}
+
+/// How a component is replicated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    pub role: Role,
+    /// Replicas of each shard, where there are as many nodes.
+    pub replicas: usize,
+    /// The requirements' ceiling for the time until others answer in a dead replica's place, in seconds.
+    pub failover_within_s: u64,
+}
+
+/// One row a component, as the requirements have them.
+pub const POLICIES: [Policy; 4] = [
+    Policy { role: Role::Ledger, replicas: 3, failover_within_s: 30 },
+    Policy { role: Role::Records, replicas: 3, failover_within_s: 30 },
+    Policy { role: Role::Graph, replicas: 3, failover_within_s: 60 },
+    Policy { role: Role::Vector, replicas: 3, failover_within_s: 30 },
+];
