@@ -71,7 +71,7 @@ fn info(answers: &[(ShardId, Answered)], consistency: v1::Consistency, map_versi
         *shown = (*shown).min(answered.position);
     }
     v1::ReadInfo {
-        token: Some(convert::token(shows.into_iter(), map_version)),
+        token: Some(convert::token(shows, map_version)),
         consistency: consistency as i32,
         level: "L0".into(),
         tiers: vec![v1::Tier::Hot as i32],

@@ -111,7 +111,10 @@ fn replicas_apart_answer_and_decide_as_one_that_keeps_all() -> Result<(), Storag
                 replicas[at].verify()?;
                 // One loses its power, the next takes the state of another.
                 if at as u64 == index / 30 % 4 {
-                    disks[at].power_loss();
+                    // Nothing of the old one is left.
+                    replicas[at] = Shard::open(SimDisk::new(9), "views", kept(KEPT[at]))?;
+                    disks[at].power_off();
+                    disks[at].power_on();
                     replicas[at] = open(at)?;
                 } else {
                     let mut frames = vec![];

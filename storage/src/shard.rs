@@ -236,7 +236,8 @@ impl Shard {
         let (state, effects) = applier.finish()?;
         let sealed = self.tree().sealed;
         rows::forget_dropped(&transaction, sealed)?;
-        // Searches wait for the commit, which is short if the pages are in the log before.
+        // Searches wait for the commit, which is short if the words are in their index before (a savepoint does that), and the pages in the log.
+        transaction.execute_batch("SAVEPOINT words; RELEASE words")?;
         transaction.cache_flush()?;
         let mut tree = self.tree_mut();
         transaction.commit()?;
