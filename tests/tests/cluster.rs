@@ -119,3 +119,99 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
     assert_eq!(go(1, &["list", "--json"])?.lines().count(), written.len(), "a retried key added again");
     Ok(())
 }
+
+/// Five nodes, of which three vote and two have nothing but vectors: those may die one after the other, and a search finds what it should
+/// as long as one of them lives.
+#[test]
+fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
+    let dir = Directory::new("views")?;
+    let at = addresses(5)?;
+    fs::create_dir_all(dir.0.join("n1"))?;
+    let key =
+        run_until_ok(&dir.0, &["keys", "add", "acme", "--operator", "--data", "n1"])?.trim().to_string();
+    let mut files = vec![];
+    for id in 1..=5 {
+        let file = configure(&dir.0, id, &at)?;
+        let roles =
+            if id <= 3 { "'gateway', 'writer', 'reader', 'ledger', 'records', 'graph'" } else { "'vector'" };
+        let text = fs::read_to_string(dir.0.join(&file))?;
+        fs::write(dir.0.join(&file), format!("roles = [{roles}]\n{text}"))?;
+        if id > 1 {
+            fs::create_dir_all(dir.0.join(format!("n{id}")))?;
+            fs::copy(dir.0.join("n1/keys.toml"), dir.0.join(format!("n{id}/keys.toml")))?;
+        }
+        files.push(file);
+    }
+    let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
+    let go = |args: &[&str]| -> Result<String> {
+        let to = ["--addr", &at[0], "--key", &key];
+        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+    };
+    go(&["cluster", "join", "4", &at[3], "--roles", "vector"])?;
+    go(&["cluster", "join", "5", &at[4], "--roles", "vector"])?;
+    go(&["add", "Ana keeps the spare key under the blue pot", "--user", "ana"])?;
+    let serving = |status: &str| status.matches("\"state\":\"serving\"").count();
+    // Two shards, two nodes for their vectors.
+    while serving(&go(&["cluster", "status", "--json"])?) < 4 {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let finds = || -> Result<bool> {
+        Ok(go(&["search", "where is the spare key", "--user", "ana", "-k", "1"])?
+            .contains("under the blue pot"))
+    };
+    assert!(finds()?);
+    for down in [3, 4] {
+        nodes[down].take().map(Process::kill).transpose()?;
+        assert!(finds()?, "with node {} dead", down + 1);
+        go(&["add", &format!("written while node {} was dead", down + 1), "--user", "ben"])?;
+        nodes[down] = Some(node(&dir.0, &files[down])?);
+        // It follows again: the other may die now.
+        while run(&dir.0, &["--addr", &at[down], "--key", &key, "status"])?.status.code() != Some(0) {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+    go(&["cluster", "drain", "5"])?;
+    go(&["cluster", "remove", "5"])?;
+    assert!(finds()?, "with one of two nodes gone for good");
+    // Nobody else has vectors.
+    let to = ["--addr", &at[0], "--key", &key, "cluster", "drain", "4"];
+    let refused = run(&dir.0, &to)?;
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("the last with the role vector"));
+    nodes[3].take().map(Process::kill).transpose()?;
+    let to = ["--addr", &at[0], "--key", &key, "search", "the spare key", "--user", "ana"];
+    assert!(!run(&dir.0, &to)?.status.success(), "who has found it?");
+    nodes[3] = Some(node(&dir.0, &files[3])?);
+    assert!(finds()?);
+    Ok(())
+}
+
+/// A first port that has three free ones behind it.
+fn four_ports() -> Result<u16> {
+    let free =
+        |port: &u16| (0..4).all(|more| std::net::TcpListener::bind(("127.0.0.1", port + more)).is_ok());
+    let first = 20_000 + (std::process::id() % 3000) as u16 * 10;
+    (first..60_000).step_by(10).find(free).ok_or("no four free ports in a row".into())
+}
+
+#[test]
+fn one_process_serves_a_cluster_of_four() -> Result<()> {
+    let dir = Directory::new("four")?;
+    let listen = format!("127.0.0.1:{}", four_ports()?);
+    let http = format!("127.0.0.1:{}", four_ports()? + 5);
+    let up = ["up", "--nodes", "4", "--listen", &listen, "--http", &http];
+    let service = start(&dir.0, &up)?;
+    // The fourth node is taken in by itself.
+    while run_until_ok(&dir.0, &["cluster", "status", "--json"])?.matches("\"address\":").count() < 4 {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    run_until_ok(&dir.0, &["add", "The spare key is under the blue pot"])?;
+    run_until_ok(&dir.0, &["cluster", "resize", "3"])?;
+    service.kill()?;
+    let refused = run(&dir.0, &["up", "--listen", &listen, "--http", &http])?;
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--nodes 4"), "data of four, served by one");
+    let service = start(&dir.0, &up)?;
+    let found = run_until_ok(&dir.0, &["search", "where is the spare key", "-k", "1"])?;
+    assert!(found.contains("under the blue pot"), "{found}");
+    assert!(service.stop()?.success(), "SIGTERM must end it in order");
+    Ok(())
+}
