@@ -42,7 +42,7 @@ fn told(hits: Vec<Hit>) -> Vec<(MemoryId, u64, String, f32, f32, Vec<f32>)> {
         (memory.id, memory.version, memory.text, hit.similarity, hit.keywords, memory.vector)
     };
     let mut told: Vec<_> = hits.into_iter().map(one).collect();
-    told.sort_by(|a, b| a.0.cmp(&b.0));
+    told.sort_by_key(|hit| hit.0);
     told
 }
 

@@ -17,6 +17,9 @@ pub struct At {
     pub item: u32,
 }
 
+/// How many memories a search is for.
+pub const SEARCH_K: usize = 5;
+
 /// The client of the reads that are made of what a replica holds in the end.
 pub const LAST_LOOK: usize = usize::MAX;
 
@@ -88,7 +91,10 @@ pub enum Request {
         id: Id,
         token: Option<u64>,
     },
-    Search,
+    /// Strongly consistent by a vector, or by words, however old the answer.
+    Search {
+        by_vector: bool,
+    },
     List,
     /// Sets an edge.
     Link {
@@ -203,7 +209,8 @@ impl fmt::Display for Request {
             Request::Get { id, token: None } => write!(f, "get {}", number(id)),
             Request::Get { id, token: Some(token) } => write!(f, "get {} at {token} or later", number(id)),
             Request::Link { from, to } => write!(f, "link {} to {}", number(from), number(to)),
-            Request::Search => f.write_str("search"),
+            Request::Search { by_vector: true } => f.write_str("search by vector"),
+            Request::Search { by_vector: false } => f.write_str("search"),
             Request::List => f.write_str("list"),
             Request::Walk => f.write_str("walk"),
         }
@@ -249,7 +256,7 @@ impl Request {
             | Request::Update { id, .. }
             | Request::Delete { id, .. }
             | Request::Get { id, .. } => Some(id),
-            Request::Search | Request::List | Request::Link { .. } | Request::Walk => None,
+            Request::Search { .. } | Request::List | Request::Link { .. } | Request::Walk => None,
         }
     }
 

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 28] = [
+pub const MUTANTS: [Mutant; 33] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -53,6 +53,11 @@ pub const MUTANTS: [Mutant; 28] = [
         "a shard answers from slots that it has not adopted, or has released",
     ),
     mutant("give-the-token-of-the-entry-before", "a write's token names the position before it"),
+    mutant("answer-without-the-view", "a replica answers what only others have a view for"),
+    mutant("show-a-memory-twice", "a memory that was found by its vector and by its words is shown as two"),
+    mutant("trust-a-learner-to-be-fresh", "a strong read of a replica that does not vote asks nobody"),
+    mutant("leave-the-vectors-out-of-a-snapshot", "a replica that is sent a snapshot keeps no vectors of it"),
+    mutant("leave-the-words-out-of-a-snapshot", "a replica that is sent a snapshot indexes no words of it"),
 ];
 
 #[cfg(test)]

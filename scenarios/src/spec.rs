@@ -5,7 +5,7 @@ use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 9] = [
+pub const SHIPPED: [(&str, &str); 10] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -15,6 +15,7 @@ pub const SHIPPED: [(&str, &str); 9] = [
     ("clock-drift", include_str!("../files/clock-drift.toml")),
     ("resharding", include_str!("../files/resharding.toml")),
     ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
+    ("views-apart", include_str!("../files/views-apart.toml")),
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.

@@ -238,6 +238,12 @@ impl Ledger {
         self.raft.runtime_config().elect(true);
     }
 
+    /// Whether this replica has a vote.
+    pub fn votes(&self) -> bool {
+        let metrics = self.raft.server_metrics().borrow_watched().clone();
+        metrics.membership_config.membership().voter_ids().any(|id| id == *self.raft.node_id())
+    }
+
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.
     pub fn leader(&self) -> Option<(u64, String)> {
         let metrics = self.raft.server_metrics().borrow_watched().clone();

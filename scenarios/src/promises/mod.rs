@@ -7,6 +7,7 @@ mod p04;
 mod p05;
 mod p06;
 mod p07;
+mod p08;
 mod p10;
 mod p12;
 #[cfg(test)]
@@ -33,7 +34,16 @@ pub use p01::lost;
 
 /// Checks every promise.
 pub fn check_all(history: &History) -> Vec<Violation> {
-    let checks =
-        [p01::check, p03::check, p04::check, p05::check, p06::check, p07::check, p10::check, p12::check];
+    let checks = [
+        p01::check,
+        p03::check,
+        p04::check,
+        p05::check,
+        p06::check,
+        p07::check,
+        p08::check,
+        p10::check,
+        p12::check,
+    ];
     checks.iter().flat_map(|check| check(history)).collect()
 }

@@ -72,7 +72,7 @@ fn sound() -> History {
             op(0, 13, 14, get(None), Response::Absent { shown: 3 }),
             op(0, 15, 16, add("c"), written(4, 4)),
             op(1, 17, 18, add("d"), Response::Refused(Refusal::AlreadyExists { version: 4 })),
-            op(1, 19, 20, Request::Search, Response::Rows(vec![row(4, "c")])),
+            op(1, 19, 20, Request::Search { by_vector: true }, Response::Rows(vec![row(4, "c")])),
         ],
         calls: vec![],
         samples: vec![],
@@ -171,12 +171,30 @@ fn replicas_that_differ_break_p5() {
 
 #[test]
 fn another_tenants_row_breaks_p7() {
-    let foreign = Row { tenant: 1, ..row(4, "c") };
+    let foreign = Row { id: "f".into(), tenant: 1, ..row(4, "c") };
     assert_eq!(broken(|h| h.ops[9].response = Response::Rows(vec![row(4, "c"), foreign])), ["P7"]);
     assert_eq!(
         broken(|h| h.ops[2].response = Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1 }),
         ["P7"]
     );
+}
+
+#[test]
+fn a_search_that_leaves_out_what_is_there_or_shows_it_twice_breaks_p8() {
+    let found = |rows: &[Row]| Response::Rows(rows.to_vec());
+    assert_eq!(broken(|h| h.ops[9].response = found(&[])), ["P8"]);
+    assert_eq!(broken(|h| h.ops[9].response = found(&[row(4, "c"), row(4, "c")])), ["P8"]);
+    // By words it may be older; what is being deleted, or perhaps was, need not be there.
+    let search = |by_vector, at| op(0, at, at + 1, Request::Search { by_vector }, found(&[]));
+    assert_eq!(broken(|h| h.ops.push(search(false, 21))), Vec::<String>::new());
+    assert_eq!(broken(|h| h.ops.push(search(true, 3))), ["P8"], "before it was deleted");
+    assert_eq!(broken(|h| h.ops.push(search(true, 11))), Vec::<String>::new(), "while it was deleted");
+    assert_eq!(broken(|h| h.ops.push(search(true, 13))), Vec::<String>::new(), "when it was deleted");
+    let doubtful = |h: &mut History| {
+        h.ops[5].response = Response::Unknown;
+        h.ops.push(search(true, 13));
+    };
+    assert!(!broken(doubtful).contains(&"P8".to_string()), "it may have been deleted");
 }
 
 #[test]

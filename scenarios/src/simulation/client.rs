@@ -8,7 +8,7 @@
 //! answers a probe.
 
 use super::cluster::{Cluster, host_of, tenant};
-use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row};
+use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row, SEARCH_K};
 use crate::operation::{Act, Operation};
 use crate::spec::Scenario;
 use nodes::error::reason;
@@ -22,6 +22,7 @@ use sim::world::{ClockModel, NodeOptions};
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use storage::embed::{LEXICAL_SPACE, embed};
 use tonic::{Code, Status};
 
 const ATTEMPT: Duration = Duration::from_secs(2);
@@ -314,7 +315,8 @@ impl Client {
             Act::Update { key } => self.write(Kind::Update, key, operation).await,
             Act::Delete { key } => self.write(Kind::Delete, key, operation).await,
             Act::Get { key } => self.get(key, operation.session).await,
-            Act::Search => self.search().await,
+            // Half of them are by a vector, and strong.
+            Act::Search => self.search(operation.at_ms.is_multiple_of(2)).await,
             Act::List => self.list().await,
             Act::Link { from, to } => self.link(from, to, true).await,
             Act::Unlink { from, to } => self.link(from, to, false).await,
@@ -464,9 +466,11 @@ impl Client {
                     Ok(written(answer.version, answer.info))
                 })
             }
-            Request::Get { .. } | Request::Search | Request::List | Request::Link { .. } | Request::Walk => {
-                Box::pin(async { Err(Status::internal("not a write")) })
-            }
+            Request::Get { .. }
+            | Request::Search { .. }
+            | Request::List
+            | Request::Link { .. }
+            | Request::Walk => Box::pin(async { Err(Status::internal("not a write")) }),
         }
     }
 
@@ -509,20 +513,29 @@ impl Client {
         self.record(call, Request::Get { id, token: asked }, response);
     }
 
-    async fn search(&mut self) {
+    async fn search(&mut self, by_vector: bool) {
         let call = sim::world::true_now();
         let owners = Some(v1::Owners { user: "shared user".into(), ..Default::default() });
         let text = text(self.tenant, "c0w1");
-        let message = v1::SearchRequest { text, owners, k: 5, ..Default::default() };
+        let (vector, space) = match by_vector {
+            true => (embed(&text), LEXICAL_SPACE.to_string()),
+            false => Default::default(),
+        };
+        let text = if by_vector { String::new() } else { text };
+        let consistency = if by_vector { v1::Consistency::Strong } else { v1::Consistency::Unspecified };
+        let options = Some(v1::ReadOptions { consistency: consistency as i32, ..Default::default() });
+        let k = SEARCH_K as u32;
+        let message = v1::SearchRequest { text, vector, space, owners, k, options, ..Default::default() };
+        let kind = if by_vector { "search by vector" } else { "search" };
         let poor = |answer: &tonic::Response<v1::SearchResponse>| poor(answer.get_ref().info.as_ref());
-        let answer = self.ask(("search", None), poor, |client| {
+        let answer = self.ask((kind, None), poor, |client| {
             let (mut service, request) = (client.memories(), client.request(message.clone()));
             async move { service.search(request).await }
         });
         if let Some(Ok(answer)) = answer.await {
             let hits = answer.into_inner().hits;
             let rows = hits.iter().filter_map(|h| h.memory.as_ref()).map(row).collect();
-            self.record(call, Request::Search, Response::Rows(rows));
+            self.record(call, Request::Search { by_vector }, Response::Rows(rows));
         }
     }
 
