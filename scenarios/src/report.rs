@@ -108,7 +108,7 @@ pub struct Report {
     pub why: String,
 }
 
-/// What only damage makes necessary: a run in which no disk was bad must do none of it.
+/// What only damage makes necessary: a node whose disk was never bad must do none of it.
 pub const MENDING: [&str; 11] = [
     "fact: healed from its second copy",
     "log: damage cut",

@@ -63,16 +63,34 @@ pub fn gauge(name: &'static str, value: u64) {
     let _ = (name, value);
 }
 
-static PROBES: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
+/// By path and node.
+static PROBES: Mutex<BTreeMap<(&'static str, usize), u64>> = Mutex::new(BTreeMap::new());
 
 /// Counts that a rare path was taken. A path that no run takes is a hole in the tests.
 pub fn probe(path: &'static str) {
-    *PROBES.lock().unwrap_or_else(|p| p.into_inner()).entry(path).or_default() += 1;
+    *PROBES.lock().unwrap_or_else(|p| p.into_inner()).entry((path, node())).or_default() += 1;
 }
 
 /// The rare paths that this process took, and how often.
 pub fn probes() -> BTreeMap<&'static str, u64> {
+    let mut paths = BTreeMap::new();
+    for ((path, _), times) in probes_by_node() {
+        *paths.entry(path).or_default() += times;
+    }
+    paths
+}
+
+/// The same by path and the number of the simulated node that took it; 0 in production.
+pub fn probes_by_node() -> BTreeMap<(&'static str, usize), u64> {
     PROBES.lock().unwrap_or_else(|p| p.into_inner()).clone()
+}
+
+fn node() -> usize {
+    #[cfg(madsim)]
+    if crate::world::is_here() {
+        return crate::world::current_node();
+    }
+    0
 }
 
 /// A running 64-bit hash of everything fed to it, in order; not cryptographic (multiply and fold, 8 bytes at a time).

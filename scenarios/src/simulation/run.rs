@@ -16,7 +16,7 @@ use nodes::proto::v1;
 use sim::time::{self, Duration};
 use sim::trace::Level;
 use sim::world::{self, Event, NodeIndex, TraceLine, World};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(2);
@@ -42,6 +42,8 @@ struct Seen {
     fired: Vec<Fired>,
     disk_faults: Vec<Fired>,
     probes: BTreeMap<String, u64>,
+    /// What was mended, and the node that did it.
+    mended: Vec<(String, &'static str)>,
 }
 
 /// Runs `scenario` with `seed` in this process, which must not have run one before. `all` keeps the whole trace.
@@ -97,7 +99,7 @@ pub fn empty() -> Report {
 fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
     use crate::history::Response;
     let enough = settled.enough;
-    let Seen { history, measured, fired, disk_faults, probes, undone } = seen;
+    let Seen { history, measured, fired, disk_faults, probes, mended, undone } = seen;
     let mut violations = promises::check_all(&history);
     if undone > 0 {
         let what = format!("{undone} changes of the cluster were not done in time");
@@ -108,10 +110,11 @@ fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
         let what = "a replica's views contradicted themselves; see the trace".to_string();
         violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
     }
-    let bad_disk =
-        settled.faults.list.iter().chain(settled.faults.disk.iter().flatten()).any(|f| f.kind.is_of_disks());
-    if let Some(path) = MENDING.iter().find(|path| !bad_disk && probes.contains_key(**path)) {
-        let what = format!("no disk was bad, but something was mended ({path}); see the trace");
+    let of_disks = fired.iter().chain(&disk_faults).filter(|fired| fired.fault.kind.is_of_disks());
+    let bad: BTreeSet<&str> = of_disks.flat_map(|fired| fired.node.split('+')).collect();
+    if let Some((node, path)) = mended.iter().find(|(node, _)| !bad.contains(node.as_str())) {
+        let what =
+            format!("the disk of {node} was not bad, but something was mended ({path}); see the trace");
         violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
     }
     let acked = history.acked();
@@ -241,6 +244,9 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
     }
     let probes = sim::trace::probes().into_iter();
     let mut probes: BTreeMap<String, u64> = probes.map(|(path, count)| (path.into(), count)).collect();
+    let by_node = sim::trace::probes_by_node();
+    let mended = by_node.keys().filter(|(path, _)| MENDING.contains(path));
+    let mended = mended.map(|(path, node)| (world.node_name(*node), *path)).collect();
     for disk in cluster.replicas.iter().filter_map(|n| world.disk(*n)) {
         for (fault, count) in disk.counters().faults().into_iter().filter(|(_, count)| *count > 0) {
             *probes.entry(fault.into()).or_default() += count;
@@ -259,7 +265,7 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
         converge_limit_ns: limit.as_nanos() as u64,
     };
     let undone = scenario.changes.len() - changes_done;
-    Ok(Seen { history, measured, fired, disk_faults, probes, undone })
+    Ok(Seen { history, measured, fired, disk_faults, probes, mended, undone })
 }
 
 /// Whether all replicas of each shard answer, name one leader and publish the same position, and nothing is under way in the cluster.
