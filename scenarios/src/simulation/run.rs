@@ -245,7 +245,11 @@ async fn scenes(world: World, scenario: Scenario) -> Result<Seen, Error> {
     let probes = sim::trace::probes().into_iter();
     let mut probes: BTreeMap<String, u64> = probes.map(|(path, count)| (path.into(), count)).collect();
     let by_node = sim::trace::probes_by_node();
-    let mended = by_node.keys().filter(|(path, _)| MENDING.contains(path));
+    // Nor is it the disk's fault if a node hears of a shard only when that is no longer new.
+    let filled = |node| by_node.contains_key(&("replica: came back with an empty disk", node));
+    let mended = by_node.keys().filter(|(path, node)| {
+        MENDING.contains(path) && (*path != "log: repaired from peers" || !filled(*node))
+    });
     let mended = mended.map(|(path, node)| (world.node_name(*node), *path)).collect();
     for disk in cluster.replicas.iter().filter_map(|n| world.disk(*n)) {
         for (fault, count) in disk.counters().faults().into_iter().filter(|(_, count)| *count > 0) {

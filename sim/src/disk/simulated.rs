@@ -123,6 +123,8 @@ struct State {
     defer_syncs: bool,
     /// Syncs whose time has not passed yet, in the order of their calls.
     under_way: Vec<(u64, Synced)>,
+    /// The calls of each who waits for them to be done.
+    waiting: Vec<RangeInclusive<u64>>,
     dirs: BTreeSet<String>,
     faults: DiskFaults,
     counters: DiskCounters,
@@ -150,6 +152,14 @@ impl Synced {
             (Synced::File { inode: a, .. }, Synced::File { inode: b, .. }) => a == b,
             (Synced::Dir { path: a, .. }, Synced::Dir { path: b, .. }) => a == b,
             _ => false,
+        }
+    }
+
+    /// Whether some of what is made durable was changed by these calls.
+    fn has_changes_of(&self, calls: &RangeInclusive<u64>) -> bool {
+        match self {
+            Synced::File { writes, .. } => writes.iter().any(|(call, _)| calls.contains(call)),
+            Synced::Dir { changes, .. } => changes.iter().any(|(call, _)| calls.contains(call)),
         }
     }
 }
@@ -303,18 +313,22 @@ impl State {
         }
     }
 
-    /// These syncs are done, and with each the earlier ones of the same file or directory.
+    /// These syncs are done, and with each the earlier ones of the same file or directory; and those of whoever else made changes that are durable
+    /// now: a file is changed by one at a time, who lets go of it when all is done.
     fn finish_syncs(&mut self, calls: RangeInclusive<u64>) {
-        let mut done: Vec<&Synced> = vec![];
-        let mut finished = vec![];
-        for (call, synced) in self.under_way.iter().rev() {
-            let finishes = calls.contains(call) || done.iter().any(|later| later.same_target(synced));
-            if finishes {
-                done.push(synced);
+        let mut finished: Vec<bool> = self.under_way.iter().map(|(call, _)| calls.contains(call)).collect();
+        let mut looked = vec![false; finished.len()];
+        while let Some(at) = (0..finished.len()).rev().find(|at| finished[*at] && !looked[*at]) {
+            looked[at] = true;
+            let (call, synced) = &self.under_way[at];
+            let others = self.waiting.iter().filter(|of| !of.contains(call) && synced.has_changes_of(of));
+            let others: Vec<&RangeInclusive<u64>> = others.collect();
+            for (other, (called, earlier)) in self.under_way.iter().enumerate() {
+                finished[other] |= (other < at && synced.same_target(earlier))
+                    || others.iter().any(|of| of.contains(called));
             }
-            finished.push(finishes);
         }
-        let mut finished = finished.into_iter().rev();
+        let mut finished = finished.into_iter();
         for (call, synced) in std::mem::take(&mut self.under_way) {
             match synced {
                 synced if finished.next() != Some(true) => self.under_way.push((call, synced)),
@@ -332,6 +346,7 @@ impl State {
 
     /// Power went during one of the syncs under way: those before it are done, what was called after it never was.
     fn stop_in_time(&mut self) {
+        self.waiting.clear();
         let stopped = if self.harsh { 0 } else { self.below(self.under_way.len() as u64 + 1) as usize };
         let Some(stop) = self.under_way.get(stopped).map(|(call, _)| *call) else {
             return self.finish_syncs(0..=u64::MAX);
@@ -441,6 +456,7 @@ impl SimDisk {
             defer_syncs: false,
             taken: 0,
             under_way: vec![],
+            waiting: vec![],
             dirs: BTreeSet::from([String::new()]),
             faults: DiskFaults::default(),
             counters: DiskCounters::default(),
@@ -487,6 +503,7 @@ impl SimDisk {
         state.durable_entries.clear();
         state.pending_entries.clear();
         state.under_way.clear();
+        state.waiting.clear();
         state.dirs = BTreeSet::from([String::new()]);
     }
 
@@ -506,6 +523,7 @@ impl SimDisk {
         let mut state = lock(&self.state);
         state.epoch += 1;
         state.debt = Duration::ZERO;
+        state.waiting.clear();
         state.finish_syncs(0..=u64::MAX);
     }
 
@@ -571,12 +589,17 @@ impl SimDisk {
         let mut state = lock(&self.state);
         let calls = state.taken + 1..=state.calls;
         state.taken = state.calls;
+        if !calls.is_empty() {
+            state.waiting.push(calls.clone());
+        }
         (std::mem::take(&mut state.debt), calls)
     }
 
     /// The syncs among these calls have had their time.
     pub fn slept_off(&self, calls: RangeInclusive<u64>) {
-        lock(&self.state).finish_syncs(calls);
+        let mut state = lock(&self.state);
+        state.waiting.retain(|waiting| *waiting != calls);
+        state.finish_syncs(calls);
     }
 
     pub fn set_observer(&self, observer: Observer) {
@@ -899,6 +922,32 @@ mod tests {
             lost += (content(&disk, "a").as_deref() != Some(b"data")) as u32;
         }
         assert!(lost > 20, "only {lost} of 100 lost it");
+        Ok(())
+    }
+
+    /// Whoever cuts a log once its table is synced has waited for that sync: who then syncs the log makes no cut durable without the table.
+    #[test]
+    fn a_change_is_never_durable_before_what_its_maker_synced_first() -> io::Result<()> {
+        for seed in 0..20 {
+            let disk = SimDisk::new(seed);
+            let (table, log) = (disk.create("table")?, disk.create("log")?);
+            log.write_at(b"all of it", 0)?;
+            log.sync()?;
+            disk.sync_dir("")?;
+            disk.defer_syncs();
+            disk.slept_off(disk.take_debt().1);
+            table.write_at(b"all of it", 0)?;
+            table.sync()?;
+            log.set_len(0)?;
+            let _slow = disk.take_debt();
+            log.sync()?;
+            disk.slept_off(disk.take_debt().1);
+            disk.lose_all_unsynced();
+            disk.power_off();
+            disk.power_on();
+            assert_eq!(disk.open("log")?.len()?, 0, "seed {seed}");
+            assert_eq!(disk.open("table")?.len()?, 9, "seed {seed}: neither the log nor the table has it");
+        }
         Ok(())
     }
 
