@@ -313,19 +313,19 @@ impl State {
         }
     }
 
-    /// These syncs are done, and with each the earlier ones of the same file or directory; and those of whoever else made changes that are durable
-    /// now: a file is changed by one at a time, who lets go of it when all is done.
+    /// These syncs are done, and with each the earlier ones of the same file or directory; and all those of whoever else called one of them, or made
+    /// changes that are durable now: a file is changed by one at a time, who lets go of it when all is done.
     fn finish_syncs(&mut self, calls: RangeInclusive<u64>) {
         let mut finished: Vec<bool> = self.under_way.iter().map(|(call, _)| calls.contains(call)).collect();
         let mut looked = vec![false; finished.len()];
         while let Some(at) = (0..finished.len()).rev().find(|at| finished[*at] && !looked[*at]) {
             looked[at] = true;
             let (call, synced) = &self.under_way[at];
-            let others = self.waiting.iter().filter(|of| !of.contains(call) && synced.has_changes_of(of));
-            let others: Vec<&RangeInclusive<u64>> = others.collect();
+            let makers = self.waiting.iter().filter(|of| of.contains(call) || synced.has_changes_of(of));
+            let makers: Vec<&RangeInclusive<u64>> = makers.collect();
             for (other, (called, earlier)) in self.under_way.iter().enumerate() {
                 finished[other] |= (other < at && synced.same_target(earlier))
-                    || others.iter().any(|of| of.contains(called));
+                    || makers.iter().any(|of| of.contains(called));
             }
         }
         let mut finished = finished.into_iter();
@@ -947,6 +947,19 @@ mod tests {
             disk.power_on();
             assert_eq!(disk.open("log")?.len()?, 0, "seed {seed}");
             assert_eq!(disk.open("table")?.len()?, 9, "seed {seed}: neither the log nor the table has it");
+            // Nor is a name that another one's sync of the directory made durable.
+            let (data, name) = (disk.create("data")?, "named");
+            data.write_at(b"all of it", 0)?;
+            data.sync()?;
+            disk.rename("data", name)?;
+            disk.sync_dir("")?;
+            let _slow = disk.take_debt();
+            disk.sync_dir("")?;
+            disk.slept_off(disk.take_debt().1);
+            disk.lose_all_unsynced();
+            disk.power_off();
+            disk.power_on();
+            assert_eq!(disk.open(name)?.len()?, 9, "seed {seed}: a name of nothing");
         }
         Ok(())
     }
