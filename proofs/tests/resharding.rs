@@ -146,7 +146,8 @@ struct Resharding {
 }
 
 fn entry(slots: SlotSet) -> ShardEntry {
-    ShardEntry { epoch: 1, members: BTreeSet::new(), slots, founded: true, handover: None }
+    let (members, handover, learners) = Default::default();
+    ShardEntry { epoch: 1, members, slots, founded: true, handover, learners }
 }
 
 fn hash_of(row: u32) -> u128 {

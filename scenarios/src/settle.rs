@@ -256,6 +256,27 @@ mod tests {
         Ok(())
     }
 
+    /// The rows of views aim at less than what the policy of each allows.
+    #[test]
+    fn views_aim_at_less_than_their_policies_allow() -> Result<(), String> {
+        use nodes::roles::Role;
+        let rows = [
+            ("records-node-failure", Role::Records),
+            ("graph-node-failure", Role::Graph),
+            ("vector-node-failure", Role::Vector),
+            ("ledger-leader-loss", Role::Ledger),
+        ];
+        for (name, role) in rows {
+            let scenario = find(name)?;
+            let aim_s = scenario.recovery.and_then(|recovery| recovery.aim_s).ok_or("no aim")?;
+            assert!(aim_s < role.policy().failover_within_s as f64, "{name}: {aim_s} s");
+            let with = (1..=scenario.topology.replicas as u64)
+                .filter(|node| scenario.topology.roles_of(*node).contains(&role));
+            assert!(with.count() >= role.policy().replicas, "{name}: fewer replicas than the policy has");
+        }
+        Ok(())
+    }
+
     #[test]
     fn one_stream_may_change_while_the_others_stay() -> Result<(), String> {
         let scenario = find("leader-power-loss")?;

@@ -196,8 +196,9 @@ fn four_ports() -> Result<u16> {
 #[test]
 fn one_process_serves_a_cluster_of_four() -> Result<()> {
     let dir = Directory::new("four")?;
-    let listen = format!("127.0.0.1:{}", four_ports()?);
-    let http = format!("127.0.0.1:{}", four_ports()? + 5);
+    let first = four_ports()?;
+    let listen = format!("127.0.0.1:{first}");
+    let http = format!("127.0.0.1:{}", first + 5);
     let up = ["up", "--nodes", "4", "--listen", &listen, "--http", &http];
     let service = start(&dir.0, &up)?;
     // The fourth node is taken in by itself.
@@ -212,6 +213,11 @@ fn one_process_serves_a_cluster_of_four() -> Result<()> {
     let service = start(&dir.0, &up)?;
     let found = run_until_ok(&dir.0, &["search", "where is the spare key", "-k", "1"])?;
     assert!(found.contains("under the blue pot"), "{found}");
+    // A new key is known at every node.
+    let key = run_until_ok(&dir.0, &["keys", "add", "acme"])?.trim().to_string();
+    let fourth = format!("127.0.0.1:{}", first + 3);
+    let listed = run_until_ok(&dir.0, &["--addr", &fourth, "--key", &key, "list", "--json"])?;
+    assert_eq!(listed.lines().count(), 0, "another tenant's memories: {listed}");
     assert!(service.stop()?.success(), "SIGTERM must end it in order");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `loci keys`: API keys of a data directory. A running service notices within two seconds.
 
-use super::{Done, Failure};
+use super::{Done, Failure, serve};
 use clap::Subcommand;
 use nodes::auth;
 use std::path::PathBuf;
@@ -24,12 +24,16 @@ pub fn run(command: Keys, data: PathBuf) -> Done {
     if !data.is_dir() {
         return Err(Failure(format!("{} is no data directory; give --data", data.display())));
     }
-    let disk = sim::disk::open(&data.to_string_lossy())?;
-    let mut keys = auth::Keys::load(&*disk)?;
+    // A service of several nodes has the same keys at each.
+    let dirs = serve::dirs_in(&data);
+    let disks = dirs.iter().map(|dir| sim::disk::open(&dir.to_string_lossy()));
+    let disks = disks.collect::<Result<Vec<_>, _>>()?;
+    let save = |keys: &auth::Keys| disks.iter().try_for_each(|disk| keys.save(&**disk));
+    let mut keys = auth::Keys::load(&*disks[0])?;
     match command {
         Keys::Add { tenant, operator } => {
             let key = keys.add(&tenant, operator)?;
-            keys.save(&*disk)?;
+            save(&keys)?;
             println!("{key}");
             eprintln!("this is the only time that the key is shown; use it as --key or LOCI_KEY");
         }
@@ -43,7 +47,7 @@ pub fn run(command: Keys, data: PathBuf) -> Done {
             if !keys.revoke(&id) {
                 return Err(Failure(format!("there is no key {id}; see `loci keys list`")));
             }
-            keys.save(&*disk)?;
+            save(&keys)?;
             println!("revoked {id}");
         }
     }

@@ -70,6 +70,14 @@ fn nodes_in(data: &Path) -> u16 {
     if data.join(NODE_FILE).exists() { 1 } else { (1..u16::MAX).take_while(made).count() as u16 }
 }
 
+/// The directories of the nodes whose data lies in one: itself, or those of a service of several nodes.
+pub fn dirs_in(data: &Path) -> Vec<PathBuf> {
+    match nodes_in(data) {
+        0 | 1 => vec![data.to_path_buf()],
+        nodes => (1..=nodes).map(|number| dir_of(data, number, nodes)).collect(),
+    }
+}
+
 /// The address whose port is so many above.
 fn above(addr: &str, ports: u16) -> Result<String, Failure> {
     let port = addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
