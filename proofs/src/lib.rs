@@ -5,7 +5,7 @@ use std::sync::Arc;
 use storage::model::*;
 use storage::vectors::VectorOptions;
 use storage::vectors::graph::GraphOptions;
-use storage::{Entry, Shard, ShardOptions, StorageError};
+use storage::{Entry, SearchQuery, Shard, ShardOptions, StorageError};
 
 /// 2026-11-01 and 2026-12-01, in milliseconds: memories of two months.
 pub const MONTHS: [UnixMs; 2] = [1_793_491_200_000, 1_796_083_200_000];
@@ -119,6 +119,24 @@ pub fn options() -> ShardOptions {
 
 pub fn open(disk: &Arc<dyn Disk>, dir: &str) -> Result<Shard, StorageError> {
     Shard::open(disk.clone(), dir, options())
+}
+
+/// A search of tenant `t` for the ten nearest of these owners' active memories.
+pub fn search(owners: Vec<Owner>, vector: Vec<f32>) -> SearchQuery {
+    SearchQuery {
+        tenant: "t".into(),
+        owners,
+        vector,
+        space: "s".into(),
+        text: String::new(),
+        k: 10,
+        threshold: None,
+        filter: None,
+        statuses: vec![Status::Active],
+        time: None,
+        now: 0,
+        with_vector: false,
+    }
 }
 
 /// Applies entry `index`, counted from 1.

@@ -21,18 +21,10 @@ fn kept((words, vectors): (bool, bool)) -> ShardOptions {
 
 fn query(text: &str) -> SearchQuery {
     SearchQuery {
-        tenant: "t".into(),
-        owners: vec![proofs::memory(0, String::new()).owner()],
-        vector: vec![0.6, 0.8],
-        space: "s".into(),
         text: text.into(),
         k: 20,
-        threshold: None,
-        filter: None,
-        statuses: vec![Status::Active],
-        time: None,
-        now: 0,
         with_vector: true,
+        ..proofs::search(vec![proofs::memory(0, String::new()).owner()], vec![0.6, 0.8])
     }
 }
 

@@ -77,18 +77,10 @@ fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
 fn read_all(shard: &Shard) -> Result<(), StorageError> {
     let owners = vec![Owner::User { tenant: "t".into(), user: "u".into() }];
     shard.search(&SearchQuery {
-        tenant: "t".into(),
-        owners,
-        vector: vec![0.6, 0.8],
-        space: "s".into(),
         text: "long way changed".into(),
         k: 50,
-        threshold: None,
-        filter: None,
-        statuses: vec![],
-        time: None,
-        now: 0,
         with_vector: true,
+        ..proofs::search(owners, vec![0.6, 0.8])
     })?;
     let start = (0..9).map(|id| [id; 16]).collect();
     let (relations, tenant) = (vec![], "t".to_string());

@@ -119,6 +119,10 @@ fn by_hnsw_rs(vectors: &[Vec<f32>], coded: &Coded, options: GraphOptions) -> (Gr
     Graph::from_levels(&coded.points(), lists, entry)
 }
 
+fn user() -> Owner {
+    Owner::User { tenant: "t".into(), user: "u".into() }
+}
+
 /// What a builder's graphs missed, over many indexes.
 #[derive(Default)]
 struct Tally {
@@ -257,20 +261,8 @@ fn every_memory_of_a_large_scope_is_found_after_deletes_and_inserts() -> Result<
     let all_found = |when: &str, known: &[Vec<f32>]| -> Result<(), StorageError> {
         let mut missed = 0;
         for (at, vector) in known.iter().enumerate() {
-            let found = shard.search(&SearchQuery {
-                tenant: "t".into(),
-                owners: vec![Owner::User { tenant: "t".into(), user: "u".into() }],
-                vector: vector.clone(),
-                space: "s".into(),
-                text: String::new(),
-                k: 3,
-                threshold: None,
-                filter: None,
-                statuses: vec![],
-                time: None,
-                now: 0,
-                with_vector: false,
-            })?;
+            let found =
+                shard.search(&SearchQuery { k: 3, ..proofs::search(vec![user()], vector.clone()) })?;
             assert_eq!(found.len(), 3);
             missed += (found[0].memory.text != format!("memory {at}")) as usize;
         }
@@ -368,18 +360,11 @@ fn filters_over_a_graph_find_k_while_k_exist_and_the_nearest() -> Result<(), Sto
                 let (mut right, mut all) = (0, 0);
                 for query in &queries {
                     let found = shard.search(&SearchQuery {
-                        tenant: "t".into(),
-                        owners: vec![Owner::User { tenant: "t".into(), user: "u".into() }],
-                        vector: query.clone(),
-                        space: "s".into(),
-                        text: String::new(),
                         k,
-                        threshold: None,
                         filter: filter.clone(),
                         statuses: statuses.clone(),
-                        time: None,
                         now,
-                        with_vector: false,
+                        ..proofs::search(vec![user()], query.clone())
                     })?;
                     assert_eq!(found.len(), k.min(wanted.len()), "part < {below}, {statuses:?} at {now}");
                     let mut exact: Vec<(f32, MemoryId)> =

@@ -456,20 +456,7 @@ fn list(tenant: &str, owners: Vec<Owner>) -> ListQuery {
 }
 
 fn search(tenant: &str, owners: Vec<Owner>) -> SearchQuery {
-    SearchQuery {
-        tenant: tenant.into(),
-        owners,
-        vector: vec![1.0, 0.0],
-        space: "s".into(),
-        text: String::new(),
-        k: 100,
-        threshold: None,
-        filter: None,
-        statuses: vec![Status::Active],
-        time: None,
-        now: 0,
-        with_vector: false,
-    }
+    SearchQuery { tenant: tenant.into(), k: 100, ..proofs::search(owners, vec![1.0, 0.0]) }
 }
 
 /// A move under way.

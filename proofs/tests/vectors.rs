@@ -356,18 +356,10 @@ fn an_old_month_keeps_product_codes_alone() -> Result<(), StorageError> {
         for at in (0..1200).filter(|at| alive(*at)).step_by(7) {
             let memory = one(at);
             let query = SearchQuery {
-                tenant: "t".into(),
-                owners: vec![memory.owner()],
-                vector: memory.vector.clone(),
-                space: "s".into(),
-                text: String::new(),
                 k: 5,
-                threshold: None,
-                filter: None,
-                statuses: vec![],
-                time: None,
                 now: MONTHS[1],
                 with_vector: true,
+                ..proofs::search(vec![memory.owner()], memory.vector.clone())
             };
             let hits = shard.search(&query)?;
             assert_eq!(hits.len(), 5);
@@ -429,20 +421,8 @@ fn no_merge_makes_a_segment_of_more_rows_than_it_may_have() -> Result<(), Storag
     assert!(graphs.sum::<Result<usize, StorageError>>()? > 4);
     for at in 0..COUNT {
         let memory = one(at);
-        let hits = shard.search(&SearchQuery {
-            tenant: "t".into(),
-            owners: vec![memory.owner()],
-            vector: memory.vector.clone(),
-            space: "s".into(),
-            text: String::new(),
-            k: 3,
-            threshold: None,
-            filter: None,
-            statuses: vec![],
-            time: None,
-            now: 0,
-            with_vector: false,
-        })?;
+        let hits = shard
+            .search(&SearchQuery { k: 3, ..proofs::search(vec![memory.owner()], memory.vector.clone()) })?;
         assert!(hits.len() == 3 && hits.iter().any(|hit| hit.memory.id == memory.id), "memory {at}");
     }
     shard.verify()

@@ -294,20 +294,7 @@ fn list(owners: Vec<Owner>, now: UnixMs) -> ListQuery {
 }
 
 fn search(user: &str, text: &str, k: usize, now: UnixMs) -> SearchQuery {
-    SearchQuery {
-        tenant: "t".into(),
-        owners: owners(user),
-        vector: vec![1.0, 0.0],
-        space: "s".into(),
-        text: text.into(),
-        k,
-        threshold: None,
-        filter: None,
-        statuses: vec![Status::Active],
-        time: None,
-        now,
-        with_vector: false,
-    }
+    SearchQuery { text: text.into(), k, now, ..proofs::search(owners(user), vec![1.0, 0.0]) }
 }
 
 /// Asks the shard everything, and the model.

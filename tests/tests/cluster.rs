@@ -19,6 +19,17 @@ fn configure(dir: &Path, id: usize, at: &[String]) -> Result<String> {
     Ok(file)
 }
 
+/// Makes the nodes' directories and an operator's key that all of them know.
+fn prepare(dir: &Path, nodes: usize) -> Result<String> {
+    fs::create_dir_all(dir.join("n1"))?;
+    let key = run_until_ok(dir, &["keys", "add", "acme", "--operator", "--data", "n1"])?.trim().to_string();
+    for id in 2..=nodes {
+        fs::create_dir_all(dir.join(format!("n{id}")))?;
+        fs::copy(dir.join("n1/keys.toml"), dir.join(format!("n{id}/keys.toml")))?;
+    }
+    Ok(key)
+}
+
 fn node(dir: &Path, file: &str) -> Result<Process> {
     start(dir, &["node", "--config", file])
 }
@@ -32,13 +43,7 @@ fn shards(json: &str) -> usize {
 fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<()> {
     let dir = Directory::new("cluster")?;
     let at = addresses(4)?;
-    fs::create_dir_all(dir.0.join("n1"))?;
-    let key =
-        run_until_ok(&dir.0, &["keys", "add", "acme", "--operator", "--data", "n1"])?.trim().to_string();
-    for id in 2..=4 {
-        fs::create_dir_all(dir.0.join(format!("n{id}")))?;
-        fs::copy(dir.0.join("n1/keys.toml"), dir.0.join(format!("n{id}/keys.toml")))?;
-    }
+    let key = prepare(&dir.0, 4)?;
     let files: Vec<String> = (1..=4).map(|id| configure(&dir.0, id, &at)).collect::<Result<_>>()?;
     let mut nodes: Vec<Option<Process>> = vec![];
     for file in &files {
@@ -126,9 +131,7 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
 fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
     let dir = Directory::new("views")?;
     let at = addresses(5)?;
-    fs::create_dir_all(dir.0.join("n1"))?;
-    let key =
-        run_until_ok(&dir.0, &["keys", "add", "acme", "--operator", "--data", "n1"])?.trim().to_string();
+    let key = prepare(&dir.0, 5)?;
     let mut files = vec![];
     for id in 1..=5 {
         let file = configure(&dir.0, id, &at)?;
@@ -136,10 +139,6 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
             if id <= 3 { "'gateway', 'writer', 'reader', 'ledger', 'records', 'graph'" } else { "'vector'" };
         let text = fs::read_to_string(dir.0.join(&file))?;
         fs::write(dir.0.join(&file), format!("roles = [{roles}]\n{text}"))?;
-        if id > 1 {
-            fs::create_dir_all(dir.0.join(format!("n{id}")))?;
-            fs::copy(dir.0.join("n1/keys.toml"), dir.0.join(format!("n{id}/keys.toml")))?;
-        }
         files.push(file);
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
