@@ -22,7 +22,7 @@
 use crate::control::map::SHARDS_MAX;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
-use crate::roles::{Role, Roles};
+use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
 use sim::time::Duration;
 use std::collections::BTreeMap;
@@ -112,7 +112,7 @@ fn data_default() -> String {
 
 /// The edge's roles and the replica's.
 pub fn all_roles() -> Vec<String> {
-    EDGE_ROLES.into_iter().chain(Role::ALL.map(Role::name)).map(String::from).collect()
+    EDGE_ROLES.into_iter().map(String::from).chain(roles::names(&Role::ALL)).collect()
 }
 
 impl NodeConfig {
@@ -220,7 +220,7 @@ mod tests {
     fn a_small_file_is_enough() -> Result<(), Error> {
         let config = NodeConfig::parse(GOOD)?;
         assert!(config.is_edge()?);
-        assert_eq!(config.replica_roles(), crate::roles::all());
+        assert_eq!(config.replica_roles(), roles::all());
         Ok(())
     }
 

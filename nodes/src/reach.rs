@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::groups::{GroupId, Groups, name_of};
 use crate::ledger::left;
 use crate::remote::Remote;
-use crate::roles::Role;
+use crate::roles::{self, Role};
 use crate::views::{Answered, Query};
 use sim::time::{Duration, Instant};
 use storage::model::{Command, Outcome};
@@ -29,10 +29,9 @@ impl Reach {
         if self.needs.is_empty() {
             return Error::NotHere(format!("no replica of {group} is known"));
         }
-        let needs: Vec<&str> = self.needs.iter().map(|role| role.name()).collect();
         Error::Unavailable(format!(
             "no node with the role {} has a replica of {group}; join one",
-            needs.join(" and ")
+            roles::names(self.needs).join(" and ")
         ))
     }
 

@@ -49,12 +49,13 @@ impl Role {
         self != Role::Ledger
     }
 
-    pub fn policy(self) -> &'static Policy {
+    /// The requirements' row of it.
+    pub fn policy(self) -> Policy {
         match self {
-            Role::Ledger => &POLICIES[0],
-            Role::Records => &POLICIES[1],
-            Role::Graph => &POLICIES[2],
-            Role::Vector => &POLICIES[3],
+            Role::Ledger => Policy { replicas: 3, failover_within_s: 30 },
+            Role::Records => Policy { replicas: 3, failover_within_s: 30 },
+            Role::Graph => Policy { replicas: 3, failover_within_s: 60 },
+            Role::Vector => Policy { replicas: 3, failover_within_s: 30 },
         }
     }
 }
@@ -63,20 +64,15 @@ pub fn all() -> Roles {
     Role::ALL.into()
 }
 
+pub fn names<'a>(roles: impl IntoIterator<Item = &'a Role>) -> Vec<String> {
+    roles.into_iter().map(|role| role.name().to_string()).collect()
+}
+
 /// How a component is replicated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    pub role: Role,
     /// Replicas of each shard, where there are as many nodes.
     pub replicas: usize,
     /// The requirements' ceiling for the time until others answer in a dead replica's place, in seconds.
     pub failover_within_s: u64,
 }
-
-/// One row a component, as the requirements have them.
-pub const POLICIES: [Policy; 4] = [
-    Policy { role: Role::Ledger, replicas: 3, failover_within_s: 30 },
-    Policy { role: Role::Records, replicas: 3, failover_within_s: 30 },
-    Policy { role: Role::Graph, replicas: 3, failover_within_s: 60 },
-    Policy { role: Role::Vector, replicas: 3, failover_within_s: 30 },
-];

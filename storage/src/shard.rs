@@ -96,8 +96,9 @@ const RECORDS: &str = "records.db";
 /// The fact that views are damaged.
 const CONDEMNED: &str = "condemned";
 
-fn condemned(disk: &dyn Disk, dir: &str) -> Result<Option<String>, StorageError> {
-    match crate::facts::get(disk, dir, CONDEMNED) {
+/// What a fact says whose being there is what matters.
+fn fact(disk: &dyn Disk, dir: &str, name: &str) -> Result<Option<String>, StorageError> {
+    match crate::facts::get(disk, dir, name) {
         Ok(reason) => Ok(reason.map(|r| String::from_utf8_lossy(&r).into_owned())),
         Err(crate::facts::FactError::Io(error)) => Err(error.into()),
         // Damaged itself, it says the same.
@@ -105,30 +106,21 @@ fn condemned(disk: &dyn Disk, dir: &str) -> Result<Option<String>, StorageError>
     }
 }
 
-fn is_wordless(disk: &dyn Disk, dir: &str) -> Result<bool, StorageError> {
-    match crate::facts::get(disk, dir, WORDLESS) {
-        Ok(fact) => Ok(fact.is_some()),
-        Err(crate::facts::FactError::Io(error)) => Err(error.into()),
-        // It is there, whatever it says.
-        Err(crate::facts::FactError::Damaged(_)) => Ok(true),
-    }
-}
-
 impl Shard {
     /// Opens the views in `dir`, creating them if there are none. Fails if they were condemned.
     pub fn open(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
         disk.create_dir_all(dir)?;
-        if let Some(reason) = condemned(&*disk, dir)? {
+        if let Some(reason) = fact(&*disk, dir, CONDEMNED)? {
             return Err(StorageError::Damaged { what: format!("what is stored in {dir}"), problem: reason });
         }
-        let wordless = is_wordless(&*disk, dir)?;
+        let wordless = fact(&*disk, dir, WORDLESS)?.is_some();
         if wordless == options.words && disk.list(dir)?.iter().any(|name| name == RECORDS) {
             let with = if wordless { "without" } else { "with" };
             let problem =
                 format!("they were made {with} an index of words, which this node now has otherwise");
             return Err(StorageError::Damaged { what: format!("the views in {dir}"), problem });
         }
-        Shard::open_any(disk, dir, options)
+        Shard::open_any(disk, dir, options, wordless)
     }
 
     /// Removes the views in `dir`, whatever their state, and opens empty ones. They count as condemned until [`Shard::acquit`], so that a
@@ -141,7 +133,7 @@ impl Shard {
             disk.remove(&format!("{dir}/{name}"))?;
         }
         disk.sync_dir(dir)?;
-        Shard::open_any(disk, dir, options)
+        Shard::open_any(disk, dir, options, false)
     }
 
     /// Makes views that were opened anew durable, and good from now on.
@@ -150,8 +142,14 @@ impl Shard {
         Ok(crate::facts::remove(&*self.disk, &self.dir, CONDEMNED)?)
     }
 
-    fn open_any(disk: Arc<dyn Disk>, dir: &str, options: ShardOptions) -> Result<Shard, StorageError> {
-        match (options.words, is_wordless(&*disk, dir)?) {
+    /// `wordless`: whether that fact is there.
+    fn open_any(
+        disk: Arc<dyn Disk>,
+        dir: &str,
+        options: ShardOptions,
+        wordless: bool,
+    ) -> Result<Shard, StorageError> {
+        match (options.words, wordless) {
             (true, true) => crate::facts::remove(&*disk, dir, WORDLESS)?,
             (false, false) => crate::facts::put(&*disk, dir, WORDLESS, b"")?,
             _ => {}

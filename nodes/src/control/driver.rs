@@ -73,17 +73,17 @@ impl Driver {
                 Some(version) => self.control.glance(soon()).await.is_ok_and(|map| map.version == version),
                 None => !leads,
             };
-            let more = match idle {
-                true => Ok(false),
-                false => match self.map().await {
-                    Ok(map) => {
-                        let (version, more) = (map.version, work(self.clone(), map).await);
-                        settled = matches!(more, Ok(false)).then_some(version);
-                        more
-                    }
-                    Err(error) => Err(error),
-                },
+            let round = async {
+                if idle {
+                    return Ok(false);
+                }
+                let map = self.map().await?;
+                let version = map.version;
+                let more = work(self.clone(), map).await?;
+                settled = (!more).then_some(version);
+                Ok(more)
             };
+            let more: Result<bool, Error> = round.await;
             match &more {
                 Err(error) if told.as_ref() != Some(error) => {
                     sim::debug!("{what}: {error}");
@@ -249,10 +249,7 @@ impl Driver {
 
     /// Takes the next step of what replicas are to do.
     async fn replicas(&self, map: &ClusterMap) -> Result<bool, Error> {
-        let next = match map.plan_handover() == *map {
-            true => std::sync::Arc::new(map.clone()),
-            false => self.control.update(|map| Ok(map.plan_handover()), soon()).await?,
-        };
+        let next = self.planned(map, ClusterMap::plan_handover).await?;
         let mut last = Ok(false);
         for (shard, entry) in &next.shards {
             let Some(handover) = entry.handover.filter(|_| entry.founded) else { continue };
@@ -267,10 +264,7 @@ impl Driver {
                 Err(error) => last = Err(error),
             }
         }
-        let next = match next.plan_learners() == *next {
-            true => next,
-            false => self.control.update(|map| Ok(map.plan_learners()), soon()).await?,
-        };
+        let next = self.planned(&next, ClusterMap::plan_learners).await?;
         for (shard, entry) in &next.shards {
             for (node, learner) in &entry.learners {
                 match self.learner(&next, *shard, (*node, *learner)).await {
@@ -288,6 +282,18 @@ impl Driver {
             }
         }
         last
+    }
+
+    /// The map with a plan in it, written down if it is new.
+    async fn planned(
+        &self,
+        map: &ClusterMap,
+        plan: fn(&ClusterMap) -> ClusterMap,
+    ) -> Result<std::sync::Arc<ClusterMap>, Error> {
+        match plan(map) == *map {
+            true => Ok(std::sync::Arc::new(map.clone())),
+            false => self.control.update(|map| Ok(plan(map)), soon()).await,
+        }
     }
 
     /// Takes a learner in or lets it go, if that is to be done; whether it was.

@@ -5,7 +5,7 @@
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
 use crate::error::Error;
-use crate::roles::{self, POLICIES, Role, Roles};
+use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use storage::slots::{MoveId, SLOTS, Slot, SlotSet};
@@ -48,8 +48,8 @@ impl NodeEntry {
         self.state == NodeState::Member && self.roles.contains(&role)
     }
 
-    fn has_view(&self) -> bool {
-        self.roles.iter().any(|role| role.is_view())
+    fn may_any_view(&self) -> bool {
+        self.roles.iter().any(|role| role.is_view() && self.may(*role))
     }
 }
 
@@ -180,12 +180,17 @@ impl ClusterMap {
         nodes.map(|(id, _)| (*id, self.kept_by(*id).len())).collect()
     }
 
+    /// The nodes that may be given more for a role, those with the fewest replicas first.
+    fn least_loaded(&self, role: Role) -> impl Iterator<Item = NodeId> {
+        let mut loads: Vec<(usize, NodeId)> =
+            self.loads(role).into_iter().map(|(id, load)| (load, id)).collect();
+        loads.sort_unstable();
+        loads.into_iter().map(|(_, id)| id)
+    }
+
     /// The nodes with the fewest replicas.
     fn fresh_members(&self) -> BTreeSet<NodeId> {
-        let mut loads: Vec<(usize, NodeId)> =
-            self.loads(Role::Ledger).into_iter().map(|(id, load)| (load, id)).collect();
-        loads.sort_unstable();
-        loads.into_iter().take(Role::Ledger.policy().replicas).map(|(_, id)| id).collect()
+        self.least_loaded(Role::Ledger).take(Role::Ledger.policy().replicas).collect()
     }
 
     fn changed(&self, change: impl FnOnce(&mut ClusterMap)) -> ClusterMap {
@@ -380,9 +385,8 @@ impl ClusterMap {
                 if from.is_none() && !lacks {
                     continue;
                 }
-                let free = map.loads(Role::Ledger).into_iter();
-                let free = free.filter(|(node, _)| !shard.members.contains(node));
-                let Some((_, to)) = free.map(|(node, load)| (load, node)).min() else { continue };
+                let free = map.least_loaded(Role::Ledger).find(|node| !shard.members.contains(node));
+                let Some(to) = free else { continue };
                 map.shards.entry(*id).and_modify(|shard| shard.handover = Some(Handover { from, to }));
             }
         })
@@ -411,28 +415,19 @@ impl ClusterMap {
                 self.shards.iter().filter(|(_, shard)| shard.founded && shard.handover.is_none())
             {
                 let mut planned = shard.clone();
-                for role in POLICIES.iter().map(|policy| policy.role).filter(|role| role.is_view()) {
-                    let loads = map.loads(role);
+                for role in Role::ALL.into_iter().filter(|role| role.is_view()) {
                     let holds =
                         |node: &NodeId| planned.members.contains(node) || planned.learners.contains_key(node);
-                    let held = loads.keys().filter(|node| holds(node)).count();
-                    let mut free: Vec<(usize, NodeId)> = loads
-                        .into_iter()
-                        .filter(|(node, _)| !holds(node))
-                        .map(|(node, load)| (load, node))
-                        .collect();
-                    free.sort_unstable();
-                    for (_, node) in free.into_iter().take(role.policy().replicas.saturating_sub(held)) {
-                        planned.learners.insert(node, Learner::Joining);
-                    }
+                    let (held, free): (Vec<NodeId>, Vec<NodeId>) = map.least_loaded(role).partition(holds);
+                    let lacking = role.policy().replicas.saturating_sub(held.len());
+                    planned
+                        .learners
+                        .extend(free.into_iter().take(lacking).map(|node| (node, Learner::Joining)));
                 }
                 // Whoever takes its place answers before it goes.
                 let settled = planned.learners.values().all(|learner| *learner != Learner::Joining);
                 for (node, learner) in &mut planned.learners {
-                    let stays = self
-                        .nodes
-                        .get(node)
-                        .is_some_and(|node| node.state == NodeState::Member && node.has_view());
+                    let stays = self.nodes.get(node).is_some_and(NodeEntry::may_any_view);
                     if !stays && (settled || *learner == Learner::Joining) {
                         *learner = Learner::Leaving;
                     }

@@ -218,7 +218,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         }
         .into(),
         shards: map.kept_by(*id).into_iter().collect(),
-        roles: node.roles.iter().map(|role| role.name().to_string()).collect(),
+        roles: roles::names(&node.roles),
     };
     let learner = |(node, learner): (&u64, &Learner)| v1::ClusterLearner {
         node: *node,
@@ -255,7 +255,7 @@ fn roles_of(node: &v1::ClusterNode) -> Result<Roles, Error> {
         return Ok(roles::all());
     }
     let role = |name: &String| {
-        let names = Role::ALL.map(Role::name).join(", ");
+        let names = roles::names(&Role::ALL).join(", ");
         Role::parse(name)
             .ok_or_else(|| Error::invalid("roles", format!("'{name}' has no replicas; there are {names}")))
     };

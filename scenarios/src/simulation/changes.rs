@@ -42,7 +42,7 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
             let Some(address) = cluster.replicas.get(id as usize - 1).map(|node| cluster.addr(*node)) else {
                 return true;
             };
-            let roles = topology.roles_of(id).iter().map(|role| role.name().to_string()).collect();
+            let roles = nodes::roles::names(&topology.roles_of(id));
             Wish::Join(v1::ClusterNode { id, address, roles, ..Default::default() })
         }
         (.., Some(id)) => Wish::Drain(id),
