@@ -5,7 +5,7 @@ use crate::report::Fired;
 use crate::spec::{Fault, FaultKind, Target};
 use sim::time::{self, Duration};
 use sim::trace::Level;
-use sim::world::NodeIndex;
+use sim::world::{NodeIndex, World};
 use std::sync::Arc;
 
 /// Where a replica's data lies.
@@ -16,6 +16,8 @@ const PLACES: usize = 2;
 const RUIN_PLACES: usize = 80;
 const SLOW_SYNC: Duration = Duration::from_millis(100);
 
+/// How long a cut that no message has run into is held beyond its time: elections send some by then.
+const UNMET_MAX: Duration = Duration::from_secs(10);
 /// The notice before a spot instance goes.
 const NOTICE: Duration = Duration::from_secs(120);
 /// A node that is told to stop must have ended after this.
@@ -117,10 +119,9 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
                 }
                 world.note(node, Level::Warn, &format!("cut off from its peers ({:?})", fault.kind));
             }
-            time::sleep(lasts).await;
-            world.links().heal_all();
+            let met = cut_for(world, lasts, stalled).await;
             nodes.iter().for_each(|n| world.note(*n, Level::Info, "links healed"));
-            running && world.links().counters().0 > stalled
+            running && met
         }
         FaultKind::BitRot | FaultKind::Ruin | FaultKind::LostSector => {
             let mut harmed = !nodes.is_empty();
@@ -193,10 +194,9 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
         FaultKind::Silence => {
             let stalled = world.links().counters().0;
             nodes.iter().for_each(|n| world.silence(*n));
-            time::sleep(lasts).await;
-            world.links().heal_all();
+            let met = cut_for(world, lasts, stalled).await;
             nodes.iter().for_each(|n| world.note(*n, Level::Info, "links healed"));
-            running && world.links().counters().0 > stalled
+            running && met
         }
         FaultKind::CalendarStep => {
             nodes.iter().for_each(|n| world.set_clock(*n, 0, fault.step_ms));
@@ -234,6 +234,18 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     };
     let (began_s, undone_s) = (began.as_secs_f64(), world.now().as_secs_f64());
     Fired { fault: fault.clone(), node: names.join("+"), fired: took_place, began_s, undone_s }
+}
+
+/// Keeps the links cut for `lasts`, and on until a message has run into the cut: one that falls between two messages harms nobody.
+/// Whether a message has, in the end; `stalled` is the links' count from before the cut.
+async fn cut_for(world: &World, lasts: Duration, stalled: u64) -> bool {
+    let until = world.now() + lasts + UNMET_MAX;
+    time::sleep(lasts).await;
+    while world.links().counters().0 == stalled && world.now() < until {
+        time::sleep(Duration::from_millis(100)).await;
+    }
+    world.links().heal_all();
+    world.links().counters().0 > stalled
 }
 
 /// Waits until a restarted node serves, and, if it is a replica, until all of them agree about what was written before it came back.
