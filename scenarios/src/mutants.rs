@@ -40,7 +40,7 @@ pub const MUTANTS: [Mutant; 33] = [
     mutant("forget-a-deletions-version", "a memory that is added again begins at version 1"),
     mutant("store-the-replicas-own-time", "apply looks at the replica's clock"),
     mutant("leave-inbound-edges-behind", "a deleted memory's inbound edges stay"),
-    mutant("keep-a-deleted-memory-in-the-cache", "the cache is not told of deletions"),
+    mutant("keep-an-old-version-in-the-cache", "the cache is not told of updates"),
     mutant("search-the-words-of-all-tenants", "a search by words leaves the tenant's filter out"),
     mutant("lose-a-tombstone-of-a-segment", "a vector in a segment survives its memory"),
     mutant("name-a-segment-that-is-not-synced", "a segment of vectors is named before its bytes are durable"),

@@ -110,14 +110,23 @@ impl Hash {
     }
 
     pub fn bytes(&mut self, bytes: &[u8]) {
-        let mut chunks = bytes.chunks_exact(8);
-        for chunk in &mut chunks {
-            let mut word = [0; 8];
-            word.copy_from_slice(chunk);
-            self.number(u64::from_le_bytes(word));
+        // Long ones in four streams, which need not wait for each other.
+        let (blocks, rest) = bytes.as_chunks::<32>();
+        if !blocks.is_empty() {
+            let mut streams: [Hash; 4] =
+                std::array::from_fn(|stream| Hash(self.0.wrapping_add(stream as u64)));
+            for block in blocks {
+                streams
+                    .iter_mut()
+                    .zip(block.as_chunks().0)
+                    .for_each(|(s, word)| s.number(u64::from_le_bytes(*word)));
+            }
+            streams.iter().for_each(|stream| self.number(stream.0));
         }
+        let (words, rest) = rest.as_chunks();
+        words.iter().for_each(|word| self.number(u64::from_le_bytes(*word)));
         let mut last = [0; 8];
-        last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+        last[..rest.len()].copy_from_slice(rest);
         self.number(u64::from_le_bytes(last));
         self.number(bytes.len() as u64);
     }

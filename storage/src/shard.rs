@@ -249,16 +249,16 @@ impl Shard {
                     if let Some(coded) = coded {
                         tree.put(coded);
                     }
-                    cache(memory);
+                    if !sim::planted!("keep-an-old-version-in-the-cache") {
+                        cache(memory);
+                    }
                 }
                 // No condition asks for accesses.
                 Effect::Touch { memory } => cache(memory),
                 Effect::Remove { memory, position, dimension } => {
                     tree.conditions.forget(&memory.owner());
                     tree.remove(memory, *position, *dimension);
-                    if !sim::planted!("keep-a-deleted-memory-in-the-cache") {
-                        self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, None);
-                    }
+                    self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, None);
                 }
                 Effect::Arrive { coded } => tree.put(coded),
                 Effect::Leave { memory, position, dimension } => {

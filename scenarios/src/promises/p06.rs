@@ -1,8 +1,9 @@
 //! P6: a deleted memory never comes back; no answer holds a dangling edge.
 //!
-//! Read so: both ends of every edge that a walk shows are among the memories that it shows; and none of these is older than a write of it,
-//! a deletion included, that was acknowledged before the walk was asked for; and every edge that it shows was set by somebody who was not
-//! answered before one of its ends began to be deleted, for a deletion takes a memory's edges with it. (Reads of single memories are P4's.)
+//! Read so: both ends of every edge that a walk shows are among the memories that it shows; and no memory that it, or a strong search, shows
+//! is older than a write of it, a deletion included, that was acknowledged before it was asked for; and every edge that it shows was set by
+//! somebody who was not answered before one of its ends began to be deleted, for a deletion takes a memory's edges with it. (Reads of single
+//! memories are P4's.)
 
 use super::{Violation, linearizable::describe, violation};
 use crate::history::{History, Id, Request, Response, number};
@@ -34,7 +35,11 @@ pub fn check(history: &History) -> Vec<Violation> {
         }
     }
     for op in &history.ops {
-        let Response::Walked { rows, edges } = &op.response else { continue };
+        let (rows, edges): (_, &[(Id, Id)]) = match (&op.request, &op.response) {
+            (_, Response::Walked { rows, edges }) => (rows, edges),
+            (Request::Search { by_vector: true }, Response::Rows(rows)) => (rows, &[]),
+            _ => continue,
+        };
         let shown: BTreeSet<&Id> = rows.iter().map(|row| &row.id).collect();
         if let Some(edge) = edges.iter().find(|(from, to)| !shown.contains(from) || !shown.contains(to)) {
             let what = {

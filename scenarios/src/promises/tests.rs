@@ -158,6 +158,13 @@ fn an_edge_to_nowhere_or_to_what_was_deleted_breaks_p6() {
     assert_eq!(shown(link(5, Response::Unknown)), Vec::<String>::new());
     assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(4, "c")], vec![(here(), "x".into())]))), ["P6"]);
     assert_eq!(broken(|h| h.ops.push(walk(21, vec![row(2, "b")], vec![]))), ["P6"]);
+    let search = |by_vector, row| op(0, 21, 22, Request::Search { by_vector }, Response::Rows(vec![row]));
+    assert_eq!(broken(|h| h.ops.push(search(true, row(2, "b")))), ["P6"], "an old version");
+    assert_eq!(
+        broken(|h| h.ops.push(search(false, row(2, "b")))),
+        Vec::<String>::new(),
+        "but not a strong one"
+    );
 }
 
 #[test]

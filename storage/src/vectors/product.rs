@@ -13,6 +13,7 @@ const POINTS: usize = 256;
 /// Vectors that the points are made from, at most.
 const SAMPLE: usize = 8192;
 const ROUNDS: usize = 8;
+const LANES: usize = 16;
 
 /// Of a part: the points' first coordinates, then their second ones, …
 type Part = [[f32; POINTS]; PART];
@@ -57,13 +58,14 @@ fn nearest(points: &Part, of: &[f32; PART]) -> (usize, f32) {
             *distance += off * off;
         }
     }
-    let mut best = (0, distances[0]);
-    for (at, distance) in distances.into_iter().enumerate() {
-        if distance < best.1 {
-            best = (at, distance);
-        }
+    // The least distance first, in lanes that need not wait for each other; then who has it.
+    let mut least = [f32::INFINITY; LANES];
+    for lanes in distances.as_chunks::<LANES>().0 {
+        least.iter_mut().zip(lanes).for_each(|(least, distance)| *least = least.min(*distance));
     }
-    best
+    let least = least.into_iter().fold(f32::INFINITY, f32::min);
+    let at = distances.iter().position(|distance| *distance == least).unwrap_or(0);
+    (at, least)
 }
 
 /// Makes points for vectors like these. There is at least one.
