@@ -4,8 +4,8 @@
 //! client sends an answered key again, as a confused caller would, and expects the same answer. An operation whose time has passed by more
 //! than [`LATE`] when the one before it ends is left out: a client that had to wait does not make up for it.
 //!
-//! Where recovery is measured, clients are what good ones are: reads too are sent again, and a gateway that did not answer is left out until it
-//! answers a probe.
+//! Where recovery is measured, clients are what good ones are: reads too are sent again, and each gateway is pinged, as HTTP/2 keeps a connection
+//! alive that is not used. One that does not answer is left out until it answers a ping.
 
 use super::cluster::{Cluster, host_of, tenant};
 use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row, SEARCH_K};
@@ -28,9 +28,10 @@ use tonic::{Code, Status};
 const ATTEMPT: Duration = Duration::from_secs(2);
 const ATTEMPTS_MAX: usize = 12;
 const LATE: Duration = Duration::from_secs(1);
-/// A gateway that was left out is probed after this, and then after twice as long each time, up to the other.
-const PROBE_FIRST: Duration = Duration::from_millis(100);
-const PROBE_LAST: Duration = Duration::from_secs(1);
+/// How often a gateway is pinged, and one that is left out; and how long an answer may take.
+const PING_EVERY: Duration = Duration::from_secs(2);
+const PING_AGAIN: Duration = Duration::from_millis(250);
+const PING_LIMIT: Duration = Duration::from_secs(1);
 
 /// What all clients write into.
 pub type Recorder = Arc<Mutex<Recorded>>;
@@ -104,6 +105,9 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
             };
             let (world, running, operations) = (world.clone(), running.clone(), operations.clone());
             async move {
+                if client.fails_over {
+                    client.keep_alive();
+                }
                 for operation in operations.iter() {
                     let at = Duration::from_millis(operation.at_ms);
                     let now = world.now();
@@ -240,31 +244,33 @@ impl Client {
             })
         });
         if silent && self.fails_over {
-            self.leave_out(self.at);
+            self.out.lock().unwrap_or_else(|p| p.into_inner())[self.at] = true;
         }
         answer
     }
 
-    /// Leaves a gateway out until it says something, if only that it does not know who asks.
-    fn leave_out(&self, gateway: usize) {
-        let out = self.out.clone();
-        if std::mem::replace(&mut out.lock().unwrap_or_else(|p| p.into_inner())[gateway], true) {
-            return;
-        }
-        let channel = self.channels[gateway].clone();
-        sim::task::spawn(async move {
-            let mut pause = PROBE_FIRST;
-            loop {
-                time::sleep(pause).await;
-                pause = (pause * 2).min(PROBE_LAST);
-                let mut service = MemoryServiceClient::new(channel.clone());
-                let probe = time::timeout(PROBE_LAST, service.get(v1::GetRequest::default())).await;
-                if probe.is_ok_and(|answer| answer.is_err_and(|s| s.code() == Code::Unauthenticated)) {
-                    out.lock().unwrap_or_else(|p| p.into_inner())[gateway] = false;
-                    return;
+    /// Pings each gateway for ever, to know which to leave out.
+    fn keep_alive(&self) {
+        for (gateway, channel) in self.channels.iter().cloned().enumerate() {
+            let out = self.out.clone();
+            let is_out = move |out: &Mutex<Vec<bool>>| out.lock().unwrap_or_else(|p| p.into_inner())[gateway];
+            sim::task::spawn(async move {
+                time::sleep(Duration::from_millis(rand::below(PING_EVERY.as_millis() as u64))).await;
+                loop {
+                    let mut service = MemoryServiceClient::new(channel.clone());
+                    let ping = time::timeout(PING_LIMIT, service.get(v1::GetRequest::default())).await;
+                    // It says something, if only that it does not know who asks.
+                    let answers =
+                        ping.is_ok_and(|answer| answer.is_err_and(|s| s.code() == Code::Unauthenticated));
+                    out.lock().unwrap_or_else(|p| p.into_inner())[gateway] = !answers;
+                    let mut waited = Duration::ZERO;
+                    while waited < if is_out(&out) { PING_AGAIN } else { PING_EVERY } {
+                        time::sleep(PING_AGAIN).await;
+                        waited += PING_AGAIN;
+                    }
                 }
-            }
-        });
+            });
+        }
     }
 
     /// Writes down how it went with something that this client wanted.
