@@ -17,8 +17,9 @@
 //! ```
 //!
 //! Roles come in two groups: those of the edge (gateway, writer, reader) live in one process; of those of the replica (ledger, records,
-//! graph, vector: [`crate::roles`]) a process has any. It may have both groups.
+//! graph, vector: [`crate::roles`]) a process has any. It may have both groups. A node that caches has the role cache alone.
 
+use crate::cache::CacheOptions;
 use crate::control::map::SHARDS_MAX;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
@@ -80,11 +81,14 @@ pub struct Tuning {
     pub product_after_days: Option<i64>,
     /// Product codes are made for at least so many vectors of a dimension in a month.
     pub product_rows_min: usize,
+    /// What a node with the role cache keeps in memory, in bytes, and for how long at most, in seconds.
+    pub cache_bytes_max: u64,
+    pub cache_ttl_s: u64,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        let (ledger, vectors) = (LedgerOptions::default(), VectorOptions::default());
+        let (ledger, vectors, cache): (LedgerOptions, VectorOptions, CacheOptions) = Default::default();
         Tuning {
             heartbeat_ms: ledger.heartbeat.as_millis() as u64,
             election_min_ms: ledger.election_min.as_millis() as u64,
@@ -98,6 +102,8 @@ impl Default for Tuning {
             graph_rows_min: vectors.graph_rows_min,
             product_after_days: None,
             product_rows_min: vectors.product_rows_min,
+            cache_bytes_max: cache.bytes_max,
+            cache_ttl_s: cache.ttl.as_secs(),
         }
     }
 }
@@ -110,9 +116,13 @@ fn data_default() -> String {
     "./loci-data".into()
 }
 
-/// The edge's roles and the replica's.
+/// The roles of a node that is not told otherwise: the edge's and the replica's.
 pub fn all_roles() -> Vec<String> {
-    EDGE_ROLES.into_iter().map(String::from).chain(roles::names(&Role::ALL)).collect()
+    EDGE_ROLES.into_iter().map(String::from).chain(roles::names(&roles::all())).collect()
+}
+
+fn is_role(name: &String) -> bool {
+    EDGE_ROLES.contains(&&name[..]) || Role::parse(name).is_some()
 }
 
 impl NodeConfig {
@@ -124,8 +134,9 @@ impl NodeConfig {
         config.is_edge()?;
         if !roles.is_empty() {
             let id = config.id.filter(|id| *id > 0).ok_or_else(|| {
-                Error::invalid("id", "a node with a role that has replicas needs its number, from 1 on")
+                Error::invalid("id", "a node that stands in the cluster map needs its number, from 1 on")
             })?;
+            roles::check(&roles)?;
             if voters.contains_key(&id) && !roles.contains(&Role::Ledger) {
                 let problem = format!(
                     "node {id} is listed in [replicas], whose nodes keep the cluster map, and lacks the role ledger"
@@ -133,10 +144,12 @@ impl NodeConfig {
                 return Err(Error::invalid("roles", problem));
             }
         }
-        if let Some(role) = config.roles.iter().find(|r| !all_roles().contains(r)) {
+        if let Some(role) = config.roles.iter().find(|role| !is_role(role)) {
+            let mut there = all_roles();
+            there.push(Role::Cache.name().into());
             return Err(Error::invalid(
                 "roles",
-                format!("there is no role '{role}'; there are {}", all_roles().join(", ")),
+                format!("there is no role '{role}'; there are {}", there.join(", ")),
             ));
         }
         if config.roles.is_empty() {
@@ -181,9 +194,16 @@ impl NodeConfig {
         }
     }
 
-    /// Those of its roles that have replicas.
+    /// Those of its roles that the cluster map knows.
     pub fn replica_roles(&self) -> Roles {
         self.roles.iter().filter_map(|name| Role::parse(name)).collect()
+    }
+
+    pub fn cache_options(&self) -> CacheOptions {
+        CacheOptions {
+            bytes_max: self.tuning.cache_bytes_max,
+            ttl: Duration::from_secs(self.tuning.cache_ttl_s),
+        }
     }
 
     pub fn shard_options(&self) -> ShardOptions {
@@ -232,6 +252,7 @@ mod tests {
             (GOOD.replace("id = 1", "id = 1\nshards = 0"), "shards"),
             (GOOD.replace("id = 1", "id = 1\nroles = ['gateway']"), "roles"),
             (GOOD.replace("id = 1", "id = 1\nroles = []"), "roles"),
+            (GOOD.replace("id = 1", "id = 9\nroles = ['cache', 'records']"), "roles"),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
             (GOOD.replace("name", "nmae"), "configuration"),
         ];

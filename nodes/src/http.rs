@@ -53,9 +53,12 @@ pub fn json(status: &v1::StatusResponse) -> serde_json::Value {
             })
         })
         .collect();
+    let cache = status.cache.as_ref().map(|c| {
+        serde_json::json!({ "memories": c.memories, "bytes": c.bytes, "hits": c.hits, "misses": c.misses })
+    });
     serde_json::json!({
         "node": status.node, "build": status.build, "roles": status.roles, "level": status.level,
-        "uptime_ms": status.uptime_ms, "disk_bytes": status.disk_bytes, "shards": shards,
+        "uptime_ms": status.uptime_ms, "disk_bytes": status.disk_bytes, "shards": shards, "cache": cache,
     })
 }
 

@@ -7,12 +7,13 @@
 //!                                          control group: the cluster map ┘
 //! ```
 //!
-//! A process has the edge's roles (gateway, writer, reader), a replica's (ledger, records, graph, vector), or both ([`config`]); which shards
+//! A process has the edge's roles (gateway, writer, reader), a replica's (ledger, records, graph, vector), or both, or caches ([`config`]); which shards
 //! it has replicas of, the cluster map says ([`control`]). Groups in one process are called directly; others over `loci.internal.v1`
 //! ([`reach`]). [`node`] puts a process together, the same in simulation and in production.
 
 pub mod access;
 pub mod auth;
+pub mod cache;
 pub mod config;
 pub mod control;
 pub mod convert;

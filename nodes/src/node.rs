@@ -2,6 +2,7 @@
 
 use crate::access::Accesses;
 use crate::auth::KeyRing;
+use crate::cache::CacheView;
 use crate::config::NodeConfig;
 use crate::control::{self, Control, driver::Driver, keeper};
 use crate::edge::EdgeLayer;
@@ -17,6 +18,7 @@ use crate::proto::v1::{
     memory_service_server::MemoryServiceServer,
 };
 use crate::reader::Reader;
+use crate::roles::Role;
 use crate::router::Router;
 use crate::writer::Writer;
 use sim::disk::Disk;
@@ -81,6 +83,11 @@ impl Node {
             sim::info!("replicas opened, {:?} after start", started.elapsed());
             sim::task::spawn(keeper::keep(settings, groups.clone(), control.clone()));
         }
+        let cache = config.replica_roles().contains(&Role::Cache).then(|| {
+            let cache = CacheView::new(&config.name, router.clone(), config.cache_options());
+            sim::task::spawn(cache.clone().follow(control.clone(), peers.clone()));
+            cache
+        });
         sim::task::spawn(control.clone().follow());
         let counted = disk.clone();
         let about = Arc::new(About {
@@ -89,6 +96,7 @@ impl Node {
             started,
             groups: groups.clone(),
             disk_bytes: Box::new(move || disk_bytes(&*counted, "", 0)),
+            cache: cache.clone(),
         });
 
         let mut edge_services = None;
@@ -96,7 +104,7 @@ impl Node {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
         builder.add_service(health_service);
-        let server = ReplicaServer::new(ReplicaService { groups: groups.clone() });
+        let server = ReplicaServer::new(ReplicaService { groups: groups.clone(), cache });
         let limit = peers::MESSAGE_BYTES_MAX;
         builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
         if config.is_edge()? {

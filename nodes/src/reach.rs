@@ -5,7 +5,7 @@ use crate::groups::{GroupId, Groups, name_of};
 use crate::ledger::left;
 use crate::remote::Remote;
 use crate::roles::{self, Role};
-use crate::views::{Answered, Query};
+use crate::views::{Answered, Ask, Query};
 use sim::time::{Duration, Instant};
 use storage::model::{Command, Outcome};
 
@@ -33,6 +33,11 @@ impl Reach {
             "no node with the role {} has a replica of {group}; join one",
             roles::names(self.needs).join(" and ")
         ))
+    }
+
+    /// Whether a replica in this process can answer.
+    pub fn is_here(&self, ask: &Ask) -> bool {
+        self.groups.get(self.group).is_some_and(|replica| replica.views.answers(ask))
     }
 
     /// Asks the views. A replica of this process that cannot answer in half of the time is helped by the others. `NotHere`: the

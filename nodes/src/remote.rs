@@ -46,8 +46,18 @@ impl Remote {
         Remote { peers, group, standing: Arc::new(Standing::new(replicas, Ask::KINDS)) }
     }
 
+    /// The same nodes, asked of another group.
+    pub fn of(&self, group: GroupId) -> Remote {
+        Remote { group, ..self.clone() }
+    }
+
     pub fn addrs(&self) -> &[String] {
         &self.standing.addrs
+    }
+
+    /// Whether the first of them is trusted.
+    pub fn is_trusted(&self) -> bool {
+        self.standing.is_trusted(0)
     }
 
     fn any(&self) -> Vec<usize> {
@@ -73,6 +83,9 @@ impl Remote {
             }
             Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("NOT_HERE") => {
                 Said::Final(Error::NotHere(status.message().to_string()))
+            }
+            Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("NOT_YET_VISIBLE") => {
+                Said::Nothing(Error::NotYetVisible)
             }
             Ok(Err(status)) => Said::Nothing(Error::Unavailable(format!("{addr}: {}", status.message()))),
             Err(_) => Said::Nothing(Error::Unavailable(format!("{addr} did not answer in time"))),
@@ -191,6 +204,20 @@ impl Remote {
             sim::time::sleep(pause.min(left)).await;
             pause = (pause * 2).min(Duration::from_millis(200));
         }
+    }
+
+    /// Asks the first of them alone; `None` if it has no answer that soon.
+    pub async fn first(&self, query: &Query, within: Duration) -> Option<Answered> {
+        match self.ask_one(0, query, within).await {
+            Said::Answer(answered) => return Some(answered),
+            Said::Final(_) | Said::Nothing(Error::NotYetVisible) => {}
+            Said::Nothing(_) => {
+                if self.standing.suspect(0) {
+                    self.suspected(0);
+                }
+            }
+        }
+        None
     }
 
     /// Asks one replica, and the next one too when the first takes long or cannot say.

@@ -10,10 +10,12 @@
 //! | records | the index of words | gets, listings, histories, changes, searches by words |
 //! | graph | nothing: edges are rows | walks |
 //! | vector | segments and graphs of vectors | searches by vectors |
+//! | cache | no replica: memories that were got lately, in memory ([`crate::cache`]) | gets that need not be strong |
 //!
-//! A node may have several roles, and has all of them unless it is told otherwise. Which nodes have which replica stands in the cluster map
+//! A node may have several roles, and has all that come with replicas unless it is told otherwise. Which nodes have which replica stands in the cluster map
 //! ([`crate::control::map`]); a node that finds itself there with other roles than it has tells so.
 
+use crate::error::Error;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -24,12 +26,13 @@ pub enum Role {
     Records,
     Graph,
     Vector,
+    Cache,
 }
 
 pub type Roles = BTreeSet<Role>;
 
 impl Role {
-    pub const ALL: [Role; 4] = [Role::Ledger, Role::Records, Role::Graph, Role::Vector];
+    pub const ALL: [Role; 5] = [Role::Ledger, Role::Records, Role::Graph, Role::Vector, Role::Cache];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -37,6 +40,7 @@ impl Role {
             Role::Records => "records",
             Role::Graph => "graph",
             Role::Vector => "vector",
+            Role::Cache => "cache",
         }
     }
 
@@ -44,9 +48,9 @@ impl Role {
         Role::ALL.into_iter().find(|role| role.name() == name)
     }
 
-    /// Whether it is a view that is asked.
+    /// Whether it is a view that has replicas.
     pub fn is_view(self) -> bool {
-        self != Role::Ledger
+        !matches!(self, Role::Ledger | Role::Cache)
     }
 
     /// The requirements' row of it.
@@ -56,12 +60,24 @@ impl Role {
             Role::Records => Policy { replicas: 3, failover_within_s: 30 },
             Role::Graph => Policy { replicas: 3, failover_within_s: 60 },
             Role::Vector => Policy { replicas: 3, failover_within_s: 30 },
+            Role::Cache => Policy { replicas: 3, failover_within_s: 10 },
         }
     }
 }
 
+/// What a node does that is not told otherwise.
 pub fn all() -> Roles {
-    Role::ALL.into()
+    Role::ALL.into_iter().filter(|role| *role != Role::Cache).collect()
+}
+
+/// What nobody may be: a cache has no replicas.
+pub fn check(roles: &Roles) -> Result<(), Error> {
+    match roles.contains(&Role::Cache) && roles.len() > 1 {
+        true => {
+            Err(Error::invalid("roles", "cache is for nodes that have no replicas: give it alone, or not"))
+        }
+        false => Ok(()),
+    }
 }
 
 pub fn names<'a>(roles: impl IntoIterator<Item = &'a Role>) -> Vec<String> {

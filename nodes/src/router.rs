@@ -10,6 +10,8 @@
 //! and an answer that is put together from several shards was given by shards that showed all of what it needed: each is asked
 //! whether it shows the slots that the map gives it.
 //!
+//! Gets that need not be strong are asked of a cache first, where nodes have that role ([`crate::cache`]), and of a replica if it does not answer.
+//!
 //! A call that names a memory by its id alone must find its slot. Ids that Loci makes carry it ([`with_slot`]); other ids are looked up, and
 //! remembered: a memory never changes its slot.
 
@@ -30,6 +32,8 @@ use std::sync::{Arc, Mutex};
 use storage::model::*;
 use storage::slots::{SLOTS, Slot, SlotSet, slot_of};
 
+/// How long a cache may take before a replica is asked instead.
+pub const CACHE_WITHIN: Duration = Duration::from_millis(100);
 /// Ids whose slots are remembered.
 const LOCATED_MAX: usize = 20_000;
 
@@ -77,6 +81,8 @@ pub struct Router {
     here: String,
     /// The ways to shards' replicas elsewhere, with what is known of how they answer.
     ways: Arc<Mutex<BTreeMap<ShardId, Vec<Way>>>>,
+    /// The nodes that cache, each by itself.
+    caches: Arc<Mutex<BTreeMap<String, Remote>>>,
     located: Arc<Mutex<BTreeMap<(String, MemoryId), Slot>>>,
 }
 
@@ -132,7 +138,8 @@ enum Place {
 
 impl Router {
     pub fn new(control: Control, groups: Groups, peers: Peers, here: String) -> Router {
-        Router { control, groups, peers, here, ways: Arc::default(), located: Arc::default() }
+        let (ways, caches, located) = Default::default();
+        Router { control, groups, peers, here, ways, caches, located }
     }
 
     pub fn peers(&self) -> &Peers {
@@ -158,6 +165,35 @@ impl Router {
         ways.retain(|way| way.needs != needs);
         ways.push(Way { version: map.version, needs, remote: remote.clone() });
         at(remote)
+    }
+
+    /// The cache to ask for a memory: the same one whoever asks, for as long as the same ones are trusted.
+    fn cache(&self, map: &ClusterMap, shard: ShardId, ask: &Ask, freshness: &Freshness) -> Option<Remote> {
+        let (Ask::Get { tenant, id, .. }, Freshness::Any | Freshness::AtLeast(_)) = (ask, freshness) else {
+            return None;
+        };
+        let addrs = map.caches();
+        if addrs.is_empty() {
+            return None;
+        }
+        let mut caches = self.caches.lock().unwrap_or_else(|p| p.into_inner());
+        caches.retain(|addr, _| addrs.contains(addr));
+        let of = |addr: String| {
+            let new = || Remote::new(self.peers.clone(), shard, vec![addr.clone()]);
+            caches.entry(addr.clone()).or_insert_with(new).of(shard)
+        };
+        let all: Vec<Remote> = addrs.into_iter().map(of).collect();
+        let trusted: Vec<&Remote> = all.iter().filter(|cache| cache.is_trusted()).collect();
+        let mut hash = sim::trace::Hash::default();
+        hash.bytes(tenant.as_bytes());
+        hash.bytes(id);
+        // Rendezvous: whose own hash with the memory's is the greatest.
+        let weight = |cache: &&Remote| {
+            let mut hash = hash.clone();
+            hash.bytes(cache.addrs()[0].as_bytes());
+            hash.value()
+        };
+        trusted.into_iter().max_by_key(weight).cloned()
     }
 
     /// The parts of a question: two where no replica that the map knows has all that is needed.
@@ -207,8 +243,19 @@ impl Router {
             let parts = parts.map(|(shard, ask, needs)| {
                 let (at, freshness, founded) =
                     (self.at(&map, shard, ask.needs()), reading.of(shard), founded(&map, shard));
+                let cache = match at.reach.is_here(&ask) {
+                    true => None,
+                    false => self.cache(&map, shard, &ask, &freshness),
+                };
                 async move {
                     founded?;
+                    if let Some(cache) = cache {
+                        let query = Query { freshness, wait_ms: 0, ask: ask.clone(), needs: needs.clone() };
+                        let within = CACHE_WITHIN.min(deadline - Instant::now());
+                        if let Some(answered) = cache.first(&query, within).await {
+                            return Ok((shard, answered));
+                        }
+                    }
                     at.ask(ask, freshness, &needs, deadline).await.map(|answered| (shard, answered))
                 }
             });

@@ -144,6 +144,26 @@ pub struct Answered {
     pub replica: String,
 }
 
+/// Which memories changed? What a cache asks.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Touched {
+    /// After this index of the ledger; at first it asks only where the replica is.
+    pub after: Option<u64>,
+    /// How long the replica may wait for a change, in milliseconds.
+    pub wait_ms: u64,
+}
+
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct WhatChanged {
+    /// Where the replica is, and the slots that it shows there.
+    pub position: Position,
+    pub slots: SlotSet,
+    /// What changed up to there; `None`: anything may have.
+    pub changed: Option<Vec<MemoryId>>,
+    /// When the replica last heard that it was up to date, in milliseconds before now.
+    pub age_ms: u64,
+}
+
 /// Scans of more vectors than this leave the executor, so that small searches do not wait behind them.
 const INLINE_VECTORS_MAX: usize = 20_000;
 
@@ -235,6 +255,27 @@ impl LocalViews {
     /// Whether this replica keeps what a question needs.
     pub fn answers(&self, ask: &Ask) -> bool {
         ask.needs().iter().all(|role| self.roles.contains(role)) || sim::planted!("answer-without-the-view")
+    }
+
+    /// Tells a cache what changed.
+    pub async fn touched(&self, asked: Touched) -> Result<WhatChanged, Error> {
+        if !self.roles.contains(&Role::Records) {
+            return Err(Error::Unavailable(format!("{} has not the role records", self.name)));
+        }
+        if let Some(after) = asked.after {
+            let next = Position { epoch: crate::ledger::FIRST_EPOCH, index: after + 1, item: 0 };
+            match self
+                .ledger
+                .wait_published(next, Instant::now() + Duration::from_millis(asked.wait_ms))
+                .await
+            {
+                Ok(()) | Err(Error::NotYetVisible) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let age_ms = self.fresh_since().map_or(u64::MAX, |at| at.elapsed().as_millis() as u64);
+        let (position, slots, changed) = self.ledger.shard.touched_after(asked.after.unwrap_or(u64::MAX));
+        Ok(WhatChanged { position, slots, changed: changed.filter(|_| asked.after.is_some()), age_ms })
     }
 
     /// Answers from this replica.

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 33] = [
+pub const MUTANTS: [Mutant; 35] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -57,6 +57,11 @@ pub const MUTANTS: [Mutant; 33] = [
     mutant("show-a-memory-twice", "a memory that was found by its vector and by its words is shown as two"),
     mutant("trust-a-learner-to-be-fresh", "a strong read of a replica that does not vote asks nobody"),
     mutant("leave-the-vectors-out-of-a-snapshot", "a replica that is sent a snapshot keeps no vectors of it"),
+    mutant("keep-in-a-cache-what-was-changed", "a cache node hears of changes and keeps what it has"),
+    mutant(
+        "keep-in-a-cache-what-changed-meanwhile",
+        "a cache node keeps what it read although it changed while it was read",
+    ),
     mutant("leave-the-words-out-of-a-snapshot", "a replica that is sent a snapshot indexes no words of it"),
 ];
 

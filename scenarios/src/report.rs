@@ -124,8 +124,10 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 34] = [
+pub const PROBES: [&str; 36] = [
     "apply: a repeated write answered as before",
+    "cache: answered",
+    "cache: all of a shard forgotten",
     "disk: power losses",
     "disk: unsynced writes lost",
     "disk: unsynced writes torn",

@@ -9,7 +9,8 @@ use crate::random::{Random, Stream};
 use crate::spec::{Draw, Fault, FaultKind, Generate, NodeDraw, Scenario, Target, Workload};
 
 /// The `buggify` sites of the nodes; each is on in a quarter of the runs.
-pub const SITES: [&str; 5] = [
+pub const SITES: [&str; 6] = [
+    "before a cache keeps what it read",
     "answer to a write",
     "before a checkpoint",
     "before an apply",
@@ -106,7 +107,7 @@ fn draw(run: &Scenario, random: &mut Random) -> Draw {
         offset_ms: random.below(1_000_000),
         calendar_ms: random.within(0, 2000) as i64 - 1000,
     };
-    let nodes = (0..run.topology.replicas + run.topology.gateways).map(|_| node(random)).collect();
+    let nodes = (0..run.topology.machines()).map(|_| node(random)).collect();
     let mut buggify: Vec<String> =
         SITES.iter().filter(|_| random.chance(0.25)).map(|site| site.to_string()).collect();
     if run.recovery.is_some() {
@@ -264,13 +265,14 @@ mod tests {
             ("records-node-failure", Role::Records),
             ("graph-node-failure", Role::Graph),
             ("vector-node-failure", Role::Vector),
+            ("cache-node-failure", Role::Cache),
             ("ledger-leader-loss", Role::Ledger),
         ];
         for (name, role) in rows {
             let scenario = find(name)?;
             let aim_s = scenario.recovery.and_then(|recovery| recovery.aim_s).ok_or("no aim")?;
             assert!(aim_s < role.policy().failover_within_s as f64, "{name}: {aim_s} s");
-            let with = (1..=scenario.topology.replicas as u64)
+            let with = (1..=(scenario.topology.replicas + scenario.topology.caches) as u64)
                 .filter(|node| scenario.topology.roles_of(*node).contains(&role));
             assert!(with.count() >= role.policy().replicas, "{name}: fewer replicas than the policy has");
         }

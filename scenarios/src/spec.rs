@@ -19,10 +19,11 @@ pub const SHIPPED: [(&str, &str); 10] = [
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
-pub const CHAOS: [(&str, &str); 14] = [
+pub const CHAOS: [(&str, &str); 15] = [
     ("vector-node-failure", include_str!("../files/chaos/vector-node-failure.toml")),
     ("graph-node-failure", include_str!("../files/chaos/graph-node-failure.toml")),
     ("records-node-failure", include_str!("../files/chaos/records-node-failure.toml")),
+    ("cache-node-failure", include_str!("../files/chaos/cache-node-failure.toml")),
     ("api-node-crash", include_str!("../files/chaos/api-node-crash.toml")),
     ("ledger-leader-loss", include_str!("../files/chaos/ledger-leader-loss.toml")),
     ("partition-two-way", include_str!("../files/chaos/partition-two-way.toml")),
@@ -130,6 +131,9 @@ pub struct Topology {
     /// Nodes with the edge's roles only, named g1, g2, …
     #[serde(default)]
     pub gateways: usize,
+    /// Nodes that do nothing but cache, named c1, c2, …; their numbers follow the replicas', and they are joined by `changes`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub caches: usize,
     /// Shards of the new cluster.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub shards: u32,
@@ -153,8 +157,16 @@ pub struct NodeRoles {
 }
 
 impl Topology {
-    /// What a replica does, by its number.
+    /// All machines but the clients'.
+    pub fn machines(&self) -> usize {
+        self.replicas + self.gateways + self.caches
+    }
+
+    /// What a node does, by its number.
     pub fn roles_of(&self, node: u64) -> Roles {
+        if node > self.replicas as u64 {
+            return Roles::from([Role::Cache]);
+        }
         let of = self.roles.iter().find(|of| of.nodes.contains(&node));
         of.map_or_else(nodes::roles::all, |of| of.roles.clone())
     }
@@ -175,7 +187,7 @@ pub struct Draw {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub product_rows_min: Option<u64>,
     pub buggify: Vec<String>,
-    /// Replicas first, then gateways.
+    /// Replicas first, then gateways, then caches.
     pub nodes: Vec<NodeDraw>,
 }
 
@@ -382,9 +394,11 @@ pub enum Target {
     All,
     /// A node with the edge's roles only, drawn from the seed.
     Gateway,
+    /// A node that caches, drawn from the seed.
+    Cache,
     /// Any node, drawn from the seed.
     Machine,
-    /// All nodes: replicas first, then gateways.
+    /// All nodes: replicas first, then gateways, then caches.
     Everyone,
     /// One of leader, any and all, drawn for each fault: only for those that are generated.
     Drawn,
@@ -461,7 +475,8 @@ impl Scenario {
                 == 1
         };
         let node = |change: &Change| {
-            change.join.or(change.drain).is_none_or(|id| (1..=replicas as u64).contains(&id))
+            let numbered = 1..=(replicas + self.topology.caches) as u64;
+            change.join.or(change.drain).is_none_or(|id| numbered.contains(&id))
         };
         if !self
             .changes
@@ -490,15 +505,17 @@ impl Scenario {
         if let Some(operation) = operations.find(|o| o.client >= load.clients) {
             return Err(format!("'{operation}': there are {} clients", load.clients));
         }
-        if let Some(draw) = self.draw.as_ref().filter(|d| d.nodes.len() < replicas + gateways) {
-            return Err(format!("draw.nodes has {} of {} nodes", draw.nodes.len(), replicas + gateways));
+        let machines = self.topology.machines();
+        if let Some(draw) = self.draw.as_ref().filter(|d| d.nodes.len() < machines) {
+            return Err(format!("draw.nodes has {} of {machines} nodes", draw.nodes.len()));
         }
         let targets = self.faults.list.iter().map(|fault| fault.target);
         let targets: Vec<Target> = targets.chain(self.faults.generate.iter().map(|g| g.target)).collect();
         if gateways == 0 && targets.contains(&Target::Gateway)
             || apart.is_empty() && targets.contains(&Target::Apart)
+            || self.topology.caches == 0 && targets.contains(&Target::Cache)
         {
-            return Err("faults: there is no gateway, or no replica apart, to be a target".into());
+            return Err("faults: there is no gateway, no replica apart or no cache to be a target".into());
         }
         if self.recovery.as_ref().is_some_and(|r| r.cpu_slowdown == 0 || r.disk_bytes_per_s == 0) {
             return Err("recovery: cpu_slowdown and disk_bytes_per_s are at least 1".into());

@@ -31,6 +31,7 @@ mod snapshot;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod touched;
 mod upkeep;
 pub mod vectors;
 

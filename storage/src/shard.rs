@@ -19,7 +19,8 @@ use crate::records::rows::{self, HISTORY, KEY, MEMORY, State, Stored};
 use crate::records::words;
 use crate::records::{LazyReader, Records};
 use crate::shown::Shown;
-use crate::slots::{Moving, Slot, Slots, slot_of};
+use crate::slots::{Moving, Slot, SlotSet, Slots, slot_of};
+use crate::touched::Touched;
 use crate::upkeep::Upkeep;
 use crate::vectors::conditions::Meeting;
 use crate::vectors::{Failed, Scan, Tree, VectorOptions};
@@ -79,6 +80,7 @@ pub struct Shard {
     pub(crate) upkeep: Upkeep,
     pub(crate) cache: Cache,
     pub(crate) published: Mutex<Arc<State>>,
+    pub(crate) touched: Touched,
     /// Held by whoever changes the views.
     pub(crate) applying: Mutex<()>,
 }
@@ -171,6 +173,7 @@ impl Shard {
             gauge,
             upkeep,
             cache: Cache::new(options.cache_bytes_max),
+            touched: Touched::new(state.position.index),
             published: Mutex::new(Arc::new(state)),
             applying: Mutex::new(()),
         })
@@ -208,6 +211,13 @@ impl Shard {
         self.state().slots.clone()
     }
 
+    /// The memories that changed between an index of the ledger and the position that is shown, and that position with the slots that it
+    /// shows; without the memories if anything may have changed.
+    pub fn touched_after(&self, index: u64) -> (Position, SlotSet, Option<Vec<MemoryId>>) {
+        let state = self.state();
+        (state.position, state.slots.owned(), self.touched.after(index))
+    }
+
     /// Applies entries in order, in one transaction, and stores `meta` with it. Entries at or below the applied position are skipped:
     /// their outcomes are empty. One list of outcomes per entry.
     pub fn apply(&self, entries: &[Entry<'_>], meta: &[u8]) -> Result<Vec<Vec<Outcome>>, StorageError> {
@@ -239,12 +249,14 @@ impl Shard {
         transaction.cache_flush()?;
         let mut tree = self.tree_mut();
         transaction.commit()?;
+        let (mut touched, mut any) = (vec![], state.slots != before.slots);
         let cache = |memory: &Arc<Memory>| {
             self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, Some(memory.clone()));
         };
         for effect in &effects {
             match effect {
                 Effect::Put { memory, coded } => {
+                    touched.push(memory.id);
                     tree.conditions.forget(&memory.owner());
                     if let Some(coded) = coded {
                         tree.put(coded);
@@ -256,6 +268,7 @@ impl Shard {
                 // No condition asks for accesses.
                 Effect::Touch { memory } => cache(memory),
                 Effect::Remove { memory, position, dimension } => {
+                    touched.push(memory.id);
                     tree.conditions.forget(&memory.owner());
                     tree.remove(memory, *position, *dimension);
                     self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, None);
@@ -266,10 +279,12 @@ impl Shard {
                     tree.remove(memory, *position, *dimension);
                 }
                 Effect::ForgetRecords => {
+                    any = true;
                     tree.conditions.clear();
                     self.cache.clear();
                 }
                 Effect::DropMonth(month) => {
+                    any = true;
                     tree.conditions.clear();
                     tree.drop_month(*month);
                     self.cache.clear();
@@ -277,6 +292,10 @@ impl Shard {
             }
         }
         tree.applied = state.position;
+        match any {
+            true => self.touched.forget(state.position.index),
+            false => self.touched.add(state.position.index, touched),
+        }
         if let Some(name) = self.gauge {
             sim::trace::gauge(name, state.position.index);
         }

@@ -137,6 +137,7 @@ impl Shard {
             let mut current = self.tree_mut();
             transaction.commit()?;
             self.cache.clear();
+            self.touched.forget(state.position.index);
             *lock(&self.published) = Arc::new(state);
             std::mem::replace(&mut *current, tree)
         };

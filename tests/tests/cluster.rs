@@ -184,6 +184,60 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
     Ok(())
 }
 
+/// A node that caches answers gets that need not be strong, as far as the ledger lets it; without it, a replica does.
+#[test]
+fn a_cache_answers_until_the_ledger_says_otherwise_or_it_dies() -> Result<()> {
+    let dir = Directory::new("cache")?;
+    let at = addresses(5)?;
+    let key = prepare(&dir.0, 5)?;
+    let mut files = vec![];
+    for id in 1..=5 {
+        let file = configure(&dir.0, id, &at)?;
+        let roles = match id {
+            1..=3 => "'ledger', 'records', 'graph', 'vector'",
+            4 => "'gateway', 'writer', 'reader'",
+            _ => "'cache'",
+        };
+        let text = fs::read_to_string(dir.0.join(&file))?;
+        fs::write(dir.0.join(&file), format!("roles = [{roles}]\n{text}"))?;
+        files.push(file);
+    }
+    let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
+    let go = |number: usize, args: &[&str]| -> Result<String> {
+        let to = ["--addr", &at[number - 1], "--key", &key];
+        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+    };
+    go(4, &["cluster", "join", "5", &at[4], "--roles", "cache"])?;
+    let added = go(4, &["--json", "add", "The spare key is under the blue pot", "--user", "ana"])?;
+    let of = |json: &str, name: &str| -> Result<String> {
+        let (_, rest) =
+            json.split_once(&format!("\"{name}\":")).ok_or_else(|| format!("no {name} in {json}"))?;
+        Ok(rest.split([',', '}']).next().unwrap_or_default().trim_matches('"').to_string())
+    };
+    let id = of(&added, "id")?;
+    let said = || go(4, &["get", &id, "--eventual"]);
+    let hits = || -> Result<u64> { Ok(of(&go(5, &["--json", "status"])?, "hits")?.parse()?) };
+    while hits()? == 0 {
+        assert!(said()?.contains("blue pot"));
+    }
+    go(4, &["update", &id, "--text", "The spare key is under the red pot"])?;
+    while !said()?.contains("red pot") {}
+    let before = hits()?;
+    while hits()? == before {
+        assert!(said()?.contains("red pot"), "it has gone back");
+    }
+    nodes[4].take().map(Process::kill).transpose()?;
+    assert!(said()?.contains("red pot"), "without a cache");
+    nodes[4] = Some(node(&dir.0, &files[4])?);
+    while hits()? == 0 {
+        assert!(said()?.contains("red pot"));
+    }
+    go(4, &["cluster", "drain", "5"])?;
+    go(4, &["cluster", "remove", "5"])?;
+    assert!(said()?.contains("red pot"));
+    Ok(())
+}
+
 /// A first port that has three free ones behind it.
 fn four_ports() -> Result<u16> {
     let free =

@@ -16,7 +16,7 @@ pub enum Cluster {
     Join {
         id: u64,
         addr: String,
-        /// What it may be given: ledger, records, graph, vector; else all.
+        /// What it may be given: any of ledger, records, graph, vector, or cache alone; else all with replicas.
         #[arg(long, value_delimiter = ',')]
         roles: Vec<String>,
     },

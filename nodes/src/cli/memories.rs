@@ -206,9 +206,11 @@ pub async fn search(to: &To, search: Search) -> Done {
     Ok(())
 }
 
-pub async fn get(to: &To, id: String) -> Done {
+pub async fn get(to: &To, id: String, eventual: bool) -> Done {
     let client = to.connect()?;
-    let answer = client.memories().get(client.request(v1::GetRequest { id, options: None })).await;
+    let consistency = v1::Consistency::Eventual as i32;
+    let options = eventual.then(|| v1::ReadOptions { consistency, ..Default::default() });
+    let answer = client.memories().get(client.request(v1::GetRequest { id, options })).await;
     let memory = answer.map_err(|s| client.explain(s))?.into_inner().memory.unwrap_or_default();
     match to.json {
         true => println!("{}", as_json(&memory)),
@@ -356,6 +358,13 @@ pub async fn status(to: &To) -> Done {
             member.node,
             member.address,
             if member.leader { " (leads)" } else { "" }
+        );
+    }
+    if let Some(cache) = &status.cache {
+        let (memories, megabytes) = (cache.memories, cache.bytes as f64 / 1e6);
+        println!(
+            "cache: {memories} memories, {megabytes:.1} MB, {} hits, {} misses",
+            cache.hits, cache.misses
         );
     }
     println!("{:.1} MB on disk", status.disk_bytes as f64 / 1e6);

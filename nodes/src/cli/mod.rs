@@ -50,7 +50,12 @@ enum Command {
     /// Finds memories.
     Search(memories::Search),
     /// Shows one memory.
-    Get { id: String },
+    Get {
+        id: String,
+        /// As some replica or cache has it, which may be a little behind.
+        #[arg(long)]
+        eventual: bool,
+    },
     /// Lists memories.
     List(memories::List),
     /// Changes a memory.
@@ -101,7 +106,7 @@ pub fn main() -> ExitCode {
             Command::Add(add) => memories::add(&to, add).await,
             Command::Import(import) => import::run(&to, import).await,
             Command::Search(search) => memories::search(&to, search).await,
-            Command::Get { id } => memories::get(&to, id).await,
+            Command::Get { id, eventual } => memories::get(&to, id, eventual).await,
             Command::List(list) => memories::list(&to, list).await,
             Command::Update(update) => memories::update(&to, update).await,
             Command::Delete { id } => memories::delete(&to, id).await,

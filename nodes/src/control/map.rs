@@ -164,6 +164,11 @@ impl ClusterMap {
             .collect()
     }
 
+    /// Addresses of the nodes that cache.
+    pub fn caches(&self) -> Vec<String> {
+        self.nodes.values().filter(|node| node.may(Role::Cache)).map(|node| node.addr.clone()).collect()
+    }
+
     /// Shards whose replica a node keeps: as a member or a learner, or about to be one.
     pub fn kept_by(&self, node: NodeId) -> BTreeSet<ShardId> {
         let keeps = |shard: &ShardEntry| {
@@ -207,6 +212,7 @@ impl ClusterMap {
         if roles.is_empty() {
             return Err(Error::invalid("roles", "are empty: this node would be given nothing"));
         }
+        roles::check(roles)?;
         if let Some((other, _)) = self.nodes.iter().find(|(other, node)| **other != id && node.addr == addr) {
             return Err(Error::invalid(
                 "addr",
@@ -239,7 +245,8 @@ impl ClusterMap {
             );
             return Err(Error::invalid("node", format!("{problem}; join another node first")));
         }
-        if let Some(role) = node.roles.iter().find(|role| rest(**role) == 0) {
+        let needed = |role: &&Role| **role != Role::Cache && rest(**role) == 0;
+        if let Some(role) = node.roles.iter().find(needed) {
             let problem = format!("{id} is the last with the role {}; join another node first", role.name());
             return Err(Error::invalid("node", problem));
         }

@@ -1,6 +1,7 @@
 //! `loci.v1.AdminService`: what an operator asks of one node.
 
 use super::context;
+use crate::cache::CacheView;
 use crate::control::Control;
 use crate::control::map::{ClusterMap, Learner, NodeEntry, NodeState, ShardEntry, ShardId};
 use crate::error::Error;
@@ -31,6 +32,7 @@ pub struct About {
     pub started: Instant,
     pub groups: Groups,
     pub disk_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
+    pub cache: Option<CacheView>,
 }
 
 impl About {
@@ -53,6 +55,7 @@ impl About {
             shards,
             uptime_ms: self.started.elapsed().as_millis() as u64,
             disk_bytes: (self.disk_bytes)(),
+            cache: self.cache.as_ref().map(CacheView::status),
         })
     }
 
@@ -249,15 +252,16 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
     }
 }
 
-/// The roles that a node joins with; where none are named, all.
+/// The roles that a node joins with; where none are named, all that have replicas.
 fn roles_of(node: &v1::ClusterNode) -> Result<Roles, Error> {
     if node.roles.is_empty() {
         return Ok(roles::all());
     }
     let role = |name: &String| {
         let names = roles::names(&Role::ALL).join(", ");
-        Role::parse(name)
-            .ok_or_else(|| Error::invalid("roles", format!("'{name}' has no replicas; there are {names}")))
+        Role::parse(name).ok_or_else(|| {
+            Error::invalid("roles", format!("'{name}' is none that the cluster map knows; there are {names}"))
+        })
     };
     node.roles.iter().map(role).collect()
 }

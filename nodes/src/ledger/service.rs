@@ -3,11 +3,12 @@
 use super::Proposed;
 use super::state_machine::SnapshotSource;
 use super::types::{SnapshotMeta, Vote};
+use crate::cache::CacheView;
 use crate::control::driver::Membership;
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
 use crate::proto::internal::{Body, replica_server};
-use crate::views::Query;
+use crate::views::{Query, Touched};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::atomic::Ordering;
@@ -17,6 +18,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 pub struct ReplicaService {
     pub groups: Groups,
+    /// What this node answers for shards of which it has no replica.
+    pub cache: Option<CacheView>,
 }
 
 type Answer = Result<Response<Body>, Status>;
@@ -121,10 +124,22 @@ impl replica_server::Replica for ReplicaService {
         encoded(&())
     }
 
-    async fn query(&self, request: Request<Body>) -> Answer {
+    async fn touched(&self, request: Request<Body>) -> Answer {
         let replica = self.replica(request.get_ref())?;
-        let query: Query = codec::decode(&request.get_ref().body)
+        let asked: Touched = codec::decode(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable question: {e}")))?;
+        encoded(&replica.views.touched(asked).await?)
+    }
+
+    async fn query(&self, request: Request<Body>) -> Answer {
+        let body = request.get_ref();
+        let query: Query = codec::decode(&body.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable query: {e}")))?;
+        let replica = match (self.replica(body), &self.cache) {
+            (Ok(replica), _) => replica,
+            (Err(_), Some(cache)) => return encoded(&cache.query(body.group, query).await?),
+            (Err(missing), None) => return Err(missing),
+        };
         encoded(&replica.views.query(query).await?)
     }
 }

@@ -1,4 +1,4 @@
-//! P8: a search never finds fewer than k while k exist, and nothing twice.
+//! P8: a search never finds fewer than k while k exist; neither it nor a listing shows anything twice.
 //!
 //! Read so: a strong search by a vector shows as many memories as its tenant certainly had all the while, up to k. One is certainly there from the
 //! answer to an add or update of it until somebody asks for its deletion, unless that is refused.
@@ -44,17 +44,19 @@ pub fn check(history: &History) -> Vec<Violation> {
     }
     let mut found = vec![];
     for op in &history.ops {
-        let (Request::Search { by_vector }, Response::Rows(rows)) = (&op.request, &op.response) else {
-            continue;
+        let (by_vector, rows) = match (&op.request, &op.response) {
+            (Request::Search { by_vector }, Response::Rows(rows)) => (*by_vector, rows),
+            (Request::List, Response::Rows(rows)) => (false, rows),
+            _ => continue,
         };
         let mut shown = BTreeSet::new();
         if let Some(twice) = rows.iter().find(|row| !shown.insert(&row.id)) {
-            let what = format!("memory {} was found twice: {}", number(&twice.id), describe(op));
+            let what = format!("memory {} was shown twice: {}", number(&twice.id), describe(op));
             found.push(violation("P8", op.return_ns, what));
         }
         let of = lives.get(&op.tenant).into_iter().flat_map(BTreeMap::values);
         let there = of.filter(|life| life.is_there(op.call_ns, op.return_ns)).count();
-        if *by_vector && rows.len() < there.min(SEARCH_K) {
+        if by_vector && rows.len() < there.min(SEARCH_K) {
             let what = format!("{} were found while {there} were there: {}", rows.len(), describe(op));
             found.push(violation("P8", op.return_ns, what));
         }

@@ -191,6 +191,8 @@ fn a_search_that_leaves_out_what_is_there_or_shows_it_twice_breaks_p8() {
     let found = |rows: &[Row]| Response::Rows(rows.to_vec());
     assert_eq!(broken(|h| h.ops[9].response = found(&[])), ["P8"]);
     assert_eq!(broken(|h| h.ops[9].response = found(&[row(4, "c"), row(4, "c")])), ["P8"]);
+    let list = |rows: &[Row]| op(0, 21, 22, Request::List, found(rows));
+    assert_eq!(broken(|h| h.ops.push(list(&[row(4, "c"), row(4, "c")]))), ["P8"]);
     // By words it may be older; what is being deleted, or perhaps was, need not be there.
     let search = |by_vector, at| op(0, at, at + 1, Request::Search { by_vector }, found(&[]));
     assert_eq!(broken(|h| h.ops.push(search(false, 21))), Vec::<String>::new());

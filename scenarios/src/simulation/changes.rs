@@ -39,7 +39,8 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     let wish = match (change.shards, change.join, change.drain) {
         (Some(shards), ..) => Wish::Shards(shards),
         (_, Some(id), _) => {
-            let Some(address) = cluster.replicas.get(id as usize - 1).map(|node| cluster.addr(*node)) else {
+            let mut numbered = cluster.replicas.iter().chain(&cluster.caches);
+            let Some(address) = numbered.nth(id as usize - 1).map(|node| cluster.addr(*node)) else {
                 return true;
             };
             let roles = nodes::roles::names(&topology.roles_of(id));

@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const PORT: u16 = 7400;
 /// Of each machine.
 pub const CORES: usize = 2;
+/// So little that caches must choose.
+const CACHE_BYTES: u64 = 20_000;
 const SECRET: &str = "a secret of this simulated cluster";
 
 pub struct Cluster {
@@ -36,6 +38,8 @@ pub struct Cluster {
     pub edges: Vec<NodeIndex>,
     /// The replicas that do not vote.
     pub apart: Vec<NodeIndex>,
+    /// The nodes that cache: c1, c2, …
+    pub caches: Vec<NodeIndex>,
     told: BTreeMap<NodeIndex, Arc<Told>>,
     operator: String,
 }
@@ -64,8 +68,7 @@ impl Cluster {
     /// Boots all nodes. Small limits, so that runs cross segment, checkpoint and purge boundaries.
     pub fn start(world: &World, scenario: &Scenario) -> Result<Cluster, Error> {
         let draw = scenario.draw.clone();
-        let nodes = scenario.topology.replicas + scenario.topology.gateways;
-        let draw = draw.unwrap_or_else(|| Draw::usual(nodes));
+        let draw = draw.unwrap_or_else(|| Draw::usual(scenario.topology.machines()));
         world.set_buggify(draw.buggify.clone());
         let base = Duration::from_micros(draw.latency_us);
         let latency = Latency { base, jitter: base.mul_f64(0.4) };
@@ -93,6 +96,7 @@ impl Cluster {
             keys_per_tenant,
             edges: vec![],
             apart: vec![],
+            caches: vec![],
             told: BTreeMap::new(),
             operator,
         };
@@ -102,16 +106,19 @@ impl Cluster {
         };
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
-        for ((name, id), limits) in names.chain(edges).zip(&draw.nodes) {
+        let caches = (1..=scenario.topology.caches).map(|i| (format!("c{i}"), Some((replicas + i) as u64)));
+        for ((name, id), limits) in names.chain(edges).chain(caches).zip(&draw.nodes) {
             let of_replicas = id.map_or(Roles::new(), |id| scenario.topology.roles_of(id));
-            let roles = EDGE_ROLES.into_iter().chain(of_replicas.iter().map(|role| role.name()));
+            let caches = of_replicas.contains(&Role::Cache);
+            let of_edge = EDGE_ROLES.into_iter().filter(|_| !caches);
+            let roles = of_edge.chain(of_replicas.iter().map(|role| role.name()));
             let roles = roles.map(|role| format!("'{role}'")).collect::<Vec<_>>().join(", ");
             let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
             let addr = format!("{name}:{PORT}");
             let text = format!(
                 "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\nroles = [{roles}]\n{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
-                 vector_buffer_bytes = {}\ngraph_rows_min = {}\n{product}",
+                 vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}",
                 scenario.topology.shards,
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 limits.checkpoint_entries,
@@ -145,6 +152,10 @@ impl Cluster {
                 disk.set_faults(usual);
                 cluster.disk_faults.insert(node, usual);
             }
+            if caches {
+                cluster.caches.push(node);
+                continue;
+            }
             if id.is_some() && !of_replicas.contains(&Role::Ledger) {
                 cluster.apart.push(node);
             }
@@ -163,6 +174,11 @@ impl Cluster {
             }
         }
         Ok(cluster)
+    }
+
+    /// All machines but the clients'.
+    pub fn machines(&self) -> impl Iterator<Item = NodeIndex> {
+        self.replicas.iter().chain(&self.edges).chain(&self.caches).copied()
     }
 
     fn admin(&self, node: NodeIndex) -> std::io::Result<AdminServiceClient<Channel>> {

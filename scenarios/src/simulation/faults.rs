@@ -45,12 +45,13 @@ pub async fn play(cluster: &Arc<Cluster>, plan: &[Fault]) -> Vec<Fired> {
 async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     match fault.target {
         Target::All => cluster.replicas.clone(),
-        Target::Everyone => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
-        Target::Any | Target::Drawn | Target::Gateway | Target::Machine | Target::Apart => {
+        Target::Everyone => cluster.machines().collect(),
+        Target::Any | Target::Drawn | Target::Gateway | Target::Machine | Target::Apart | Target::Cache => {
             let all: Vec<NodeIndex> = match fault.target {
                 Target::Gateway => cluster.edges.clone(),
                 Target::Apart => cluster.apart.clone(),
-                Target::Machine => cluster.replicas.iter().chain(&cluster.edges).copied().collect(),
+                Target::Cache => cluster.caches.clone(),
+                Target::Machine => cluster.machines().collect(),
                 _ => cluster.replicas.clone(),
             };
             let Some(node) = all.get(fault.pick as usize % all.len().max(1)).copied() else { return vec![] };

@@ -254,7 +254,8 @@ impl State {
     /// The usual sizes and limits instead of what the seed drew.
     fn plainer_system(&mut self) -> Result<(), String> {
         type Change = fn(&mut Scenario);
-        let changes: [Change; 8] = [
+        let changes: [Change; 9] = [
+            |run| run.topology.caches = 0,
             |run| (run.topology.gateways, run.topology.loss) = (0, 0.0),
             |run| run.topology.replicas = run.topology.replicas.min(3),
             |run| run.draw.iter_mut().for_each(|draw| draw.buggify.clear()),
@@ -270,12 +271,12 @@ impl State {
                     |node: &mut NodeDraw| (node.rate_ppm, node.offset_ms, node.calendar_ms) = (0, 0, 0);
                 run.draw.iter_mut().flat_map(|draw| &mut draw.nodes).for_each(true_clocks);
             },
-            |run| run.draw = Some(Draw::usual(run.topology.replicas + run.topology.gateways)),
+            |run| run.draw = Some(Draw::usual(run.topology.machines())),
         ];
         for change in changes {
             let mut run = self.best.clone();
             change(&mut run);
-            let nodes = run.topology.replicas + run.topology.gateways;
+            let nodes = run.topology.machines();
             run.draw.iter_mut().for_each(|draw| draw.nodes.truncate(nodes));
             self.attempt(run, SEEDS_MORE)?;
         }

@@ -67,7 +67,7 @@ impl Watch {
 
 async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc<Mutex<Looks>>) {
     let world = &cluster.world;
-    let nodes: Vec<NodeIndex> = cluster.replicas.iter().chain(&cluster.edges).copied().collect();
+    let nodes: Vec<NodeIndex> = cluster.machines().collect();
     time::sleep(from.saturating_sub(world.now())).await;
     let before: Vec<Duration> = nodes.iter().map(|node| world.busy(*node)).collect();
     time::sleep(to.saturating_sub(world.now())).await;
