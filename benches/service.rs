@@ -94,6 +94,9 @@ impl replica_server::Replica for Echo {
     async fn reconfigure(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
+    async fn touched(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
     async fn snapshot(&self, _: Request<Streaming<Body>>) -> std::result::Result<Response<Body>, Status> {
         Err(Status::unimplemented("an echo server"))
     }

@@ -287,7 +287,7 @@ impl CacheView {
         if let Found::Memory(Some(memory)) = &answered.found {
             let (memory, index) = (memory.clone(), answered.position.index);
             let kept = Kept { tenant, slot, memory, index, at: Instant::now() };
-            sim::rand::buggify_wait("before a cache keeps what it read", 0.5, Duration::from_millis(50))
+            sim::rand::buggify_wait("before a cache keeps what it read", 1.0, Duration::from_millis(75))
                 .await;
             self.state().keep(shard, id, kept);
         }

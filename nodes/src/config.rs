@@ -121,8 +121,8 @@ pub fn all_roles() -> Vec<String> {
     EDGE_ROLES.into_iter().map(String::from).chain(roles::names(&roles::all())).collect()
 }
 
-fn is_role(name: &String) -> bool {
-    EDGE_ROLES.contains(&&name[..]) || Role::parse(name).is_some()
+fn is_role(name: &str) -> bool {
+    EDGE_ROLES.contains(&name) || Role::parse(name).is_some()
 }
 
 impl NodeConfig {
