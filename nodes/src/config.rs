@@ -121,10 +121,6 @@ pub fn all_roles() -> Vec<String> {
     EDGE_ROLES.into_iter().map(String::from).chain(roles::names(&roles::all())).collect()
 }
 
-fn is_role(name: &str) -> bool {
-    EDGE_ROLES.contains(&name) || Role::parse(name).is_some()
-}
-
 impl NodeConfig {
     /// Reads and checks a configuration.
     pub fn parse(text: &str) -> Result<NodeConfig, Error> {
@@ -144,9 +140,8 @@ impl NodeConfig {
                 return Err(Error::invalid("roles", problem));
             }
         }
-        if let Some(role) = config.roles.iter().find(|role| !is_role(role)) {
-            let mut there = all_roles();
-            there.push(Role::Cache.name().into());
+        let there: Vec<&str> = EDGE_ROLES.into_iter().chain(Role::ALL.map(Role::name)).collect();
+        if let Some(role) = config.roles.iter().find(|role| !there.contains(&role.as_str())) {
             return Err(Error::invalid(
                 "roles",
                 format!("there is no role '{role}'; there are {}", there.join(", ")),

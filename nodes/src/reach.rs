@@ -1,7 +1,7 @@
 //! Reaching a group: its replica in this process if there is one, else those of other nodes ([`crate::remote`]).
 
 use crate::error::Error;
-use crate::groups::{GroupId, Groups, name_of};
+use crate::groups::{GroupId, Groups, Replica, name_of};
 use crate::ledger::left;
 use crate::remote::Remote;
 use crate::roles::{self, Role};
@@ -35,9 +35,9 @@ impl Reach {
         ))
     }
 
-    /// Whether a replica in this process can answer.
-    pub fn is_here(&self, ask: &Ask) -> bool {
-        self.groups.get(self.group).is_some_and(|replica| replica.views.answers(ask))
+    /// The replica in this process, if it can answer.
+    pub fn here(&self, ask: &Ask) -> Option<Replica> {
+        self.groups.get(self.group).filter(|replica| replica.views.answers(ask))
     }
 
     /// Asks the views. A replica of this process that cannot answer in half of the time is helped by the others. `NotHere`: the
@@ -45,8 +45,7 @@ impl Reach {
     pub async fn query(&self, mut query: Query, deadline: Instant) -> Result<Answered, Error> {
         let time = left(deadline, || Error::NotYetVisible)?.saturating_sub(RESERVE);
         let others = !self.remote.addrs().is_empty();
-        let here = self.groups.get(self.group).filter(|replica| replica.views.answers(&query.ask));
-        if let Some(replica) = here {
+        if let Some(replica) = self.here(&query.ask) {
             let share = if others { time / 2 } else { time };
             query.wait_ms = share.as_millis() as u64;
             match replica.views.query(query.clone()).await {

@@ -167,15 +167,16 @@ impl Router {
         at(remote)
     }
 
-    /// The cache to ask for a memory: the same one whoever asks, for as long as the same ones are trusted.
-    fn cache(&self, map: &ClusterMap, shard: ShardId, ask: &Ask, freshness: &Freshness) -> Option<Remote> {
+    /// The cache to ask for a memory, if no replica of this process has it: the same one whoever asks, for as long as the same ones are trusted.
+    fn cache(&self, map: &ClusterMap, reach: &Reach, ask: &Ask, freshness: &Freshness) -> Option<Remote> {
         let (Ask::Get { tenant, id, .. }, Freshness::Any | Freshness::AtLeast(_)) = (ask, freshness) else {
             return None;
         };
         let addrs = map.caches();
-        if addrs.is_empty() {
+        if addrs.is_empty() || reach.here(ask).is_some() {
             return None;
         }
+        let shard = reach.group;
         let mut caches = self.caches.lock().unwrap_or_else(|p| p.into_inner());
         caches.retain(|addr, _| addrs.contains(addr));
         let of = |addr: String| {
@@ -243,10 +244,7 @@ impl Router {
             let parts = parts.map(|(shard, ask, needs)| {
                 let (at, freshness, founded) =
                     (self.at(&map, shard, ask.needs()), reading.of(shard), founded(&map, shard));
-                let cache = match at.reach.is_here(&ask) {
-                    true => None,
-                    false => self.cache(&map, shard, &ask, &freshness),
-                };
+                let cache = self.cache(&map, &at.reach, &ask, &freshness);
                 async move {
                     founded?;
                     if let Some(cache) = cache {

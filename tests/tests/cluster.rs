@@ -19,6 +19,14 @@ fn configure(dir: &Path, id: usize, at: &[String]) -> Result<String> {
     Ok(file)
 }
 
+/// The same of a node with these roles only.
+fn configure_as(dir: &Path, id: usize, at: &[String], roles: &str) -> Result<String> {
+    let file = configure(dir, id, at)?;
+    let text = fs::read_to_string(dir.join(&file))?;
+    fs::write(dir.join(&file), format!("roles = [{roles}]\n{text}"))?;
+    Ok(file)
+}
+
 /// Makes the nodes' directories and an operator's key that all of them know.
 fn prepare(dir: &Path, nodes: usize) -> Result<String> {
     fs::create_dir_all(dir.join("n1"))?;
@@ -134,12 +142,9 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
     let key = prepare(&dir.0, 5)?;
     let mut files = vec![];
     for id in 1..=5 {
-        let file = configure(&dir.0, id, &at)?;
         let roles =
             if id <= 3 { "'gateway', 'writer', 'reader', 'ledger', 'records', 'graph'" } else { "'vector'" };
-        let text = fs::read_to_string(dir.0.join(&file))?;
-        fs::write(dir.0.join(&file), format!("roles = [{roles}]\n{text}"))?;
-        files.push(file);
+        files.push(configure_as(&dir.0, id, &at, roles)?);
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
     let go = |args: &[&str]| -> Result<String> {
@@ -192,15 +197,12 @@ fn a_cache_answers_until_the_ledger_says_otherwise_or_it_dies() -> Result<()> {
     let key = prepare(&dir.0, 5)?;
     let mut files = vec![];
     for id in 1..=5 {
-        let file = configure(&dir.0, id, &at)?;
         let roles = match id {
             1..=3 => "'ledger', 'records', 'graph', 'vector'",
             4 => "'gateway', 'writer', 'reader'",
             _ => "'cache'",
         };
-        let text = fs::read_to_string(dir.0.join(&file))?;
-        fs::write(dir.0.join(&file), format!("roles = [{roles}]\n{text}"))?;
-        files.push(file);
+        files.push(configure_as(&dir.0, id, &at, roles)?);
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
     let go = |number: usize, args: &[&str]| -> Result<String> {
