@@ -106,6 +106,8 @@ pub struct SimDisk {
 struct State {
     random: u64,
     powered: bool,
+    /// There is no process on the machine: destructors of the last one reach nothing.
+    deserted: bool,
     /// Handles of an earlier epoch are dead.
     epoch: u64,
     crash_at_op: Option<u64>,
@@ -248,7 +250,7 @@ impl State {
                 self.cut_power();
             }
         }
-        if !self.powered || epoch.is_some_and(|e| e != self.epoch) {
+        if !self.powered || self.deserted || epoch.is_some_and(|e| e != self.epoch) {
             return Err(power_is_off());
         }
         self.debt += self.faults.latency;
@@ -444,6 +446,7 @@ impl SimDisk {
         let state = State {
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             powered: true,
+            deserted: false,
             epoch: 0,
             crash_at_op: None,
             harsh: false,
@@ -525,6 +528,17 @@ impl SimDisk {
         state.debt = Duration::ZERO;
         state.waiting.clear();
         state.finish_syncs(0..=u64::MAX);
+    }
+
+    /// No process is there until [`SimDisk::attach`].
+    pub fn desert(&self) {
+        lock(&self.state).deserted = true;
+    }
+
+    /// A process begins on the machine. It owes nothing for what the last one asked.
+    pub fn attach(&self) {
+        let mut state = lock(&self.state);
+        (state.deserted, state.debt) = (false, Duration::ZERO);
     }
 
     /// Flips one bit somewhere in the files under `dir`, where readers see it and on the platter; whether there was one.

@@ -277,7 +277,12 @@ impl World {
         };
         // The disk goes first: destructors that run while the process ends must not reach it any more.
         if let Some(disk) = disk {
-            if power { disk.power_off() } else { disk.crash_process() }
+            if power {
+                disk.power_off()
+            } else {
+                disk.crash_process()
+            }
+            disk.desert();
         }
         if let Some(id) = id {
             self.inner.handle.kill(id);
@@ -310,8 +315,11 @@ impl World {
             let was_off = !std::mem::replace(&mut entry.powered, true);
             (entry.id, entry.disk.clone(), was_off)
         };
-        if let (Some(disk), true) = (disk, was_off) {
-            disk.power_on();
+        if let Some(disk) = disk {
+            if was_off {
+                disk.power_on();
+            }
+            disk.attach();
         }
         self.note(node, Level::Info, if was_off { "power on" } else { "process started" });
         if let Some(id) = id {
@@ -590,4 +598,53 @@ pub(crate) async fn arrive(arrival: Arrival) -> bool {
 /// Virtual time since the world began, on nobody's clock: for those who judge, not for those who run.
 pub fn true_now() -> Duration {
     madsim::time::TimeHandle::current().elapsed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// What a dead process's destructor asked of a disk that hung then is not the next process's to wait for.
+    #[test]
+    fn a_process_does_not_wait_for_what_a_dead_one_asked() {
+        struct Asks(Arc<SimDisk>);
+        impl Drop for Asks {
+            fn drop(&mut self) {
+                let _ = crate::disk::Disk::list(&*self.0, "");
+            }
+        }
+        let listed = Arc::new(AtomicU64::new(0));
+        let counted = listed.clone();
+        run(1, false, |world| async move {
+            let options = NodeOptions {
+                name: "n".into(),
+                region: "here".into(),
+                cores: 1,
+                slowdown: 1,
+                clock: ClockModel::default(),
+            };
+            let node = world.add_node(options, move || {
+                let listed = counted.clone();
+                async move {
+                    let Some(disk) = current_disk() else { return };
+                    let _asks = Asks(disk.clone());
+                    if crate::task::blocking(move || crate::disk::Disk::list(&*disk, "")).await.is_ok() {
+                        listed.fetch_add(1, Ordering::SeqCst);
+                    }
+                    std::future::pending::<()>().await;
+                }
+            });
+            let second = || crate::time::sleep(Duration::from_secs(1));
+            second().await;
+            let Some(disk) = world.disk(node) else { return };
+            disk.set_faults(crate::disk::simulated::DiskFaults { stuck: true, ..disk.faults() });
+            world.crash(node);
+            second().await;
+            disk.set_faults(crate::disk::simulated::DiskFaults::default());
+            world.start(node);
+            second().await;
+        });
+        assert_eq!(listed.load(Ordering::SeqCst), 2);
+    }
 }
