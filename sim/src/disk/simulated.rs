@@ -487,7 +487,7 @@ impl SimDisk {
         lock(&self.state).harsh = true;
     }
 
-    /// Gives it back, and decides what had survived.
+    /// Boots the machine, or only a process on it: gives power back if it was off, and decides what had survived.
     pub fn power_on(&self) {
         let mut state = lock(&self.state);
         if !state.powered {
@@ -495,6 +495,7 @@ impl SimDisk {
             state.debt = Duration::ZERO;
             state.powered = true;
         }
+        state.deserted = false;
     }
 
     /// Another disk, with nothing on it: for a machine without power.
@@ -521,24 +522,15 @@ impl SimDisk {
             .sum()
     }
 
-    /// The process that held the handles is gone; its writes are in the kernel's hands and survive.
+    /// The process that held the handles is gone; its writes are in the kernel's hands and survive. Nobody is there until
+    /// [`SimDisk::power_on`].
     pub fn crash_process(&self) {
         let mut state = lock(&self.state);
+        state.deserted = true;
         state.epoch += 1;
         state.debt = Duration::ZERO;
         state.waiting.clear();
         state.finish_syncs(0..=u64::MAX);
-    }
-
-    /// No process is there until [`SimDisk::attach`].
-    pub fn desert(&self) {
-        lock(&self.state).deserted = true;
-    }
-
-    /// A process begins on the machine. It owes nothing for what the last one asked.
-    pub fn attach(&self) {
-        let mut state = lock(&self.state);
-        (state.deserted, state.debt) = (false, Duration::ZERO);
     }
 
     /// Flips one bit somewhere in the files under `dir`, where readers see it and on the platter; whether there was one.
@@ -1019,6 +1011,8 @@ mod tests {
         let file = disk.create("a")?;
         file.write_at(b"data", 0)?;
         disk.crash_process();
+        assert!(disk.list("").is_err(), "nobody is there to ask");
+        disk.power_on();
         assert!(file.sync().is_err());
         assert_eq!(content(&disk, "a").as_deref(), Some(&b"data"[..]));
         Ok(())

@@ -277,12 +277,7 @@ impl World {
         };
         // The disk goes first: destructors that run while the process ends must not reach it any more.
         if let Some(disk) = disk {
-            if power {
-                disk.power_off()
-            } else {
-                disk.crash_process()
-            }
-            disk.desert();
+            if power { disk.power_off() } else { disk.crash_process() }
         }
         if let Some(id) = id {
             self.inner.handle.kill(id);
@@ -316,10 +311,7 @@ impl World {
             (entry.id, entry.disk.clone(), was_off)
         };
         if let Some(disk) = disk {
-            if was_off {
-                disk.power_on();
-            }
-            disk.attach();
+            disk.power_on();
         }
         self.note(node, Level::Info, if was_off { "power on" } else { "process started" });
         if let Some(id) = id {
@@ -603,6 +595,8 @@ pub fn true_now() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Disk as _;
+    use crate::disk::simulated::DiskFaults;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     /// What a dead process's destructor asked of a disk that hung then is not the next process's to wait for.
@@ -611,7 +605,7 @@ mod tests {
         struct Asks(Arc<SimDisk>);
         impl Drop for Asks {
             fn drop(&mut self) {
-                let _ = crate::disk::Disk::list(&*self.0, "");
+                let _ = self.0.list("");
             }
         }
         let listed = Arc::new(AtomicU64::new(0));
@@ -629,7 +623,7 @@ mod tests {
                 async move {
                     let Some(disk) = current_disk() else { return };
                     let _asks = Asks(disk.clone());
-                    if crate::task::blocking(move || crate::disk::Disk::list(&*disk, "")).await.is_ok() {
+                    if crate::task::blocking(move || disk.list("")).await.is_ok() {
                         listed.fetch_add(1, Ordering::SeqCst);
                     }
                     std::future::pending::<()>().await;
@@ -638,10 +632,10 @@ mod tests {
             let second = || crate::time::sleep(Duration::from_secs(1));
             second().await;
             let Some(disk) = world.disk(node) else { return };
-            disk.set_faults(crate::disk::simulated::DiskFaults { stuck: true, ..disk.faults() });
+            disk.set_faults(DiskFaults { stuck: true, ..disk.faults() });
             world.crash(node);
             second().await;
-            disk.set_faults(crate::disk::simulated::DiskFaults::default());
+            disk.set_faults(DiskFaults::default());
             world.start(node);
             second().await;
         });

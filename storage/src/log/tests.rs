@@ -161,6 +161,7 @@ fn what_an_opened_log_shows_is_durable_even_if_only_the_process_had_died() -> Re
             log.append(&[(index, &payload(index, seed))])?;
         }
         disk.crash_process();
+        disk.power_on();
         let shown = Log::open(disk.clone(), "log", options())?.last_index();
         disk.power_off();
         disk.power_on();
@@ -478,6 +479,7 @@ fn what_a_failed_sync_left_in_doubt_is_durable_once_the_log_is_open_again() -> R
         assert!(log.sync().is_err());
         disk.set_faults(Default::default());
         disk.crash_process();
+        disk.power_on();
         let shown = Log::open(disk.clone(), "log", LogOptions::default())?.last_index();
         disk.power_off();
         disk.power_on();
