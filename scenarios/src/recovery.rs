@@ -179,11 +179,21 @@ mod tests {
 
     #[test]
     fn late_is_measured_by_the_calls_own_kind_and_rare_kinds_by_all() {
-        // 100 ms are late for a get and not for an add; a walk was never seen before.
-        assert_eq!(with(&[call("get", 6000, 100, Outcome::Answered)]).late, 1);
-        assert_eq!(with(&[call("add", 6000, 100, Outcome::Answered)]).late, 0);
-        assert_eq!(with(&[call("walk", 6000, 200, Outcome::Answered)]).late, 0);
-        assert_eq!(with(&[call("walk", 6000, 201, Outcome::Answered)]).late, 1);
+        // 300 ms are late for a get and not for a slower add; a walk was never seen before.
+        let slow = (0..100).map(|i| call("add", 1000 + 30 * i, 40, Outcome::Answered));
+        let with = |kind, took_ms| {
+            let calls = quiet().into_iter().filter(|call| call.kind == "get").chain(slow.clone());
+            let calls: Vec<Call> = calls.chain([call(kind, 6000, took_ms, Outcome::Answered)]).collect();
+            measure(&calls, TIMES, |_| true).late
+        };
+        assert_eq!((with("get", 300), with("add", 300)), (1, 0));
+        assert_eq!((with("walk", 400), with("walk", 401)), (0, 1));
+    }
+
+    #[test]
+    fn nothing_is_late_before_a_quarter_of_a_second() {
+        assert_eq!(with(&[call("get", 6000, LATE_MIN_MS, Outcome::Answered)]).late, 0);
+        assert_eq!(with(&[call("get", 6000, LATE_MIN_MS + 1, Outcome::Answered)]).late, 1);
     }
 
     #[test]

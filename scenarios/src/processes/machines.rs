@@ -9,7 +9,6 @@ use sim::net::proxy::{Proxies, free_address};
 use sim::process::{Process, Signal};
 use sim::time::{self, Duration, Instant};
 use sim::trace::Level;
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -346,7 +345,7 @@ impl Machines for Processes {
     fn broken(&self) -> Option<String> {
         let names: Vec<String> = self.state().nodes.iter().map(|machine| machine.name.clone()).collect();
         // Whoever has ended is noticed by being looked at.
-        (1..=names.len()).for_each(|node| drop(self.is_running(node)));
+        (1..=names.len()).filter(|node| self.is_running(*node)).for_each(drop);
         let panicked = |name: &String| {
             let log = fs::read_to_string(self.log(name)).unwrap_or_default();
             log.lines().find(|line| line.contains("panicked at")).map(|line| format!("{name}: {line}"))

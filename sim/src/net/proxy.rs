@@ -16,7 +16,7 @@
 //! What a real network does and this cannot: a handshake that gets no answer. Where the simulated world's connect times out, here it
 //! succeeds, and the call on it waits for its deadline or the keepalive.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,7 +80,9 @@ impl Proxies {
 
     /// Holds what `from` sends to `to`, until [`Proxies::release_all`].
     pub fn hold(&self, link: Link) {
-        self.links.send_modify(|links| drop(links.held.insert(link)));
+        self.links.send_modify(|links| {
+            links.held.insert(link);
+        });
     }
 
     pub fn release_all(&self) {
@@ -89,9 +91,8 @@ impl Proxies {
 
     /// Cuts the connections of `from` to `to` and refuses new ones, or lets them in again.
     pub fn refuse(&self, link: Link, refused: bool) {
-        self.links.send_modify(|links| match refused {
-            true => drop(links.refused.insert(link)),
-            false => drop(links.refused.remove(&link)),
+        self.links.send_modify(|links| {
+            let _changed = if refused { links.refused.insert(link) } else { links.refused.remove(&link) };
         });
     }
 
