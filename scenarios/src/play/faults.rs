@@ -57,7 +57,9 @@ async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
         Target::Leader => {
             let until = cluster.machines.now() + LEADER_WAIT;
             while cluster.machines.now() < until {
-                if let Some(leader) = cluster.leader().await {
+                // It may have ended since it answered: then somebody else is about to lead.
+                let leader = cluster.leader().await;
+                if let Some(leader) = leader.filter(|leader| cluster.machines.is_running(*leader)) {
                     return vec![leader];
                 }
                 time::sleep(Duration::from_millis(100)).await;

@@ -9,7 +9,7 @@ use super::sweep::{self, Sweep};
 use super::{events, hunt};
 use crate::command::{print_report, seeds, wall_seconds};
 use crate::mutants::MUTANTS;
-use crate::report::{Report, Verdict};
+use crate::report::Verdict;
 use crate::settle::settle;
 use crate::spec::{self, CHAOS, SHIPPED};
 use clap::{Args, Parser, Subcommand};
