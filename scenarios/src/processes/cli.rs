@@ -4,7 +4,7 @@ use super::machines::refusal;
 use super::run::run;
 use crate::command::{bar, print_report, seeds, wall_seconds};
 use crate::recovery::{LATE_MIN_MS, LATE_TIMES, Measured};
-use crate::report::{Report, Verdict};
+use crate::report::{Class, Report, Verdict};
 use crate::rows::{Row, rows};
 use crate::settle::settle;
 use crate::spec::{self, CHAOS, Recovery, SHIPPED, SHORT};
@@ -78,6 +78,12 @@ enum Cmd {
 
 /// The program's main.
 pub fn main() -> ExitCode {
+    // A task that panicked, such as a client, would be missed by nobody. The nodes end with this process.
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        std::process::exit(Class::Crash.exit_code().into());
+    }));
     let done = match Cli::parse().command {
         Cmd::List => list(),
         Cmd::Run { scenario, seed, json, program } => spec::find(&scenario).and_then(|found| {

@@ -73,6 +73,8 @@ struct Machine {
     listens: SocketAddr,
     process: Option<Process>,
     boots: u64,
+    /// How long its processes worked that are gone.
+    worked: Duration,
     /// It was told to stop, so that its end is no surprise.
     told: bool,
 }
@@ -118,8 +120,10 @@ impl Processes {
     /// Takes the process of a node, if it has one.
     fn take(&self, node: NodeIndex) -> Option<Process> {
         let taken = self.with(node, |machine| {
-            machine.boots += u64::from(machine.process.is_some());
-            machine.process.take()
+            let process = machine.process.take()?;
+            machine.boots += 1;
+            machine.worked += process.busy().unwrap_or_default();
+            Some(process)
         });
         self.refuse(node, true);
         taken.flatten()
@@ -165,7 +169,16 @@ impl Processes {
             let name = config.name.clone();
             config.advertise = Some(std::mem::replace(&mut config.listen, listens.to_string()));
             config.data = self.dir.join(&name).to_string_lossy().into_owned();
-            nodes.push(Machine { name, config, keys, listens, process: None, boots: 0, told: false });
+            nodes.push(Machine {
+                name,
+                config,
+                keys,
+                listens,
+                process: None,
+                boots: 0,
+                worked: Duration::ZERO,
+                told: false,
+            });
         }
         let mut clients_ways = vec![];
         for to in 1..=nodes.len() {
@@ -333,8 +346,10 @@ impl Machines for Processes {
     }
 
     fn busy(&self, node: NodeIndex) -> Duration {
-        let busy = self.with(node, |machine| machine.process.as_ref().and_then(Process::busy));
-        busy.flatten().unwrap_or_default()
+        let busy = |machine: &mut Machine| {
+            machine.worked + machine.process.as_ref().and_then(Process::busy).unwrap_or_default()
+        };
+        self.with(node, busy).unwrap_or_default()
     }
 
     fn bytes(&self, node: NodeIndex) -> u64 {
