@@ -73,7 +73,7 @@ async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc
     time::sleep(to.saturating_sub(machines.now())).await;
     let whole = (to.saturating_sub(from) * machines.cores() as u32).as_secs_f64();
     for (node, before) in nodes.iter().zip(before) {
-        let share = (machines.busy(*node) - before).as_secs_f64() / whole;
+        let share = machines.busy(*node).saturating_sub(before).as_secs_f64() / whole;
         seen.lock().unwrap_or_else(|p| p.into_inner()).utilisation.insert(machines.name(*node), share);
     }
     let mut wanted = Default::default();
