@@ -9,11 +9,15 @@
 //! cluster_secret = "…"            # the same on every node
 //! id = 1                          # of a node with a ledger: its number in the cluster
 //! shards = 1                      # of a new cluster; `loci cluster resize` changes it
+//! advertise = "n1.example:7401"   # the address under which peers know the node, when it is not the one it listens on
 //!
 //! [replicas]                      # the nodes that keep the cluster map, and a new cluster's first ones: number = address
 //! 1 = "127.0.0.1:7401"
 //! 2 = "127.0.0.1:7402"
 //! 3 = "127.0.0.1:7403"
+//!
+//! [via]                           # peers that this node reaches by another way, such as a tunnel's end: advertised = where to connect
+//! "n2.example:7401" = "127.0.0.1:9002"
 //! ```
 //!
 //! Roles come in two groups: those of the edge (gateway, writer, reader) live in one process; of those of the replica (ledger, records,
@@ -37,6 +41,9 @@ pub const EDGE_ROLES: [&str; 3] = ["gateway", "writer", "reader"];
 pub struct NodeConfig {
     pub name: String,
     pub listen: String,
+    /// The address under which peers know this node: the cluster map's, and [replicas]'. Not given: the one in [replicas], or `listen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<String>,
     #[serde(default = "data_default")]
@@ -55,6 +62,9 @@ pub struct NodeConfig {
     pub shards: u32,
     /// The nodes of the control group, by number; where none is new, any one of them is enough. TOML keys are text.
     pub replicas: BTreeMap<String, String>,
+    /// Where to connect to reach the peer of an address; to the address itself where nothing is said.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub via: BTreeMap<String, String>,
     #[serde(default)]
     pub tuning: Tuning,
 }
@@ -140,6 +150,19 @@ impl NodeConfig {
                 return Err(Error::invalid("roles", problem));
             }
         }
+        if let Some(advertise) = &config.advertise {
+            let listed = config.id.and_then(|id| voters.get(&id)).filter(|listed| *listed != advertise);
+            if let Some(listed) = listed {
+                let problem =
+                    format!("is {advertise}, but [replicas] lists this node as {listed}: give one address");
+                return Err(Error::invalid("advertise", problem));
+            }
+            reachable("advertise", advertise)?;
+        }
+        config.via.iter().try_for_each(|(peer, way)| {
+            reachable("via", peer)?;
+            reachable("via", way)
+        })?;
         let there: Vec<&str> = EDGE_ROLES.into_iter().chain(Role::ALL.map(Role::name)).collect();
         if let Some(role) = config.roles.iter().find(|role| !there.contains(&role.as_str())) {
             return Err(Error::invalid(
@@ -160,6 +183,12 @@ impl NodeConfig {
             return Err(Error::invalid("cluster_secret", "needs at least 16 characters"));
         }
         Ok(config)
+    }
+
+    /// The address under which peers know this node.
+    pub fn here(&self) -> Result<String, Error> {
+        let listed = self.id.and_then(|id| self.voters().map(|voters| voters.get(&id).cloned()).transpose());
+        Ok(self.advertise.clone().or(listed.transpose()?).unwrap_or(self.listen.clone()))
     }
 
     pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {
@@ -224,6 +253,19 @@ impl NodeConfig {
     }
 }
 
+/// Whether somebody else can connect to an address.
+fn reachable(field: &'static str, addr: &str) -> Result<(), Error> {
+    let parts = addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    match parts {
+        Some(("0.0.0.0" | "[::]", _)) => Err(Error::invalid(
+            field,
+            format!("'{addr}' is every address of this machine: give one that others can reach"),
+        )),
+        Some((host, 1..)) if !host.is_empty() => Ok(()),
+        _ => Err(Error::invalid(field, format!("'{addr}' is no host:port"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -236,6 +278,19 @@ mod tests {
         let config = NodeConfig::parse(GOOD)?;
         assert!(config.is_edge()?);
         assert_eq!(config.replica_roles(), roles::all());
+        assert_eq!(config.here()?, "a:1");
+        Ok(())
+    }
+
+    #[test]
+    fn a_node_is_known_by_the_address_that_it_advertises_or_is_listed_under_or_listens_on()
+    -> Result<(), Error> {
+        let listed = GOOD.replace("listen = 'a:1'", "listen = '0.0.0.0:9'");
+        assert_eq!(NodeConfig::parse(&listed)?.here()?, "a:1");
+        let joined = listed.replace("id = 1", "id = 7");
+        assert_eq!(NodeConfig::parse(&joined)?.here()?, "0.0.0.0:9");
+        let said = joined.replace("id = 7", "id = 7\nadvertise = 'h:9'\nvia = { 'a:1' = '127.0.0.1:5' }");
+        assert_eq!(NodeConfig::parse(&said)?.here()?, "h:9");
         Ok(())
     }
 
@@ -248,6 +303,11 @@ mod tests {
             (GOOD.replace("id = 1", "id = 1\nroles = ['gateway']"), "roles"),
             (GOOD.replace("id = 1", "id = 1\nroles = []"), "roles"),
             (GOOD.replace("id = 1", "id = 9\nroles = ['cache', 'records']"), "roles"),
+            (GOOD.replace("id = 1", "id = 1\nadvertise = 'b:1'"), "advertise"),
+            (GOOD.replace("id = 1", "id = 7\nadvertise = '0.0.0.0:1'"), "advertise"),
+            (GOOD.replace("id = 1", "id = 7\nadvertise = 'b'"), "advertise"),
+            (GOOD.replace("id = 1", "id = 7\nadvertise = ':1'"), "advertise"),
+            (GOOD.replace("id = 1", "id = 7\nvia = { 'b:1' = 'c:0' }"), "via"),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
             (GOOD.replace("name", "nmae"), "configuration"),
         ];

@@ -40,10 +40,15 @@ impl Node {
         let started = Instant::now();
         let internal = |what: &str, e: &dyn std::fmt::Display| Error::Internal(format!("{what}: {e}"));
         let keys = KeyRing::open(disk.clone()).await.map_err(|e| internal("keys", &e))?;
-        let peers = Peers::new(&config.cluster_secret)
+        let here = config.here()?;
+        // It may not reach itself by what others know it by.
+        let mut via = config.via.clone();
+        if config.advertise.is_some() {
+            via.entry(here.clone()).or_insert(config.listen.clone());
+        }
+        let peers = Peers::new(&config.cluster_secret, via)
             .map_err(|e| Error::invalid("cluster_secret", e.to_string()))?;
         let voters = config.voters()?;
-        let here = config.id.and_then(|id| voters.get(&id).cloned()).unwrap_or(config.listen.clone());
         let groups = Groups::default();
         let addrs: Vec<String> = voters.values().cloned().collect();
         let control =

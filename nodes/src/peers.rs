@@ -16,16 +16,18 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 #[derive(Clone)]
 pub struct Peers {
     secret: MetadataValue<Ascii>,
+    /// Where to connect to, where that is not the peer's address.
+    via: Arc<BTreeMap<String, String>>,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
 }
 
 impl Peers {
     /// `secret` must be printable ASCII.
-    pub fn new(secret: &str) -> io::Result<Peers> {
+    pub fn new(secret: &str, via: BTreeMap<String, String>) -> io::Result<Peers> {
         let secret = secret.parse().map_err(|_| {
             io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII")
         })?;
-        Ok(Peers { secret, channels: Arc::default() })
+        Ok(Peers { secret, via: Arc::new(via), channels: Arc::default() })
     }
 
     pub fn client(&self, addr: &str) -> io::Result<ReplicaClient<Channel>> {
@@ -33,7 +35,7 @@ impl Peers {
         let channel = match channels.get(addr) {
             Some(channel) => channel.clone(),
             None => {
-                let channel = sim::net::connect(addr)?;
+                let channel = sim::net::connect(self.via.get(addr).map_or(addr, String::as_str))?;
                 channels.insert(addr.to_string(), channel.clone());
                 channel
             }

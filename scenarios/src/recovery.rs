@@ -2,7 +2,8 @@
 //!
 //! **Recovery** runs from the moment of the fault to the end of the last failed, degraded or late call on a range that the victim served; 0 if
 //! there was none. Late is what took more than ten times the 99th percentile of its kind in the same run's quiet time, before the
-//! fault. A call is what a client wanted, with all its attempts: one that was refused at first and answered elsewhere in time did not
+//! fault, and more than a quarter of a second: on a machine whose calls take a millisecond, ten of them are a disk that was slow for a moment,
+//! and nobody waits for less. A call is what a client wanted, with all its attempts: one that was refused at first and answered elsewhere in time did not
 //! fail. The end of the last *attempt* that got no answer is told as well.
 
 use crate::history::{Call, Outcome};
@@ -11,6 +12,8 @@ use std::collections::BTreeMap;
 
 /// Late: more than so many times the quiet 99th percentile.
 pub const LATE_TIMES: u64 = 10;
+/// What took less is never late.
+pub const LATE_MIN_MS: u64 = 250;
 /// Calls in the quiet time, at least: with fewer nobody knows what is usual.
 pub const QUIET_CALLS_MIN: usize = 500;
 /// A kind with fewer calls than this in the quiet time is judged by those of all kinds.
@@ -78,7 +81,10 @@ pub fn measure(calls: &[Call], times: Times, served: impl Fn(&Call) -> bool) -> 
         .filter(|(_, took)| took.len() >= KIND_CALLS_MIN)
         .filter_map(|(kind, took)| Some((*kind, percentile(took, 0.99)?)))
         .collect();
-    let is_late = |call: &Call| took(call) > LATE_TIMES * quiet.get(call.kind).copied().unwrap_or(usual);
+    let is_late = |call: &Call| {
+        let late = LATE_TIMES * quiet.get(call.kind).copied().unwrap_or(usual);
+        took(call) > late.max(LATE_MIN_MS * 1_000_000)
+    };
     let since_s = |at_ns: u64| at_ns.saturating_sub(times.fault_ns) as f64 / 1e9;
     let mut measured = Measured {
         quiet_calls,
@@ -159,13 +165,13 @@ mod tests {
     fn recovery_ends_with_the_last_call_that_failed_was_degraded_or_late() {
         let failed = call("add", 5500, 2000, Outcome::Failed);
         let degraded = call("get", 8000, 4, Outcome::Degraded);
-        let late = call("get", 8100, 51, Outcome::Answered);
+        let late = call("get", 8100, 251, Outcome::Answered);
         assert_eq!(with(std::slice::from_ref(&failed)).recovery_s, 2.5);
         assert_eq!(with(&[failed.clone(), degraded.clone()]).recovery_s, 3.004);
         let all = with(&[late, failed, degraded]);
-        assert_eq!((all.recovery_s, all.failed, all.degraded, all.late), (3.151, 1, 1, 1));
+        assert_eq!((all.recovery_s, all.failed, all.degraded, all.late), (3.351, 1, 1, 1));
         assert!(
-            all.last.starts_with("get of client 0 from 8.100 s, late after 0.051 s at g1"),
+            all.last.starts_with("get of client 0 from 8.100 s, late after 0.251 s at g1"),
             "{}",
             all.last
         );
@@ -173,11 +179,21 @@ mod tests {
 
     #[test]
     fn late_is_measured_by_the_calls_own_kind_and_rare_kinds_by_all() {
-        // 100 ms are late for a get and not for an add; a walk was never seen before.
-        assert_eq!(with(&[call("get", 6000, 100, Outcome::Answered)]).late, 1);
-        assert_eq!(with(&[call("add", 6000, 100, Outcome::Answered)]).late, 0);
-        assert_eq!(with(&[call("walk", 6000, 200, Outcome::Answered)]).late, 0);
-        assert_eq!(with(&[call("walk", 6000, 201, Outcome::Answered)]).late, 1);
+        // 300 ms are late for a get and not for a slower add; a walk was never seen before.
+        let slow = (0..100).map(|i| call("add", 1000 + 30 * i, 40, Outcome::Answered));
+        let with = |kind, took_ms| {
+            let calls = quiet().into_iter().filter(|call| call.kind == "get").chain(slow.clone());
+            let calls: Vec<Call> = calls.chain([call(kind, 6000, took_ms, Outcome::Answered)]).collect();
+            measure(&calls, TIMES, |_| true).late
+        };
+        assert_eq!((with("get", 300), with("add", 300)), (1, 0));
+        assert_eq!((with("walk", 400), with("walk", 401)), (0, 1));
+    }
+
+    #[test]
+    fn nothing_is_late_before_a_quarter_of_a_second() {
+        assert_eq!(with(&[call("get", 6000, LATE_MIN_MS, Outcome::Answered)]).late, 0);
+        assert_eq!(with(&[call("get", 6000, LATE_MIN_MS + 1, Outcome::Answered)]).late, 1);
     }
 
     #[test]

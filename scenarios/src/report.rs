@@ -108,6 +108,33 @@ pub struct Report {
     pub why: String,
 }
 
+/// A report of nothing, to be filled in.
+pub fn empty() -> Report {
+    Report {
+        scenario: String::new(),
+        seed: 0,
+        build: nodes::BUILD.into(),
+        verdict: Verdict::Broken,
+        class: Class::Crash,
+        mutant: None,
+        trace_hash: String::new(),
+        virtual_s: 0.0,
+        wall_s: 0.0,
+        acked: 0,
+        lost: 0,
+        faults: vec![],
+        violations: vec![],
+        reads: 0,
+        unknown: 0,
+        write_gap_s: 0.0,
+        converge_s: None,
+        disk_faults: vec![],
+        probes: BTreeMap::new(),
+        recovery: None,
+        why: String::new(),
+    }
+}
+
 /// What only damage makes necessary: a node whose disk was never bad must do none of it.
 pub const MENDING: [&str; 11] = [
     "fact: healed from its second copy",

@@ -37,6 +37,22 @@ pub const CHAOS: [(&str, &str); 15] = [
     ("spot-reclaim", include_str!("../files/chaos/spot-reclaim.toml")),
 ];
 
+/// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.
+pub const SHORT: [(&str, &str); 12] = [
+    ("short/vector-node-failure", include_str!("../files/short/vector-node-failure.toml")),
+    ("short/graph-node-failure", include_str!("../files/short/graph-node-failure.toml")),
+    ("short/records-node-failure", include_str!("../files/short/records-node-failure.toml")),
+    ("short/cache-node-failure", include_str!("../files/short/cache-node-failure.toml")),
+    ("short/api-node-crash", include_str!("../files/short/api-node-crash.toml")),
+    ("short/ledger-leader-loss", include_str!("../files/short/ledger-leader-loss.toml")),
+    ("short/partition-two-way", include_str!("../files/short/partition-two-way.toml")),
+    ("short/partition-one-way", include_str!("../files/short/partition-one-way.toml")),
+    ("short/silent-leader", include_str!("../files/short/silent-leader.toml")),
+    ("short/silent-api-node", include_str!("../files/short/silent-api-node.toml")),
+    ("short/rolling-restart", include_str!("../files/short/rolling-restart.toml")),
+    ("short/spot-reclaim", include_str!("../files/short/spot-reclaim.toml")),
+];
+
 /// What is absent here is drawn from the seed ([`crate::settle`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -344,6 +360,31 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// Whether only a model can suffer it: no real machine's power, disk or clock is anybody's to break.
+    pub fn is_modelled(self) -> bool {
+        match self {
+            FaultKind::Crash
+            | FaultKind::Pause
+            | FaultKind::Partition
+            | FaultKind::PartitionIn
+            | FaultKind::PartitionOut
+            | FaultKind::Silence
+            | FaultKind::RollingRestart
+            | FaultKind::Reclaim => false,
+            FaultKind::PowerOff
+            | FaultKind::Clock
+            | FaultKind::CalendarStep
+            | FaultKind::BitRot
+            | FaultKind::Ruin
+            | FaultKind::LostSector
+            | FaultKind::Misdirected
+            | FaultKind::SyncFailure
+            | FaultKind::FullDisk
+            | FaultKind::SlowDisk
+            | FaultKind::StuckDisk => true,
+        }
+    }
+
     /// Whether it harms what is stored, or how it is stored; a loss of power takes only what was not synced.
     pub fn is_of_disks(self) -> bool {
         match self {
@@ -430,13 +471,13 @@ pub struct Promises {
 
 /// A shipped scenario by name, or one read from a file that ends in `.toml`.
 pub fn find(name: &str) -> Result<Scenario, String> {
-    let text = match SHIPPED.iter().chain(&CHAOS).find(|(n, _)| *n == name) {
+    let text = match SHIPPED.iter().chain(&CHAOS).chain(&SHORT).find(|(n, _)| *n == name) {
         Some((_, text)) => text.to_string(),
         None if name.ends_with(".toml") => {
             std::fs::read_to_string(name).map_err(|e| format!("{name}: {e}"))?
         }
         None => {
-            let known: Vec<&str> = SHIPPED.iter().chain(&CHAOS).map(|(n, _)| *n).collect();
+            let known: Vec<&str> = SHIPPED.iter().chain(&CHAOS).chain(&SHORT).map(|(n, _)| *n).collect();
             return Err(format!(
                 "there is no scenario '{name}'; there are {}, or give a .toml file",
                 known.join(", ")

@@ -21,6 +21,8 @@ pub mod cpu;
 pub mod disk;
 pub mod net;
 pub mod planted;
+#[cfg(not(madsim))]
+pub mod process;
 pub mod raft;
 pub mod rand;
 pub mod task;

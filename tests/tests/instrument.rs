@@ -9,8 +9,12 @@ use tests::{Directory, Result, loci, root};
 const EASY: &str = "search-the-words-of-all-tenants";
 
 fn sim(args: &[&str]) -> Result<Output> {
+    cargo(&[&["sim"], args].concat())
+}
+
+fn cargo(args: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO"));
-    command.current_dir(root()).arg("sim").args(args);
+    command.current_dir(root()).args(args);
     // The outer build's settings must not leak into the inner one.
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
     Ok(command.stdin(Stdio::null()).output()?)
@@ -21,14 +25,15 @@ fn text(output: &Output) -> String {
 }
 
 fn exits(args: &[&str], code: i32) -> Result<String> {
-    let output = sim(args)?;
+    cargo_exits(&[&["sim"], args].concat(), code)
+}
+
+fn cargo_exits(args: &[&str], code: i32) -> Result<String> {
+    let output = cargo(args)?;
     if output.status.code() != Some(code) {
-        return Err(format!(
-            "cargo sim {args:?} gave {} instead of {code}:\n{}",
-            output.status,
-            text(&output)
-        )
-        .into());
+        return Err(
+            format!("cargo {args:?} gave {} instead of {code}:\n{}", output.status, text(&output)).into()
+        );
     }
     Ok(text(&output))
 }
@@ -123,14 +128,14 @@ fn the_page_of_a_replay_works_in_a_browser() -> Result<()> {
 fn commands(guide: &Path) -> Result<Vec<(String, i32)>> {
     let text = std::fs::read_to_string(guide)?;
     let blocks = text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
-    let lines = blocks.flat_map(str::lines).filter(|line| line.starts_with("cargo sim "));
+    let lines = blocks.flat_map(str::lines).filter(|line| line.starts_with("cargo "));
     lines
         .map(|line| {
             let (command, comment) = line.split_once('#').unwrap_or((line, ""));
             let code = comment.split_once("exit code ").map_or(Ok(0), |(_, rest)| {
                 rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse()
             })?;
-            Ok((command.trim().trim_start_matches("cargo sim ").to_string(), code))
+            Ok((command.trim().trim_start_matches("cargo ").to_string(), code))
         })
         .collect()
 }
@@ -142,7 +147,7 @@ fn the_commands_of_the_guide_do_what_it_says() -> Result<()> {
     assert!(all.len() >= 10, "{all:?}");
     for (command, code) in all {
         let command = command.replace("/tmp/", &format!("{}/", dir.0.display()));
-        exits(&command.split_whitespace().collect::<Vec<_>>(), code)?;
+        cargo_exits(&command.split_whitespace().collect::<Vec<_>>(), code)?;
     }
     Ok(())
 }

@@ -111,6 +111,7 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
         let config = NodeConfig {
             name: if up.nodes == 1 { "local".into() } else { format!("n{number}") },
             listen: above(&up.listen, number - 1)?,
+            advertise: None,
             http: Some(above(&up.http, number - 1)?),
             data: dir.to_string_lossy().into_owned(),
             roles: nodes::config::all_roles(),
@@ -119,6 +120,7 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
             rejoin: false,
             shards: 1,
             replicas: replicas.clone(),
+            via: BTreeMap::new(),
             tuning: Default::default(),
         };
         fs::create_dir_all(&dir).map_err(|e| Failure(format!("{}: {e}", dir.display())))?;

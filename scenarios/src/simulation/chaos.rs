@@ -1,12 +1,11 @@
 //! The chaos table: each row is a scenario that measures recovery ([`crate::recovery`]), run on many seeds.
 
-use super::cli::{print_report, wall_seconds};
 use super::runner::{Job, child, side_by_side};
-use super::sweep::bar;
-use crate::recovery::{LATE_TIMES, Measured, percentile};
+use crate::command::{bar, print_report, wall_seconds};
+use crate::recovery::{LATE_MIN_MS, LATE_TIMES, Measured, percentile};
 use crate::report::{Class, Report, Verdict};
-use crate::spec::{self, CHAOS, Recovery};
-use serde::Serialize;
+use crate::rows::{Row, rows};
+use crate::spec::{CHAOS, Recovery};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::process::ExitCode;
@@ -20,58 +19,8 @@ pub struct Chaos {
     pub json: bool,
 }
 
-/// One row; times in virtual seconds, `None` where no run of it measured them.
-#[derive(Serialize)]
-struct Row {
-    row: String,
-    seeds: usize,
-    recovery_p50_s: Option<f64>,
-    recovery_p99_s: Option<f64>,
-    recovery_max_s: Option<f64>,
-    redundancy_p99_s: Option<f64>,
-    acked: usize,
-    lost: usize,
-    /// Runs whose verdict is not `pass`.
-    failed: usize,
-}
-
-impl Row {
-    fn of(name: &str, reports: &[&Report]) -> Row {
-        let measured = || reports.iter().filter_map(|report| report.recovery.as_ref());
-        let mut recovery: Vec<f64> = measured().map(|m| m.recovery_s).collect();
-        let mut redundancy: Vec<f64> = measured().filter_map(|m| m.redundancy_s).collect();
-        Row {
-            row: name.into(),
-            seeds: reports.len(),
-            recovery_p50_s: percentile(&mut recovery, 0.5),
-            recovery_p99_s: percentile(&mut recovery, 0.99),
-            recovery_max_s: recovery.last().copied(),
-            redundancy_p99_s: percentile(&mut redundancy, 0.99),
-            acked: reports.iter().map(|r| r.acked).sum(),
-            lost: reports.iter().map(|r| r.lost).sum(),
-            failed: reports.iter().filter(|r| r.verdict != Verdict::Pass).count(),
-        }
-    }
-}
-
-/// The rows named, or all.
-fn rows(named: Vec<String>) -> Result<Vec<(String, Recovery)>, String> {
-    let names = match named.is_empty() {
-        true => CHAOS.iter().map(|(name, _)| name.to_string()).collect(),
-        false => named,
-    };
-    let with_recovery = names.into_iter().map(|name| {
-        let recovery = spec::find(&name)?.recovery;
-        recovery.map(|recovery| (name.clone(), recovery)).ok_or_else(|| {
-            let known: Vec<&str> = CHAOS.iter().map(|(name, _)| *name).collect();
-            format!("'{name}' measures no recovery; the rows are {}", known.join(", "))
-        })
-    });
-    with_recovery.collect()
-}
-
 pub fn chaos(asked: Chaos) -> Result<ExitCode, String> {
-    let rows = rows(asked.rows)?;
+    let rows = rows(asked.rows, &CHAOS)?;
     let begun = wall_seconds();
     let seeds: Vec<u64> = asked.seeds.collect();
     let all: Vec<Job> =
@@ -156,7 +105,7 @@ fn print(table: &[(Row, &Recovery)], by_row: &BTreeMap<&str, Vec<&Report>>) {
     let all: Vec<&Measured> = by_row.values().flatten().filter_map(|r| r.recovery.as_ref()).collect();
     println!(
         "recovery: from the fault to the end of the last call that failed, was degraded, or took more than {LATE_TIMES} times the quiet p99 of \
-         its kind, as the clients saw it; attempts: to the last attempt without an answer, whatever became of its call"
+         its kind and {LATE_MIN_MS} ms, as the clients saw it; attempts: to the last attempt without an answer, whatever became of its call"
     );
     println!(
         "seed: what the requirements state (0 lost in each); redundancy: until all replicas are up, follow one leader and publish the same, \

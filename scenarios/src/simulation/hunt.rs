@@ -1,8 +1,8 @@
 //! The hunt for planted bugs: how many seeds each one survives.
 
-use super::cli::wall_seconds;
 use super::runner::{Job, child, side_by_side};
-use super::sweep::{bar, scenarios};
+use super::sweep::scenarios;
+use crate::command::{bar, wall_seconds};
 use crate::mutants::{MUTANTS, Mutant};
 use crate::report::{Class, Report};
 use serde::Serialize;

@@ -1,7 +1,6 @@
 //! The runner: one child process per run, a few side by side, bounded in time and memory.
 
-use super::run::empty;
-use crate::report::{Class, Report, Verdict};
+use crate::report::{Class, Report, Verdict, empty};
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};

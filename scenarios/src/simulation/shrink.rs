@@ -5,9 +5,9 @@
 //! draws from then on, and a failure that needs an unlucky order may hide; so each attempt is made with several scheduler seeds, and the one
 //! that failed goes on. The best so far is written to the file after every step; to go on later, shrink that file.
 
-use super::cli::wall_seconds;
 use super::hunt::gave_away;
 use super::runner::{Job, child, side_by_side};
+use crate::command::wall_seconds;
 use crate::operation::Operation;
 use crate::report::{Class, Report};
 use crate::settle::settle;

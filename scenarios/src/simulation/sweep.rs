@@ -1,11 +1,10 @@
 //! Sweeps: many runs, their table, their results in a file.
 
-use super::cli::{print_report, wall_seconds};
 use super::events;
 use super::runner::{Job, child, side_by_side};
+use crate::command::{bar, print_report, wall_seconds};
 use crate::report::{Class, PROBES, Report, Verdict};
 use crate::spec::{self, SHIPPED};
-use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -40,14 +39,6 @@ pub fn scenarios(named: Vec<String>) -> Result<Vec<String>, String> {
         false => named,
     };
     names.iter().find_map(|name| spec::find(name).err()).map_or(Ok(names), Err)
-}
-
-pub fn bar(length: u64, template: &str) -> ProgressBar {
-    let bar = ProgressBar::new(length);
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar
 }
 
 pub fn sweep(asked: Sweep) -> Result<ExitCode, String> {

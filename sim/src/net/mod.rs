@@ -22,6 +22,8 @@ use std::io;
 pub use tonic::service::Routes;
 
 #[cfg(not(madsim))]
+pub mod proxy;
+#[cfg(not(madsim))]
 mod real;
 #[cfg(not(madsim))]
 pub use real::Channel;

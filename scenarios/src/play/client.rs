@@ -7,7 +7,8 @@
 //! Where recovery is measured, clients are what good ones are: reads too are sent again, and each gateway is pinged, as HTTP/2 keeps a connection
 //! alive that is not used. One that does not answer is left out until it answers a ping.
 
-use super::cluster::{Cluster, host_of, tenant};
+use super::cluster::{Cluster, tenant};
+use super::machines::{Machines, Waiting};
 use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row, SEARCH_K};
 use crate::operation::{Act, Operation};
 use crate::spec::Scenario;
@@ -18,7 +19,6 @@ use nodes::proto::v1::{
 use sim::net::Channel;
 use sim::rand;
 use sim::time::{self, Duration};
-use sim::world::{ClockModel, NodeOptions};
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -48,6 +48,8 @@ struct Client {
     number: usize,
     tenant: usize,
     key: String,
+    machines: Arc<dyn Machines>,
+    /// The gateways' names.
     gateways: Vec<String>,
     channels: Vec<Channel>,
     at: usize,
@@ -75,23 +77,20 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
         let fails_over = scenario.recovery.is_some();
         let mine = scenario.operations.iter().flatten().filter(|o| o.client == number).copied();
         let operations: Arc<[Operation]> = mine.collect();
-        let (key, gateways) = (cluster.keys[tenant].clone(), cluster.gateways.clone());
-        let (recorder, running) = (recorder.clone(), running.clone());
-        let clock = ClockModel::default();
-        let options = NodeOptions {
-            name: format!("client{number}"),
-            region: "here".into(),
-            cores: 1,
-            slowdown: 1,
-            clock,
+        let (key, machines) = (cluster.keys[tenant].clone(), cluster.machines.clone());
+        let of_gateways = |of: &dyn Fn(usize) -> String| -> Vec<String> {
+            cluster.gateways.iter().map(|node| of(*node)).collect()
         };
-        let world = cluster.world.clone();
-        cluster.world.add_node(options, move || {
+        let gateways = of_gateways(&|node| machines.name(node));
+        let ways = of_gateways(&|node| machines.clients_way(node));
+        let (recorder, running) = (recorder.clone(), running.clone());
+        let session = move || -> Waiting<'static, ()> {
             let mut client = Client {
                 number,
                 tenant,
                 key: key.clone(),
-                channels: gateways.iter().filter_map(|g| sim::net::connect(g).ok()).collect(),
+                machines: machines.clone(),
+                channels: ways.iter().filter_map(|way| sim::net::connect(way).ok()).collect(),
                 gateways: gateways.clone(),
                 at: number % gateways.len(),
                 recorder: recorder.clone(),
@@ -103,14 +102,14 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                 fails_over,
                 out: Arc::new(Mutex::new(vec![false; gateways.len()])),
             };
-            let (world, running, operations) = (world.clone(), running.clone(), operations.clone());
-            async move {
+            let (machines, running, operations) = (machines.clone(), running.clone(), operations.clone());
+            Box::pin(async move {
                 if client.fails_over {
                     client.keep_alive();
                 }
                 for operation in operations.iter() {
                     let at = Duration::from_millis(operation.at_ms);
-                    let now = world.now();
+                    let now = machines.now();
                     if now < at {
                         time::sleep(at - now).await;
                     } else if now > at + LATE {
@@ -119,8 +118,9 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                     client.act(operation).await;
                 }
                 *running.lock().unwrap_or_else(|p| p.into_inner()) -= 1;
-            }
-        });
+            })
+        };
+        cluster.machines.add_client(number, Box::new(session));
     }
     running
 }
@@ -197,6 +197,10 @@ fn certain(status: &Status) -> Option<Refusal> {
 }
 
 impl Client {
+    fn now_ns(&self) -> u64 {
+        self.machines.now().as_nanos() as u64
+    }
+
     /// A call's request, with the key, a deadline and the session's token where asked for.
     fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
@@ -220,7 +224,7 @@ impl Client {
         let out = self.out.lock().unwrap_or_else(|p| p.into_inner());
         let others = (self.at..self.at + self.gateways.len()).map(|at| at % self.gateways.len());
         self.at = others.into_iter().find(|at| !out[*at]).unwrap_or(self.at);
-        self.asked = host_of(&self.gateways[self.at]).to_string();
+        self.asked = self.gateways[self.at].clone();
     }
 
     /// One attempt at whom it is the turn of. What is no answer at all may leave the gateway out.
@@ -230,14 +234,14 @@ impl Client {
         attempts: &mut Vec<Attempt>,
         send: impl Future<Output = Result<T, Status>>,
     ) -> Option<Result<T, Status>> {
-        let call_ns = now_ns();
+        let call_ns = self.now_ns();
         let answer = time::timeout(limit, send).await.ok();
         let answered = match &answer {
             Some(Ok(_)) => true,
             Some(Err(status)) => status.code() == Code::NotFound || certain(status).is_some(),
             None => false,
         };
-        attempts.push(Attempt { node: self.asked.clone(), call_ns, return_ns: now_ns(), answered });
+        attempts.push(Attempt { node: self.asked.clone(), call_ns, return_ns: self.now_ns(), answered });
         let silent = answer.as_ref().is_none_or(|answer| {
             answer.as_ref().is_err_and(|s| {
                 s.code() == Code::Unavailable && reason(s).is_none() || s.code() == Code::DeadlineExceeded
@@ -275,7 +279,7 @@ impl Client {
 
     /// Writes down how it went with something that this client wanted.
     fn called(&self, kind: &'static str, key: Option<u64>, attempts: Vec<Attempt>, outcome: Outcome) {
-        let (Some(first), return_ns) = (attempts.first(), now_ns()) else { return };
+        let (Some(first), return_ns) = (attempts.first(), self.now_ns()) else { return };
         let (client, tenant, call_ns) = (self.number, self.tenant, first.call_ns);
         let call = Call { client, tenant, kind, key, call_ns, return_ns, outcome, attempts };
         self.recorder.lock().unwrap_or_else(|p| p.into_inner()).calls.push(call);
@@ -331,7 +335,7 @@ impl Client {
     }
 
     fn record(&self, call: Duration, request: Request, response: Response) {
-        let return_ns = sim::world::true_now().as_nanos() as u64;
+        let return_ns = self.now_ns();
         let (client, tenant, node, call_ns) =
             (self.number, self.tenant, self.asked.clone(), call.as_nanos() as u64);
         let op = Op { client, tenant, node, call_ns, return_ns, request, response };
@@ -362,7 +366,7 @@ impl Client {
             Kind::Delete => Request::Delete { id: id.clone(), expected },
         };
         let text = text(self.tenant, &marker);
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let what = (kind.name(), Some(key));
         let mut answer = self.attempts(what, &request, &marker, &text).await;
         if !matches!(answer, Response::Unknown) && operation.again {
@@ -490,7 +494,7 @@ impl Client {
             token: token.clone(),
             ..Default::default()
         });
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let kind = if session { "session get" } else { "strong get" };
         let message = v1::GetRequest { id: id.clone(), options };
         let poor = |answer: &tonic::Response<v1::GetResponse>| poor(answer.get_ref().info.as_ref());
@@ -520,7 +524,7 @@ impl Client {
     }
 
     async fn search(&mut self, by_vector: bool) {
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let owners = Some(v1::Owners { user: "shared user".into(), ..Default::default() });
         let text = text(self.tenant, "c0w1");
         let (vector, space) = match by_vector {
@@ -547,7 +551,7 @@ impl Client {
 
     /// Sets or removes an edge between two memories, of which either may not be there.
     async fn link(&mut self, from: u64, to: u64, set: bool) {
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let (key, source, target) = (from, self.id(from), self.id(to));
         let weight = ((from * 7 + to * 3) % 10) as f32 / 10.0;
         let (from, to) = (source.clone(), target.clone());
@@ -582,7 +586,7 @@ impl Client {
     }
 
     async fn walk(&mut self, key: u64, inbound: bool) {
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let message =
             v1::TraverseRequest { start: vec![self.id(key)], hops: 3, inbound, ..Default::default() };
         let poor = |answer: &tonic::Response<v1::TraverseResponse>| {
@@ -602,7 +606,7 @@ impl Client {
     }
 
     async fn list(&mut self) {
-        let call = sim::world::true_now();
+        let call = self.machines.now();
         let answer = self.ask(
             ("list", None),
             |(_, whole): &(Vec<Row>, bool)| !whole,
@@ -630,10 +634,6 @@ const WELL: &str = "L0";
 
 fn poor(info: Option<&v1::ReadInfo>) -> bool {
     info.is_some_and(|info| info.level != WELL || !info.complete)
-}
-
-fn now_ns() -> u64 {
-    sim::world::true_now().as_nanos() as u64
 }
 
 /// What a client waits before it tries once more.

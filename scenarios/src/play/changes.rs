@@ -11,15 +11,15 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// Makes the changes one after the other, each as often as it takes; how many were done in the end.
 pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change>) -> usize {
-    let world = &cluster.world;
+    let machines = &cluster.machines;
     let mut done = 0;
     for change in changes {
-        time::sleep(Duration::from_secs(change.at_s).saturating_sub(world.now())).await;
-        world.note(0, Level::Info, &format!("operator: {}", describe(&change)));
+        time::sleep(Duration::from_secs(change.at_s).saturating_sub(machines.now())).await;
+        machines.note(0, Level::Info, &format!("operator: {}", describe(&change)));
         while !make(&cluster, &topology, &change).await {
             time::sleep(LOOK).await;
         }
-        world.note(0, Level::Info, &format!("operator: done: {}", describe(&change)));
+        machines.note(0, Level::Info, &format!("operator: done: {}", describe(&change)));
         done += 1;
     }
     done

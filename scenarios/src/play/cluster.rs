@@ -1,36 +1,29 @@
-//! The nodes of a scenario, each the production node in a simulated machine.
+//! The nodes of a scenario, each the production node on a machine.
 
+use super::machines::{Machines, NewNode, NodeIndex};
 use crate::spec::{Draw, Scenario};
 use nodes::auth::Keys;
 use nodes::config::{EDGE_ROLES, NodeConfig};
 use nodes::error::Error;
-use nodes::node::Node;
 use nodes::proto::v1::{self, admin_service_client::AdminServiceClient};
 use nodes::roles::{Role, Roles};
-use sim::disk::simulated::DiskFaults;
 use sim::net::Channel;
 use sim::time::Duration;
 use sim::trace::Level;
-use sim::world::{ClockModel, Latency, LinkModel, NodeIndex, NodeOptions, World};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 const PORT: u16 = 7400;
-/// Of each machine.
-pub const CORES: usize = 2;
 /// So little that caches must choose.
 const CACHE_BYTES: u64 = 20_000;
-const SECRET: &str = "a secret of this simulated cluster";
+const SECRET: &str = "a secret of this scenario's cluster";
 
 pub struct Cluster {
-    pub world: World,
+    pub machines: Arc<dyn Machines>,
     /// In the order of their names: n1, n2, …
     pub replicas: Vec<NodeIndex>,
-    /// How the disks are when they are well.
-    pub disk_faults: BTreeMap<NodeIndex, DiskFaults>,
-    /// Addresses that clients may ask.
-    pub gateways: Vec<String>,
+    /// Those that clients may ask.
+    pub gateways: Vec<NodeIndex>,
     /// An API key of each tenant.
     pub keys: Vec<String>,
     pub keys_per_tenant: u64,
@@ -40,24 +33,11 @@ pub struct Cluster {
     pub apart: Vec<NodeIndex>,
     /// The nodes that cache: c1, c2, …
     pub caches: Vec<NodeIndex>,
-    told: BTreeMap<NodeIndex, Arc<Told>>,
     operator: String,
-}
-
-/// What an operator tells a node's process.
-#[derive(Default)]
-struct Told {
-    stop: sim::sync::Notify,
-    /// Its machine is a new one: see [`NodeConfig::rejoin`].
-    rejoin: AtomicBool,
 }
 
 /// The ends of shards' ledgers.
 pub type Ends = BTreeMap<u32, u64>;
-
-pub fn host_of(addr: &str) -> &str {
-    addr.split(':').next().unwrap_or(addr)
-}
 
 /// The tenant's name.
 pub fn tenant(number: usize) -> String {
@@ -66,17 +46,9 @@ pub fn tenant(number: usize) -> String {
 
 impl Cluster {
     /// Boots all nodes. Small limits, so that runs cross segment, checkpoint and purge boundaries.
-    pub fn start(world: &World, scenario: &Scenario) -> Result<Cluster, Error> {
+    pub async fn start(machines: Arc<dyn Machines>, scenario: &Scenario) -> Result<Cluster, Error> {
         let draw = scenario.draw.clone();
         let draw = draw.unwrap_or_else(|| Draw::usual(scenario.topology.machines()));
-        world.set_buggify(draw.buggify.clone());
-        let base = Duration::from_micros(draw.latency_us);
-        let latency = Latency { base, jitter: base.mul_f64(0.4) };
-        world.links().set_default(LinkModel {
-            latency,
-            loss: scenario.topology.loss,
-            ..LinkModel::default()
-        });
         let mut file = Keys::default();
         let keys =
             (0..scenario.workload.tenants).map(|t| file.add(&tenant(t), false)).collect::<Result<_, _>>()?;
@@ -85,21 +57,6 @@ impl Cluster {
         let voters: BTreeMap<String, String> = (1..=replicas - scenario.topology.spares)
             .map(|i| (i.to_string(), format!("n{i}:{PORT}")))
             .collect();
-        let keys_per_tenant = scenario.workload.keys_per_tenant;
-        let world_handle = world.clone();
-        let mut cluster = Cluster {
-            world: world_handle,
-            replicas: vec![],
-            disk_faults: BTreeMap::new(),
-            gateways: vec![],
-            keys,
-            keys_per_tenant,
-            edges: vec![],
-            apart: vec![],
-            caches: vec![],
-            told: BTreeMap::new(),
-            operator,
-        };
         let product = match draw.product_rows_min {
             Some(rows) => format!("product_after_days = -40\nproduct_rows_min = {rows}\n"),
             None => String::new(),
@@ -107,16 +64,15 @@ impl Cluster {
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         let caches = (1..=scenario.topology.caches).map(|i| (format!("c{i}"), Some((replicas + i) as u64)));
-        for ((name, id), limits) in names.chain(edges).chain(caches).zip(&draw.nodes) {
+        let mut new = vec![];
+        for ((name, id), limits) in names.chain(edges).chain(caches).zip(draw.nodes) {
             let of_replicas = id.map_or(Roles::new(), |id| scenario.topology.roles_of(id));
-            let caches = of_replicas.contains(&Role::Cache);
-            let of_edge = EDGE_ROLES.into_iter().filter(|_| !caches);
+            let of_edge = EDGE_ROLES.into_iter().filter(|_| !of_replicas.contains(&Role::Cache));
             let roles = of_edge.chain(of_replicas.iter().map(|role| role.name()));
             let roles = roles.map(|role| format!("'{role}'")).collect::<Vec<_>>().join(", ");
             let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
-            let addr = format!("{name}:{PORT}");
             let text = format!(
-                "name = '{name}'\nlisten = '{addr}'\ncluster_secret = '{SECRET}'\nroles = [{roles}]\n{number}shards = {}\n\
+                "name = '{name}'\nlisten = '{name}:{PORT}'\ncluster_secret = \"{SECRET}\"\nroles = [{roles}]\n{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
                  vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}",
                 scenario.topology.shards,
@@ -128,61 +84,40 @@ impl Cluster {
                 limits.vector_buffer_bytes,
                 limits.graph_rows_min,
             );
-            let config = NodeConfig::parse(&text)?;
-            let clock = ClockModel {
-                rate_ppm: limits.rate_ppm,
-                offset: Duration::from_millis(limits.offset_ms),
-                calendar_ms: limits.calendar_ms,
-            };
-            let slowdown = scenario.recovery.as_ref().map_or(1, |r| r.cpu_slowdown);
-            let options = NodeOptions { name, region: "here".into(), cores: CORES, slowdown, clock };
-            let (file, told) = (file.clone(), Arc::new(Told::default()));
-            let telling = told.clone();
-            let node = world.add_node(options, move || {
-                let mut config = config.clone();
-                config.rejoin = telling.rejoin.load(Ordering::SeqCst);
-                process(config, file.clone(), telling.clone())
-            });
-            cluster.told.insert(node, told);
-            if let Some(disk) = world.disk(node) {
-                let latency = Duration::from_micros(20);
-                let sync_latency = Duration::from_micros(limits.sync_us);
-                let bytes_per_s = scenario.recovery.as_ref().map_or(0, |r| r.disk_bytes_per_s);
-                let usual = DiskFaults { latency, sync_latency, bytes_per_s, ..Default::default() };
-                disk.set_faults(usual);
-                cluster.disk_faults.insert(node, usual);
-            }
-            if caches {
-                cluster.caches.push(node);
-                continue;
-            }
-            if id.is_some() && !of_replicas.contains(&Role::Ledger) {
-                cluster.apart.push(node);
-            }
-            match id {
-                Some(_) => cluster.replicas.push(node),
-                None => cluster.edges.push(node),
-            }
-            cluster.gateways.push(addr);
+            new.push(NewNode { config: NodeConfig::parse(&text)?, limits, keys: file.clone() });
         }
+        let booted = machines.boot(new).await?;
+        let (replicas, rest) = booted.split_at(replicas.min(booted.len()));
+        let (edges, caches) = rest.split_at(scenario.topology.gateways.min(rest.len()));
+        let apart = scenario.topology.apart().into_iter();
+        let apart = apart.filter_map(|id| replicas.get(id as usize - 1).copied()).collect();
         // Where there are gateways, clients use those; else the replicas themselves.
-        if scenario.topology.gateways > 0 {
-            let replicas = cluster.gateways.drain(..replicas).take(1).collect::<Vec<_>>();
+        let gateways = match (edges.is_empty(), &scenario.recovery) {
+            (true, _) => replicas.to_vec(),
             // Where recovery is measured, a replica that goes takes no gateway with it.
-            if scenario.recovery.is_none() {
-                cluster.gateways.extend(replicas);
-            }
-        }
-        Ok(cluster)
+            (false, Some(_)) => edges.to_vec(),
+            (false, None) => edges.iter().chain(replicas.first()).copied().collect(),
+        };
+        Ok(Cluster {
+            machines,
+            replicas: replicas.to_vec(),
+            gateways,
+            keys,
+            keys_per_tenant: scenario.workload.keys_per_tenant,
+            edges: edges.to_vec(),
+            apart,
+            caches: caches.to_vec(),
+            operator,
+        })
     }
 
     /// All machines but the clients'.
-    pub fn machines(&self) -> impl Iterator<Item = NodeIndex> {
+    pub fn nodes(&self) -> impl Iterator<Item = NodeIndex> {
         self.replicas.iter().chain(&self.edges).chain(&self.caches).copied()
     }
 
     fn admin(&self, node: NodeIndex) -> std::io::Result<AdminServiceClient<Channel>> {
-        let channel = sim::net::connect(&format!("{}:{PORT}", self.world.node_name(node)))?;
+        let channel = sim::net::connect(&self.machines.operators_way(node))?;
         Ok(AdminServiceClient::new(channel))
     }
 
@@ -269,39 +204,17 @@ impl Cluster {
 
     /// Tells a node to stop in good order; whether it had ended within `limit`.
     pub async fn stop(&self, node: NodeIndex, limit: Duration) -> bool {
-        let Some(told) = self.told.get(&node) else { return false };
-        self.world.note(node, Level::Info, "is told to stop");
-        told.stop.notify_one();
-        let until = self.world.now() + limit;
-        while self.world.is_running(node) && self.world.now() < until {
+        self.machines.note(node, Level::Info, "is told to stop");
+        self.machines.tell_to_stop(node);
+        let until = self.machines.now() + limit;
+        while self.machines.is_running(node) && self.machines.now() < until {
             sim::time::sleep(Duration::from_millis(10)).await;
         }
-        !self.world.is_running(node)
+        !self.machines.is_running(node)
     }
 
-    /// The node's machine is gone; the one that takes its place is empty, knows it, and is off.
-    pub fn replace(&self, node: NodeIndex) {
-        self.world.replace(node);
-        if let Some(told) = self.told.get(&node) {
-            told.rejoin.store(true, Ordering::SeqCst);
-        }
-    }
-
+    /// The address by which the cluster map knows a node.
     pub fn addr(&self, node: NodeIndex) -> String {
-        format!("{}:{PORT}", self.world.node_name(node))
-    }
-}
-
-/// The process of a node: what `loci node` does, on this machine's disk.
-async fn process(config: NodeConfig, keys: Keys, told: Arc<Told>) {
-    let run = async {
-        let disk = sim::disk::open(&config.data).map_err(|e| Error::Internal(e.to_string()))?;
-        if Keys::load(&*disk).map_err(|e| Error::Internal(e.to_string()))? != keys {
-            keys.save(&*disk).map_err(|e| Error::Internal(e.to_string()))?;
-        }
-        Node::open(config, disk).await?.serve(|_| (), async move { told.stop.notified().await }).await
-    };
-    if let Err(error) = run.await {
-        sim::task::abort(&error.to_string()).await;
+        format!("{}:{PORT}", self.machines.name(node))
     }
 }

@@ -1,13 +1,13 @@
 //! What recovery is measured with, beside the clients' history: when all replicas were there again, and how busy the machines were.
 
-use super::cluster::{CORES, Cluster};
+use super::cluster::Cluster;
+use super::machines::NodeIndex;
 use crate::history::Call;
 use crate::recovery::{Measured, Times, measure};
 use crate::report::Fired;
 use crate::spec::Fault;
 use sim::task::JoinHandle;
 use sim::time::{self, Duration};
-use sim::world::NodeIndex;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -59,27 +59,27 @@ impl Watch {
         let seen = self.seen.lock().unwrap_or_else(|p| p.into_inner());
         measured.redundancy_s = seen.since.map(|at| (at.as_secs_f64() - first.began_s).max(0.0));
         measured.utilisation = seen.utilisation.clone();
-        let bytes = cluster.replicas.iter().filter_map(|node| cluster.world.disk(*node)).map(|d| d.bytes());
+        let bytes = cluster.replicas.iter().map(|node| cluster.machines.bytes(*node));
         measured.bytes = bytes.max().unwrap_or(0);
         Some(measured)
     }
 }
 
 async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc<Mutex<Looks>>) {
-    let world = &cluster.world;
-    let nodes: Vec<NodeIndex> = cluster.machines().collect();
-    time::sleep(from.saturating_sub(world.now())).await;
-    let before: Vec<Duration> = nodes.iter().map(|node| world.busy(*node)).collect();
-    time::sleep(to.saturating_sub(world.now())).await;
-    let whole = (to.saturating_sub(from) * CORES as u32).as_secs_f64();
+    let machines = &cluster.machines;
+    let nodes: Vec<NodeIndex> = cluster.nodes().collect();
+    time::sleep(from.saturating_sub(machines.now())).await;
+    let before: Vec<Duration> = nodes.iter().map(|node| machines.busy(*node)).collect();
+    time::sleep(to.saturating_sub(machines.now())).await;
+    let whole = (to.saturating_sub(from) * machines.cores() as u32).as_secs_f64();
     for (node, before) in nodes.iter().zip(before) {
-        let share = (world.busy(*node) - before).as_secs_f64() / whole;
-        seen.lock().unwrap_or_else(|p| p.into_inner()).utilisation.insert(world.node_name(*node), share);
+        let share = machines.busy(*node).saturating_sub(before).as_secs_f64() / whole;
+        seen.lock().unwrap_or_else(|p| p.into_inner()).utilisation.insert(machines.name(*node), share);
     }
     let mut wanted = Default::default();
     loop {
         time::sleep(LOOK_INTERVAL).await;
-        let at = world.now();
+        let at = machines.now();
         let redundant = cluster.redundant(&mut wanted).await;
         let mut seen = seen.lock().unwrap_or_else(|p| p.into_inner());
         if redundant {

@@ -1,0 +1,56 @@
+//! The rows of a chaos table: what many runs of one scenario that measures recovery came to.
+
+use crate::recovery::percentile;
+use crate::report::{Report, Verdict};
+use crate::spec::{self, Recovery};
+use serde::{Deserialize, Serialize};
+
+/// One row; times in virtual seconds, `None` where no run of it measured them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    pub row: String,
+    pub seeds: usize,
+    pub recovery_p50_s: Option<f64>,
+    pub recovery_p99_s: Option<f64>,
+    pub recovery_max_s: Option<f64>,
+    pub redundancy_p99_s: Option<f64>,
+    pub acked: usize,
+    pub lost: usize,
+    /// Runs whose verdict is not `pass`.
+    pub failed: usize,
+}
+
+impl Row {
+    pub fn of(name: &str, reports: &[&Report]) -> Row {
+        let measured = || reports.iter().filter_map(|report| report.recovery.as_ref());
+        let mut recovery: Vec<f64> = measured().map(|m| m.recovery_s).collect();
+        let mut redundancy: Vec<f64> = measured().filter_map(|m| m.redundancy_s).collect();
+        Row {
+            row: name.into(),
+            seeds: reports.len(),
+            recovery_p50_s: percentile(&mut recovery, 0.5),
+            recovery_p99_s: percentile(&mut recovery, 0.99),
+            recovery_max_s: recovery.last().copied(),
+            redundancy_p99_s: percentile(&mut redundancy, 0.99),
+            acked: reports.iter().map(|r| r.acked).sum(),
+            lost: reports.iter().map(|r| r.lost).sum(),
+            failed: reports.iter().filter(|r| r.verdict != Verdict::Pass).count(),
+        }
+    }
+}
+
+/// The rows named, or all of `known`.
+pub fn rows(named: Vec<String>, known: &[(&str, &str)]) -> Result<Vec<(String, Recovery)>, String> {
+    let names = match named.is_empty() {
+        true => known.iter().map(|(name, _)| name.to_string()).collect(),
+        false => named,
+    };
+    let with_recovery = names.into_iter().map(|name| {
+        let recovery = spec::find(&name)?.recovery;
+        recovery.map(|recovery| (name.clone(), recovery)).ok_or_else(|| {
+            let known: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+            format!("'{name}' measures no recovery; the rows are {}", known.join(", "))
+        })
+    });
+    with_recovery.collect()
+}
