@@ -1,5 +1,6 @@
 //! Channels to the other nodes of the cluster: one connection per address, shared by everything that talks to it.
 
+use crate::links::Links;
 use crate::proto::internal::replica_client::ReplicaClient;
 use sim::net::Channel;
 use sim::time::Duration;
@@ -17,6 +18,7 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 pub struct Peers {
     secret: MetadataValue<Ascii>,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    pub(crate) links: Links,
 }
 
 impl Peers {
@@ -25,7 +27,7 @@ impl Peers {
         let secret = secret.parse().map_err(|_| {
             io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII")
         })?;
-        Ok(Peers { secret, channels: Arc::default() })
+        Ok(Peers { secret, channels: Arc::default(), links: Links::default() })
     }
 
     pub fn client(&self, addr: &str) -> io::Result<ReplicaClient<Channel>> {
