@@ -11,7 +11,7 @@
 
 use nodes::auth::Keys;
 use nodes::proto::internal::replica_client::ReplicaClient;
-use nodes::proto::internal::{Body, replica_server};
+use nodes::proto::internal::{Answers, Body, Messages, replica_server};
 use nodes::proto::v1::{
     self, admin_service_client::AdminServiceClient, memory_service_client::MemoryServiceClient,
 };
@@ -73,19 +73,17 @@ impl replica_server::Replica for Echo {
     async fn query(&self, _: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         Ok(Response::new(Body { body: self.0.clone(), group: 0 }))
     }
-    async fn append(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        self.query(request).await
-    }
-    async fn vote(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        self.query(request).await
-    }
-    async fn pre_vote(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        self.query(request).await
-    }
-    async fn transfer_leader(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        self.query(request).await
+    type ExchangeStream = Streaming<Answers>;
+    async fn exchange(
+        &self,
+        _: Request<Messages>,
+    ) -> std::result::Result<Response<Self::ExchangeStream>, Status> {
+        Err(Status::unimplemented("an echo server"))
     }
     async fn propose(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn is_there(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
     async fn read_index(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {

@@ -24,6 +24,7 @@
 //! graph, vector: [`crate::roles`]) a process has any. It may have both groups. A node that caches has the role cache alone.
 
 use crate::cache::CacheOptions;
+use crate::control::liveness::Patience;
 use crate::control::map::SHARDS_MAX;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
@@ -94,11 +95,16 @@ pub struct Tuning {
     /// What a node with the role cache keeps in memory, in bytes, and for how long at most, in seconds.
     pub cache_bytes_max: u64,
     pub cache_ttl_s: u64,
+    /// A node that has been silent for so long is called down in the cluster map, and given nothing more.
+    pub node_down_after_ms: u64,
+    /// One that has been silent for so long is lost: its replicas go to others. 0: never, until `loci cluster drain`.
+    pub node_lost_after_s: u64,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
         let (ledger, vectors, cache): (LedgerOptions, VectorOptions, CacheOptions) = Default::default();
+        let patience = Patience::default();
         Tuning {
             heartbeat_ms: ledger.heartbeat.as_millis() as u64,
             election_min_ms: ledger.election_min.as_millis() as u64,
@@ -114,6 +120,8 @@ impl Default for Tuning {
             product_rows_min: vectors.product_rows_min,
             cache_bytes_max: cache.bytes_max,
             cache_ttl_s: cache.ttl.as_secs(),
+            node_down_after_ms: patience.down_after.as_millis() as u64,
+            node_lost_after_s: patience.lost_after.map_or(0, |after| after.as_secs()),
         }
     }
 }
@@ -221,6 +229,14 @@ impl NodeConfig {
     /// Those of its roles that the cluster map knows.
     pub fn replica_roles(&self) -> Roles {
         self.roles.iter().filter_map(|name| Role::parse(name)).collect()
+    }
+
+    pub fn patience(&self) -> Patience {
+        let lost_after = Duration::from_secs(self.tuning.node_lost_after_s);
+        Patience {
+            down_after: Duration::from_millis(self.tuning.node_down_after_ms),
+            lost_after: (!lost_after.is_zero()).then_some(lost_after),
+        }
     }
 
     pub fn cache_options(&self) -> CacheOptions {

@@ -24,6 +24,7 @@ pub mod groups;
 pub mod http;
 pub mod ledger;
 pub mod limits;
+pub mod links;
 pub mod node;
 pub mod peers;
 pub mod proto;

@@ -4,7 +4,7 @@ use crate::access::Accesses;
 use crate::auth::KeyRing;
 use crate::cache::CacheView;
 use crate::config::NodeConfig;
-use crate::control::{self, Control, driver::Driver, keeper};
+use crate::control::{self, Control, driver::Driver, keeper, liveness::Watch};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
 use crate::gateway::{About, AdminService, GraphService, MemoryService};
@@ -83,6 +83,9 @@ impl Node {
                     first: (voters, config.shards),
                 };
                 driver.start();
+                let (control, groups, peers) = (control.clone(), groups.clone(), peers.clone());
+                let watch = Watch { control, groups, peers, patience: config.patience() };
+                sim::task::spawn(watch.keep());
             }
             keeper::open_all(&settings, &groups, &control.map()).await?;
             sim::info!("replicas opened, {:?} after start", started.elapsed());

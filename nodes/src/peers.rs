@@ -1,5 +1,6 @@
 //! Channels to the other nodes of the cluster: one connection per address, shared by everything that talks to it.
 
+use crate::links::Links;
 use crate::proto::internal::replica_client::ReplicaClient;
 use sim::net::Channel;
 use sim::time::Duration;
@@ -19,6 +20,7 @@ pub struct Peers {
     /// Where to connect to, where that is not the peer's address.
     via: Arc<BTreeMap<String, String>>,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    pub(crate) links: Links,
 }
 
 impl Peers {
@@ -27,7 +29,7 @@ impl Peers {
         let secret = secret.parse().map_err(|_| {
             io::Error::new(io::ErrorKind::InvalidInput, "cluster_secret must be printable ASCII")
         })?;
-        Ok(Peers { secret, via: Arc::new(via), channels: Arc::default() })
+        Ok(Peers { secret, via: Arc::new(via), channels: Arc::default(), links: Links::default() })
     }
 
     pub fn client(&self, addr: &str) -> io::Result<ReplicaClient<Channel>> {

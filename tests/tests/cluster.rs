@@ -276,3 +276,50 @@ fn one_process_serves_a_cluster_of_four() -> Result<()> {
     assert!(service.stop()?.success(), "SIGTERM must end it in order");
     Ok(())
 }
+
+/// A node that stays dead is found out by the cluster itself: its replicas go to the one that has room, and it is a member when it is back.
+#[test]
+fn a_dead_node_is_replaced_and_may_come_back() -> Result<()> {
+    let dir = Directory::new("lost")?;
+    let at = addresses(4)?;
+    let key = prepare(&dir.0, 4)?;
+    let mut files = vec![];
+    for id in 1..=4 {
+        let file = configure(&dir.0, id, &at)?;
+        let text = fs::read_to_string(dir.0.join(&file))?;
+        let tuning = "[tuning]\nnode_down_after_ms = 2000\nnode_lost_after_s = 5\n";
+        fs::write(dir.0.join(&file), format!("{text}{tuning}"))?;
+        files.push(file);
+    }
+    let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
+    let go = |args: &[&str]| -> Result<String> {
+        let to = ["--addr", &at[0], "--key", &key];
+        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+    };
+    go(&["cluster", "join", "4", &at[3]])?;
+    go(&["add", "The spare key is under the blue pot", "--user", "ana"])?;
+    let is = |id: usize, state: &str, replicas: usize| -> Result<bool> {
+        let status = go(&["cluster", "status"])?;
+        let line = status.lines().find(|line| line.starts_with(&format!("node {id:3} ")));
+        Ok(line.is_some_and(|l| {
+            l.contains(&format!(" {state:9} ")) && l.contains(&format!(" {replicas:3} replicas"))
+        }))
+    };
+    assert!(is(2, "member", 2)? && is(4, "member", 0)?, "{}", go(&["cluster", "status"])?);
+    nodes[1].take().map(Process::kill).transpose()?;
+    // Down, with what it has; then lost, and its replicas are with the fourth.
+    while !is(2, "down", 2)? {}
+    while !(is(2, "lost", 0)? && is(4, "member", 2)?) {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    // Now another one may die, and nothing waits for it.
+    nodes[2].take().map(Process::kill).transpose()?;
+    go(&["add", "written with two of four nodes", "--user", "ana"])?;
+    nodes[1] = Some(node(&dir.0, &files[1])?);
+    while !is(2, "member", 2)? {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let found = go(&["list", "--user", "ana"])?;
+    assert!(found.contains("blue pot") && found.contains("two of four"), "{found}");
+    Ok(())
+}

@@ -253,6 +253,15 @@ impl Driver {
         let mut last = Ok(false);
         for (shard, entry) in &next.shards {
             let Some(handover) = entry.handover.filter(|_| entry.founded) else { continue };
+            if next.is_lost(handover.to) {
+                let without = Membership::Without { node: handover.to };
+                if self.reconfigure(&next, *shard, &without).await.is_ok() {
+                    sim::info!("shard {shard}: node {} is lost before it had its replica", handover.to);
+                    self.control.update(|map| Ok(map.cancel_handover(*shard, handover)), soon()).await?;
+                    last = Ok(true);
+                    continue;
+                }
+            }
             match self.hand_over(&next, *shard, handover).await {
                 Ok(()) => {
                     let (from, to) =
@@ -305,6 +314,10 @@ impl Driver {
     ) -> Result<bool, Error> {
         let change = match learner {
             Learner::Serving => return Ok(false),
+            // It has become a voter, which the map knows.
+            Learner::Leaving if map.shards.get(&shard).is_some_and(|e| e.members.contains(&node)) => {
+                return Ok(true);
+            }
             Learner::Joining => Membership::Learner { to: node, addr: addr_of(map, node)? },
             Learner::Leaving => Membership::Without { node },
         };
@@ -366,7 +379,10 @@ impl ledger::Ledger {
             Membership::Voter { to, addr, from } => (to, addr, true, from),
             Membership::Learner { to, addr } => (to, addr, false, None),
             Membership::Without { node } => {
-                if membership.get_node(&node).is_some() && !voters.contains(&node) {
+                if voters.contains(&node) {
+                    return Err(failed(&format!("node {node} votes")));
+                }
+                if membership.get_node(&node).is_some() {
                     let without = openraft::ChangeMembers::RemoveNodes([node].into());
                     self.raft.change_membership(without, false).await.map_err(|e| failed(&e))?;
                 }

@@ -40,17 +40,40 @@ pub struct NodeEntry {
     /// What it may be given, by its own account once it runs.
     #[serde(default = "roles::all")]
     pub roles: Roles,
+    #[serde(default)]
+    pub liveness: Liveness,
 }
 
 impl NodeEntry {
-    /// Whether it may be given replicas for this.
-    fn may(&self, role: Role) -> bool {
-        self.state == NodeState::Member && self.roles.contains(&role)
+    fn new(addr: String, roles: Roles) -> NodeEntry {
+        NodeEntry { addr, state: NodeState::Member, roles, liveness: Liveness::Up }
     }
 
-    fn may_any_view(&self) -> bool {
-        self.roles.iter().any(|role| role.is_view() && self.may(*role))
+    /// Whether it may keep the replicas for this that it has.
+    fn keeps(&self, role: Role) -> bool {
+        self.state == NodeState::Member && self.liveness != Liveness::Lost && self.roles.contains(&role)
     }
+
+    /// Whether it may be given replicas for this.
+    fn may(&self, role: Role) -> bool {
+        self.liveness == Liveness::Up && self.keeps(role)
+    }
+
+    fn any_view(&self, allowed: impl Fn(&NodeEntry, Role) -> bool) -> bool {
+        self.roles.iter().any(|role| role.is_view() && allowed(self, *role))
+    }
+}
+
+/// What the control group's leader hears of a node ([`super::liveness`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Liveness {
+    #[default]
+    Up,
+    /// It does not answer.
+    Down,
+    /// It has not answered for so long that its replicas go to others.
+    Lost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -127,9 +150,7 @@ impl ClusterMap {
         if nodes.is_empty() || !(1..=SHARDS_MAX).contains(&count) {
             return Err(Error::invalid("shards", format!("at least one node, and 1 to {SHARDS_MAX} shards")));
         }
-        let entry = |(id, addr): (&NodeId, &String)| {
-            (*id, NodeEntry { addr: addr.clone(), state: NodeState::Member, roles: roles::all() })
-        };
+        let entry = |(id, addr): (&NodeId, &String)| (*id, NodeEntry::new(addr.clone(), roles::all()));
         let mut map =
             ClusterMap { version: 1, nodes: nodes.iter().map(entry).collect(), ..ClusterMap::default() };
         for shard in 0..count {
@@ -219,8 +240,18 @@ impl ClusterMap {
                 format!("{addr} is node {other}'s; every node needs its own"),
             ));
         }
-        let entry = NodeEntry { addr: addr.into(), state: NodeState::Member, roles: roles.clone() };
+        let liveness = self.nodes.get(&id).map(|node| node.liveness).unwrap_or_default();
+        let entry = NodeEntry { liveness, ..NodeEntry::new(addr.into(), roles.clone()) };
         Ok(self.changed(|map| drop(map.nodes.insert(id, entry))))
+    }
+
+    /// Says of nodes whether they are there.
+    pub fn heard(&self, found: &BTreeMap<NodeId, Liveness>) -> ClusterMap {
+        self.changed(|map| {
+            for (id, node) in &mut map.nodes {
+                node.liveness = found.get(id).copied().unwrap_or(node.liveness);
+            }
+        })
     }
 
     /// A node says where it is and what it does, if the map has it and says otherwise.
@@ -378,9 +409,9 @@ impl ClusterMap {
         })
     }
 
-    /// Plans the next handover: away from nodes that are drained or may not vote, then to shards that lack replicas.
+    /// Plans the next handover: away from nodes that are drained, lost, or may not vote, then to shards that lack replicas.
     pub fn plan_handover(&self) -> ClusterMap {
-        let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.may(Role::Ledger));
+        let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.keeps(Role::Ledger));
         self.changed(|map| {
             for (id, shard) in &self.shards {
                 if shard.handover.is_some() {
@@ -397,6 +428,20 @@ impl ClusterMap {
                 map.shards.entry(*id).and_modify(|shard| shard.handover = Some(Handover { from, to }));
             }
         })
+    }
+
+    /// Gives a handover up whose target is not in the ledger, nor on its way to be.
+    pub fn cancel_handover(&self, shard: ShardId, given_up: Handover) -> ClusterMap {
+        self.changed(|map| {
+            if let Some(entry) = map.shards.get_mut(&shard).filter(|entry| entry.handover == Some(given_up)) {
+                entry.handover = None;
+            }
+        })
+    }
+
+    /// Whether a node has been silent for so long that nothing is expected of it.
+    pub fn is_lost(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.liveness == Liveness::Lost)
     }
 
     /// A handover is done: the ledger has the new member, and the old one no longer.
@@ -425,8 +470,9 @@ impl ClusterMap {
                 for role in Role::ALL.into_iter().filter(|role| role.is_view()) {
                     let holds =
                         |node: &NodeId| planned.members.contains(node) || planned.learners.contains_key(node);
-                    let (held, free): (Vec<NodeId>, Vec<NodeId>) = map.least_loaded(role).partition(holds);
-                    let lacking = role.policy().replicas.saturating_sub(held.len());
+                    let held = map.nodes.iter().filter(|(id, node)| node.keeps(role) && holds(id)).count();
+                    let free: Vec<NodeId> = map.least_loaded(role).filter(|node| !holds(node)).collect();
+                    let lacking = role.policy().replicas.saturating_sub(held);
                     planned
                         .learners
                         .extend(free.into_iter().take(lacking).map(|node| (node, Learner::Joining)));
@@ -434,8 +480,10 @@ impl ClusterMap {
                 // Whoever takes its place answers before it goes.
                 let settled = planned.learners.values().all(|learner| *learner != Learner::Joining);
                 for (node, learner) in &mut planned.learners {
-                    let stays = self.nodes.get(node).is_some_and(NodeEntry::may_any_view);
-                    if !stays && (settled || *learner == Learner::Joining) {
+                    let joins = *learner == Learner::Joining;
+                    let allowed = if joins { NodeEntry::may } else { NodeEntry::keeps };
+                    let stays = self.nodes.get(node).is_some_and(|node| node.any_view(allowed));
+                    if !stays && (settled || joins) {
                         *learner = Learner::Leaving;
                     }
                 }
@@ -549,6 +597,49 @@ mod tests {
         assert!(map.kept_by(2).is_empty());
         assert_eq!(map.remove(2)?.check(), Ok(()));
         assert!(map.join(5, "n4:1", &roles::all()).is_err(), "an address of another node");
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_lost_node_had_goes_to_others_and_nothing_goes_to_one_that_is_down() -> Result<(), Error> {
+        let mut map = ClusterMap::found(&nodes(4), 4)?;
+        for shard in 0..4 {
+            map = map.founded(shard);
+        }
+        let says = |map: &ClusterMap, node, liveness| map.heard(&BTreeMap::from([(node, liveness)]));
+        let lost = 2;
+        let had = map.kept_by(lost);
+        map = says(&map, lost, Liveness::Down);
+        assert_eq!(
+            (map.plan_handover(), map.plan_learners()),
+            (map.clone(), map.clone()),
+            "it may come back"
+        );
+        let grown = map.begin_resize(5)?;
+        assert!(!grown.shards[&4].members.contains(&lost), "a new shard on a node that is down");
+        assert_eq!(map, says(&map, lost, Liveness::Down), "said twice");
+        map = says(&map, lost, Liveness::Lost).plan_handover();
+        for shard in &had {
+            let handover = map.shards[shard].handover.ok_or_else(|| Error::NotFound("handover".into()))?;
+            assert_eq!(handover.from, Some(lost));
+            map = map.end_handover(*shard, handover);
+        }
+        assert!(map.kept_by(lost).is_empty());
+        assert_eq!((map.plan_handover(), map.check()), (map.clone(), Ok(())));
+        // Who was to take a place, and is lost too, gives it up.
+        map = says(&map, 1, Liveness::Lost);
+        map = says(&map, lost, Liveness::Up).plan_handover();
+        let shard = *map.kept_by(1).first().ok_or_else(|| Error::NotFound("shard".into()))?;
+        let handover = Handover { from: Some(1), to: lost };
+        assert_eq!(map.shards[&shard].handover, Some(handover));
+        map = says(&says(&map, lost, Liveness::Lost), 1, Liveness::Up).cancel_handover(shard, handover);
+        assert_eq!(map.shards[&shard].handover, None);
+        assert!(!map.kept_by(lost).contains(&shard));
+        // A node that lacks room stays where it is.
+        for node in [1, 3] {
+            map = says(&map, node, Liveness::Lost);
+        }
+        assert_eq!(map.plan_handover().check(), Ok(()));
         Ok(())
     }
 

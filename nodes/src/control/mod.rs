@@ -5,6 +5,8 @@
 //!                                                   │ followed by every node (Control::follow), kept on its disk
 //!                      ┌────────────────────────────┼──────────────────────────────┐
 //!                 router: where to ask        keeper: which replicas to open   driver: what to do next
+//!
+//!   every node ◄─ is it there? ── liveness (at the control group's leader) ─► Control::update: who is down
 //! ```
 //!
 //! **The map is a record.** The control group is a group like every shard: openraft, a log, views, snapshots, repair of damaged disks. In it
@@ -20,6 +22,7 @@
 pub mod driver;
 pub mod keeper;
 pub mod lease;
+pub mod liveness;
 pub mod map;
 
 use crate::convert;

@@ -3,7 +3,7 @@
 use super::context;
 use crate::cache::CacheView;
 use crate::control::Control;
-use crate::control::map::{ClusterMap, Learner, NodeEntry, NodeState, ShardEntry, ShardId};
+use crate::control::map::{ClusterMap, Learner, Liveness, NodeEntry, NodeState, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
 use crate::ledger::{FIRST_EPOCH, log_store::position_index, recovery};
@@ -215,9 +215,11 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
     let node = |(id, node): (&u64, &NodeEntry)| v1::ClusterNode {
         id: *id,
         address: node.addr.clone(),
-        state: match node.state {
-            NodeState::Member => "member",
-            NodeState::Draining => "draining",
+        state: match (node.state, node.liveness) {
+            (NodeState::Draining, _) => "draining",
+            (NodeState::Member, Liveness::Up) => "member",
+            (NodeState::Member, Liveness::Down) => "down",
+            (NodeState::Member, Liveness::Lost) => "lost",
         }
         .into(),
         shards: map.kept_by(*id).into_iter().collect(),

@@ -157,6 +157,8 @@ impl Ledger {
             max_in_snapshot_log_to_keep: options.entries_kept,
             replication_lag_threshold: options.checkpoint_entries + options.entries_kept,
             max_payload_entries: 64,
+            // Its own timer would send each group's heartbeats in moments of their own ([`Ledger::beat`]).
+            enable_heartbeat: false,
             enable_leader_restore: Some(false),
             enable_pre_vote: Some(true),
             // A replica whose log was damaged comes back with less than it had acknowledged.
@@ -197,6 +199,7 @@ impl Ledger {
         let deposed_after = options.election_max;
         let ledger = Ledger { group, raft, shard, peers, queue, repairing, stopping, deposed_after };
         sim::task::spawn(ledger.clone().give_way_when_unheard());
+        sim::task::spawn(ledger.clone().beat(options.heartbeat));
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair(log));
         }
@@ -258,6 +261,16 @@ impl Ledger {
         let seen = metrics.borrow_watched();
         let peers = seen.membership_config.membership().voter_ids().count() > 1;
         peers && seen.last_quorum_acked.is_some_and(|at| at.elapsed() > self.deposed_after)
+    }
+
+    /// Sends heartbeats while this replica leads, in the same moments as the node's other groups.
+    async fn beat(self, interval: Duration) {
+        while !self.stopping.load(Ordering::SeqCst) {
+            sim::time::sleep_until(self.peers.links.next_beat(interval)).await;
+            if self.raft.is_leader() && self.raft.trigger().heartbeat().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// A leader whose followers hear it, though it does not hear them, would lead for ever and commit nothing: it lets one of them

@@ -1,11 +1,11 @@
-//! openraft's messages to a peer, over [`crate::proto::internal`]. Each call carries its own deadline and the cluster's secret.
+//! openraft's messages to a peer: snapshots by calls of their own, all else over the link that all groups share ([`crate::links`]).
 
 use super::recovery;
 use super::state_machine::SnapshotSource;
 use super::types::{Types, Vote};
 use crate::groups::GroupId;
 use crate::peers::Peers;
-use crate::proto::internal::Body;
+use crate::proto::internal::{Body, Method};
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, v2::RaftNetworkV2};
 use openraft::raft::{
@@ -51,14 +51,6 @@ fn unreachable(message: impl std::fmt::Display) -> Unreachable<Types> {
     Unreachable::from_string(message)
 }
 
-#[derive(Clone, Copy)]
-enum Method {
-    Append,
-    Vote,
-    PreVote,
-    TransferLeader,
-}
-
 impl Peer {
     async fn call<Q: Serialize, A: DeserializeOwned>(
         &self,
@@ -66,22 +58,10 @@ impl Peer {
         request: &Q,
         ttl: Duration,
     ) -> Result<A, Error> {
-        let body = Body { body: codec::encode_serde(request).into(), group: self.network.group };
-        let mut client = self.network.peers.client(&self.addr).map_err(unreachable)?;
-        let request = self.network.peers.request(body, ttl);
-        let call = async {
-            match method {
-                Method::Append => client.append(request).await,
-                Method::Vote => client.vote(request).await,
-                Method::PreVote => client.pre_vote(request).await,
-                Method::TransferLeader => client.transfer_leader(request).await,
-            }
-        };
-        let reply = sim::time::timeout(ttl, call)
-            .await
-            .map_err(unreachable)?
-            .map_err(|s| unreachable(s.message()))?;
-        codec::decode_serde(&reply.into_inner().body).map_err(|e| unreachable(e).into())
+        let Network { peers, group, .. } = &self.network;
+        let body = codec::encode_serde(request).into();
+        let answer = peers.tell(&self.addr, (*group, method), body, ttl).await.map_err(unreachable)?;
+        codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }
 }
 

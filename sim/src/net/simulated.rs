@@ -7,7 +7,7 @@
 
 use super::Routes;
 use crate::time::{Duration, sleep};
-use crate::world::{self, Arrival, NodeIndex};
+use crate::world::{self, Arrival, NodeIndex, World};
 use bytes::Bytes;
 use http_body::{Body as _, Frame};
 use std::future::Future;
@@ -283,8 +283,12 @@ pub async fn serve(
     ready: impl FnOnce(String),
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let (registration, mut calls) = world::listen(addr)?;
-    ready(addr.to_string());
+    let addr = match addr.strip_prefix("127.0.0.1:") {
+        Some(port) => format!("{}:{port}", World::current().node_name(world::current_node())),
+        None => addr.to_string(),
+    };
+    let (registration, mut calls) = world::listen(&addr)?;
+    ready(addr);
     let mut shutdown = std::pin::pin!(shutdown);
     // Each call under way holds one end.
     let (under_way, mut ended) = mpsc::channel::<()>(1);
