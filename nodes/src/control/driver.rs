@@ -118,19 +118,14 @@ impl Driver {
             self.control.update(|map| Ok(map.founded(*shard)), soon()).await?;
             return Ok(true);
         }
-        match &map.resize {
-            Some(resize) => match &resize.moving {
-                Some(moving) => self.carry_out(map, moving).await.map(|()| true),
-                None => {
-                    let next = self.control.update(|map| Ok(map.plan_move()), soon()).await?;
-                    if next.resize.is_none() {
-                        sim::info!("there are {} shards now", next.shards.len());
-                    }
-                    Ok(true)
-                }
-            },
-            None => Ok(false),
+        if let Some(moving) = map.moving() {
+            return self.carry_out(map, moving).await.map(|()| true);
         }
+        let next = self.planned(map, ClusterMap::plan_move).await?;
+        if map.resize.is_some() && next.resize.is_none() {
+            sim::info!("there are {} shards now", next.shards.len());
+        }
+        Ok(next.version != map.version)
     }
 
     async fn carry_out(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {
