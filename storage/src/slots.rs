@@ -4,6 +4,9 @@
 //! fixed, equal partitions (G. DeCandia et al., Dynamo, SOSP 2007, 6.2, strategy 3): when shards come or go, whole slots move, and no
 //! more of them than must.
 //!
+//! A tenant may be pinned to a shard. Then it has all slots for itself, beside everybody's: sets of slots are sets of (tenant, slot)
+//! ([`SlotSet`]), and to pin a tenant, or to unpin it, is to move its own.
+//!
 //! A move is driven from outside by [`Step`]s, each an entry of a shard's ledger, so every replica decides them alike, and each may be
 //! repeated:
 //!

@@ -4,6 +4,7 @@
 //! Long operations stand in the map itself, as a plan and how far it is: whoever leads the control group goes on with them.
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
+use crate::auth::check_tenant;
 use crate::error::Error;
 use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
@@ -377,6 +378,7 @@ impl ClusterMap {
                 "GLOBAL memories, which every tenant reads, lie in all shards; they cannot be pinned";
             return Err(Error::invalid("tenant", problem));
         }
+        check_tenant(tenant)?;
         if !self.shards.contains_key(&shard) {
             let ids: Vec<String> = self.shards.keys().map(ShardId::to_string).collect();
             return Err(Error::invalid(
