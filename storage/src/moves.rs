@@ -225,13 +225,13 @@ fn batch(
         At::Rows { slot, position } if touched.contains(slot) => {
             let mut found: Vec<(i64, char, Month, String)> = vec![];
             for (table, month) in tables(months) {
+                let of = format!("{table}{}", suffix(month));
                 let tenant = match table {
-                    'm' => "(SELECT tenant FROM owners WHERE number = owner)",
-                    _ => "tenant",
+                    'm' => format!("(SELECT tenant FROM owners WHERE number = {of}.owner)"),
+                    _ => "tenant".to_string(),
                 };
                 let sql = format!(
-                    "SELECT position, {tenant} FROM {table}{} WHERE slot = ?1 AND position > ?2 ORDER BY position LIMIT ?3",
-                    suffix(month)
+                    "SELECT position, {tenant} FROM {of} WHERE slot = ?1 AND position > ?2 ORDER BY position LIMIT ?3"
                 );
                 let mut statement = db.prepare_cached(&sql)?;
                 let mut rows = statement.query(params![slot, position, BATCH])?;

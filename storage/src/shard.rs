@@ -803,8 +803,8 @@ impl Shard {
             let tenant_of = |column: &str| format!("(SELECT tenant FROM owners WHERE number = {column})");
             for month in months::load(&snapshot)?.keys() {
                 let with_vector = "count(*) FILTER (WHERE length(vector) > 0)";
-                let (memories, vectors) =
-                    of(&format!("m{}", suffix(*month)), &tenant_of("owner"), with_vector)?;
+                let table = format!("m{}", suffix(*month));
+                let (memories, vectors) = of(&table, &tenant_of(&format!("{table}.owner")), with_vector)?;
                 counts.memories -= memories;
                 counts.vectors -= vectors;
             }
