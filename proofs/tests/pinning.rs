@@ -661,7 +661,7 @@ const BACK: &str = "the tenant was pinned to both shards and is pinned no longer
 
 #[test]
 fn a_tenant_is_pinned_and_unpinned_under_every_interleaving() {
-    let checked = check("pinning", Pinning::new(None, [2, 1], 2), &[ONE_TAKES, STRONG, ONE_SHOWS, FINISH]);
+    let checked = check("pinning", Pinning::new(None, [1, 1], 2), &[ONE_TAKES, STRONG, ONE_SHOWS, FINISH]);
     assert_eq!(checked.found.keys().collect::<Vec<_>>(), [&APART, &BACK], "{:#?}", checked.found);
     assert!(checked.states >= 1_000_000, "{} states only", checked.states);
 }

@@ -515,15 +515,15 @@ mod tests {
         text.parse::<Ranges>().map(SlotSet::from).unwrap_or_default()
     }
 
-    fn taken(decision: Decision) -> Result<Slots, Decision> {
+    fn taken(decision: Decision) -> Result<Slots, Box<Decision>> {
         match decision {
             Decision::Taken(slots) => Ok(slots),
-            other => Err(other),
+            other => Err(Box::new(other)),
         }
     }
 
     #[test]
-    fn a_move_hands_a_slot_from_one_shard_to_the_other() -> Result<(), Decision> {
+    fn a_move_hands_a_slot_from_one_shard_to_the_other() -> Result<(), Box<Decision>> {
         let (moved, kept) = (set("0-9"), set("10-4095"));
         let (source, new) = (Slots::default(), taken(Slots::default().own(&SlotSet::default()))?);
         assert!(source.takes_all() && !new.shows("t", 3));
@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pinned_tenants_slots_do_not_move_with_everybodys() -> Result<(), Decision> {
+    fn a_pinned_tenants_slots_do_not_move_with_everybodys() -> Result<(), Box<Decision>> {
         let pin = |slots: &str| SlotSet::of_tenant("t", set(slots).everybody().clone());
         let mut source = Slots::default();
         let mut id = 0;
