@@ -10,7 +10,7 @@ use sim::net::Routes;
 use std::fmt::Write;
 use std::sync::Arc;
 
-/// `/` for people, `/status.json` for programs, `/healthz` for load balancers. Holds no memory's content, and asks for no key: bind it to
+/// `/` for people, `/status.json` for programs, `/healthz` for load balancers. Holds no memory's content, though names of pinned tenants, and asks for no key: bind it to
 /// addresses that may see it.
 pub fn routes(about: Arc<About>) -> Routes {
     let (page_of, json_of) = (about.clone(), about);
@@ -50,6 +50,7 @@ pub fn json(status: &v1::StatusResponse) -> serde_json::Value {
                 "epoch": shard.epoch, "last_index": shard.last_index, "committed_index": shard.committed_index,
                 "views": shard.views.iter().map(|v| (v.view.clone(), v.published_index)).collect::<std::collections::BTreeMap<_, _>>(),
                 "memories": shard.memories, "vectors": shard.vectors, "idempotency_keys": shard.idempotency_keys,
+                "pinned": shard.pinned,
             })
         })
         .collect();
@@ -102,6 +103,9 @@ fn page(status: &v1::StatusResponse, members: &[v1::Member]) -> String {
                 .collect::<Vec<_>>()
                 .join(", "),
         );
+        if !shard.pinned.is_empty() {
+            let _ = write!(html, "<p>pinned tenants: {}</p>", escape(&shard.pinned.join(", ")));
+        }
     }
     html.push_str("<table><tr><th>group<th>replica<th>address<th>role</tr>");
     for member in members {

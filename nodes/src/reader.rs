@@ -10,7 +10,7 @@ use crate::convert::{self, owners};
 use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
-use crate::router::{Part, Reading, Router, everywhere};
+use crate::router::{Part, Reading, Router, everywhere, only};
 use crate::views::{Answered, Ask, Found, Freshness, unexpected};
 use sim::cpu::cost;
 use sim::time::{self, Duration, Instant};
@@ -83,15 +83,16 @@ fn by_shard(map: &ClusterMap, owners: &[Owner]) -> BTreeMap<ShardId, (Vec<Owner>
             for (id, shard) in &map.shards {
                 let part = parts.entry(*id).or_default();
                 part.0.push(Owner::Global);
-                part.1 = part.1.union(&shard.slots);
+                let global = shard.slots.of(GLOBAL_TENANT).clone();
+                part.1 = part.1.union(&SlotSet::of_tenant(GLOBAL_TENANT, global));
             }
             continue;
         }
-        let slot = slot_of(owner, &[0; 16]);
-        if let Some(shard) = map.shard_of(slot) {
+        let seat = (slot_of(owner, &[0; 16]), owner.tenant().to_string());
+        if let Some(shard) = map.shard_of(&seat.1, seat.0) {
             let part = parts.entry(shard).or_default();
             part.0.push(owner.clone());
-            part.1 = part.1.union(&[slot].into_iter().collect());
+            part.1 = part.1.union(&only(&seat));
         }
     }
     parts

@@ -83,7 +83,15 @@ pub struct Router {
     ways: Arc<Mutex<BTreeMap<ShardId, Vec<Way>>>>,
     /// The nodes that cache, each by itself.
     caches: Arc<Mutex<BTreeMap<String, Remote>>>,
-    located: Arc<Mutex<BTreeMap<(String, MemoryId), Slot>>>,
+    located: Arc<Mutex<BTreeMap<(String, MemoryId), Seat>>>,
+}
+
+/// A slot, and the tenant whose it is: what is GLOBAL lies in other shards than the same slot of a tenant that is pinned.
+pub type Seat = (Slot, String);
+
+/// What a shard must show to answer for one slot.
+pub fn only((slot, tenant): &Seat) -> SlotSet {
+    SlotSet::of_tenant(tenant, [*slot].into_iter().collect())
 }
 
 /// The way to those of a shard's replicas that have some roles, by the map of a version.
@@ -283,14 +291,14 @@ impl Router {
         ask: impl Fn(Option<Slot>) -> Ask,
     ) -> Result<Vec<(ShardId, Answered)>, Error> {
         let map = self.map(reading.map_version, deadline).await?;
-        let slot = match map.shards.len() {
+        let seat = match map.shards.len() {
             1 => None,
             _ => self.locate(tenant, id, deadline).await?,
         };
         self.ask(reading, deadline, |map| {
-            let of = slot.and_then(|slot| Some((slot, map.shard_of(slot)?)));
+            let of = seat.as_ref().and_then(|seat| Some((seat, map.shard_of(&seat.1, seat.0)?)));
             match of {
-                Some((slot, shard)) => vec![(shard, ask(Some(slot)), [slot].into_iter().collect())],
+                Some((seat, shard)) => vec![(shard, ask(Some(seat.0)), only(seat))],
                 None => everywhere(map, || ask(None)),
             }
         })
@@ -303,37 +311,37 @@ impl Router {
         tenant: &str,
         id: &MemoryId,
         deadline: Instant,
-    ) -> Result<Option<Slot>, Error> {
+    ) -> Result<Option<Seat>, Error> {
         let key = (tenant.to_string(), *id);
-        if let Some(slot) = self.located.lock().unwrap_or_else(|p| p.into_inner()).get(&key) {
-            return Ok(Some(*slot));
+        if let Some(seat) = self.located.lock().unwrap_or_else(|p| p.into_inner()).get(&key) {
+            return Ok(Some(seat.clone()));
         }
         let ask = || Ask::Locate { tenant: tenant.into(), id: *id };
         let found = |answers: Vec<(ShardId, Answered)>| {
-            let slots = answers.into_iter().flat_map(|(_, answered)| match answered.found {
-                Found::Slots(slots) => slots,
+            let seats = answers.into_iter().flat_map(|(_, answered)| match answered.found {
+                Found::Slots(seats) => seats,
                 _ => vec![],
             });
-            slots.min()
+            seats.min_by_key(|(slot, of)| (*slot, of != tenant))
         };
         // First where a made id says, then everywhere; what a replica that lags knows is true, what it does not know may be.
         let map = self.map(0, deadline).await?;
-        let hinted = map.shard_of(slot_in(id)).map(|shard| (shard, ask(), SlotSet::default()));
-        let mut slot =
+        let hinted = map.shard_of(tenant, slot_in(id)).map(|shard| (shard, ask(), SlotSet::default()));
+        let mut seat =
             found(self.ask(&Reading::any(), deadline, |_| hinted.clone().into_iter().collect()).await?);
         for reading in [Reading::any(), Reading::strong()] {
-            if slot.is_none() {
-                slot = found(self.ask_all(&reading, deadline, ask).await?);
+            if seat.is_none() {
+                seat = found(self.ask_all(&reading, deadline, ask).await?);
             }
         }
-        if let Some(slot) = slot {
+        if let Some(seat) = &seat {
             let mut located = self.located.lock().unwrap_or_else(|p| p.into_inner());
             if located.len() >= LOCATED_MAX {
                 located.clear();
             }
-            located.insert(key, slot);
+            located.insert(key, seat.clone());
         }
-        Ok(slot)
+        Ok(seat)
     }
 
     /// Where a command is decided.
@@ -346,7 +354,7 @@ impl Router {
             (Operation::Add(memory), None) => slot_of(&memory.owner(), &memory.id),
             (Operation::Update { id, .. } | Operation::Delete { id, .. }, None) => {
                 match self.locate(&command.tenant, id, deadline).await? {
-                    Some(slot) => slot,
+                    Some((slot, _)) => slot,
                     None => return Ok(Place::Nowhere),
                 }
             }
@@ -354,7 +362,8 @@ impl Router {
                 return Err(Error::Internal("a command that has no place in a cluster of shards".into()));
             }
         };
-        let shard = map.shard_of(slot).ok_or_else(|| Error::Internal(format!("slot {slot} has no shard")))?;
+        let missing = || Error::Internal(format!("slot {slot} has no shard"));
+        let shard = map.shard_of(&command.tenant, slot).ok_or_else(missing)?;
         Ok(Place::At(shard, Some(slot)))
     }
 

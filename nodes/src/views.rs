@@ -126,7 +126,7 @@ pub enum Found {
     Edges(Vec<Edge>),
     Partitions(Vec<Partition>),
     State(Slots),
-    Slots(Vec<Slot>),
+    Slots(Vec<(Slot, String)>),
     Leaving(Leaving),
 }
 

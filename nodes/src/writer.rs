@@ -217,7 +217,7 @@ impl Writer {
         let mut parts: BTreeMap<Option<Slot>, Vec<T>> = BTreeMap::new();
         for (source, item) in sources.iter().zip(items) {
             let slot = self.router.locate(tenant, source, deadline).await?;
-            let slot = slot.ok_or_else(|| Error::NotFound(id_text(source)))?;
+            let (slot, _) = slot.ok_or_else(|| Error::NotFound(id_text(source)))?;
             parts.entry(Some(slot)).or_default().push(item);
         }
         Ok(parts)

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use storage::bases::Bases;
 use storage::log::{Log, LogError, LogOptions};
 use storage::model::{Batch, Month, MoveStep, Operation};
-use storage::slots::SlotSet;
+use storage::slots::{Ranges, SlotSet};
 use storage::{Shard, StorageError, codec};
 
 const ENTRIES: u64 = 26;
@@ -24,10 +24,11 @@ fn log(disk: &Arc<dyn Disk>) -> Result<Log, LogError> {
     Log::open(disk.clone(), "log", LogOptions { segment_bytes_max: 3000, cache_bytes_max: 500 })
 }
 
-/// A ledger whose only slot leaves at its end, is removed, and comes back.
+/// A ledger whose only slot leaves at its end, is removed, and comes back; a tenant with slots of its own stays.
 fn entries() -> Result<Vec<Batch>, StorageError> {
     let mut entries = ledger(ENTRIES);
     let slots: SlotSet = [proofs::memory(0, String::new()).slot()].into_iter().collect();
+    let slots = slots.with("pinned", Ranges::default());
     let source = open(&(SimDisk::new(2) as Arc<dyn Disk>), "source")?;
     for (batch, index) in entries.iter().zip(1..) {
         apply(&source, index, batch)?;

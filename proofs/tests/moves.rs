@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use storage::graph::Walk;
 use storage::model::*;
-use storage::slots::{MoveId, Slot, SlotSet, slot_of};
+use storage::slots::{MoveId, Ranges, Slot, SlotSet, slot_of};
 use storage::{Entry, Leaving, ListQuery, SearchQuery, Shard, StorageError};
 
 /// An owner, by its place in this list, and an id.
@@ -41,6 +41,10 @@ fn tenant(number: usize) -> &'static str {
 
 fn slot(who: Who) -> Slot {
     slot_of(&owner(who.0), &[who.1; 16])
+}
+
+fn holds(slots: &SlotSet, who: Who) -> bool {
+    slots.contains(tenant(who.0), slot(who))
 }
 
 fn memory(who: Who, seed: u64) -> Memory {
@@ -97,8 +101,8 @@ fn bare(outcome: &Outcome) -> Outcome {
 }
 
 impl Model {
-    fn takes(&self, slot: Slot) -> bool {
-        self.owned.contains(slot) && !self.sealed.contains(slot)
+    fn takes(&self, who: Who) -> bool {
+        holds(&self.owned, who) && !holds(&self.sealed, who)
     }
 
     fn alive(&self, who: &Who) -> Option<&Version> {
@@ -121,15 +125,15 @@ impl Model {
         }
         let (owned, sealed) = (self.owned.clone(), self.sealed.clone());
         self.edges.retain(|(o, source, _, target), _| {
-            let of = slot((*o, *source));
-            tenant(*o) != tenant(who.0) || *target != who.1 || !owned.contains(of) || sealed.contains(of)
+            let of = (*o, *source);
+            tenant(*o) != tenant(who.0) || *target != who.1 || !holds(&owned, of) || holds(&sealed, of)
         });
     }
 
     fn command(&mut self, who: Who, command: &Command) -> Outcome {
         self.time = self.time.max(command.now);
         let of = slot(who);
-        if !self.takes(of) {
+        if !self.takes(who) {
             return Outcome::NotHere;
         }
         let (tenant, key) = (command.tenant.clone(), command.idempotency_key.clone());
@@ -152,8 +156,8 @@ impl Model {
     fn forget_keys(&mut self) {
         let before = self.time - KEY_LIFE;
         let (owned, sealed) = (self.owned.clone(), self.sealed.clone());
-        self.keys.retain(|(_, _, slot), (_, _, time)| {
-            *time >= before || !owned.contains(*slot) || sealed.contains(*slot)
+        self.keys.retain(|(tenant, _, slot), (_, _, time)| {
+            *time >= before || !owned.contains(tenant, *slot) || sealed.contains(tenant, *slot)
         });
     }
 
@@ -202,10 +206,10 @@ impl Model {
     /// What some slots hold.
     fn part(&self, slots: &SlotSet) -> Model {
         let mut part = self.clone();
-        part.rows.retain(|who, _| slots.contains(slot(*who)));
-        part.vectors.retain(|who| slots.contains(slot(*who)));
-        part.edges.retain(|(o, id, ..), _| slots.contains(slot((*o, *id))));
-        part.keys.retain(|(_, _, slot), _| slots.contains(*slot));
+        part.rows.retain(|who, _| holds(slots, *who));
+        part.vectors.retain(|who| holds(slots, *who));
+        part.edges.retain(|(o, id, ..), _| holds(slots, (*o, *id)));
+        part.keys.retain(|(tenant, _, slot), _| slots.contains(tenant, *slot));
         part
     }
 }
@@ -347,7 +351,8 @@ fn compare(world: &World) -> Result<(), StorageError> {
                 (tenant(*o) == of || *o == OWNERS - 1)
                     && model.rows.get(&(*o, id)).is_some_and(|v| !v.is_empty())
             };
-            let slots: BTreeSet<Slot> = (0..OWNERS).filter(known).map(|o| slot((o, id))).collect();
+            let slots: BTreeSet<(Slot, String)> =
+                (0..OWNERS).filter(known).map(|o| (slot((o, id)), tenant(o).into())).collect();
             assert_eq!(shard.locate(of, &[id; 16])?, slots.into_iter().collect::<Vec<_>>(), "{of} {id}");
             for inbound in [false, true] {
                 walk(world, of, id, inbound)?;
@@ -649,7 +654,16 @@ impl Play {
             (0..OWNERS).flat_map(|o| (0..IDS).map(move |id| (o, id))).filter(wanted).map(slot).collect();
         let some = (seed >> 20) as Slot % 4000;
         slots.extend(some..some + 90);
-        let slots: SlotSet = slots.into_iter().filter(|slot| owned.contains(*slot)).collect();
+        let slots: Ranges = slots.into_iter().collect();
+        let slots = match ["", "t", "u"][(seed >> 12) as usize % 3] {
+            // Everybody's, but for those who have slots of their own.
+            "" => {
+                let apart = self.worlds.iter().flat_map(|world| world.model.owned.apart().keys());
+                let everybody = SlotSet::from(owned.everybody().meet(&slots));
+                apart.fold(everybody, |set, tenant| set.with(tenant, Ranges::default()))
+            }
+            tenant => SlotSet::of_tenant(tenant, owned.of(tenant).meet(&slots)),
+        };
         self.moves += 1;
         self.over.clear();
         let id = self.moves;
@@ -666,7 +680,7 @@ impl Play {
         match step {
             Step::Command { who, kind, seed, key, to } => {
                 // Mostly to whom it belongs; now and then to one who must not decide it.
-                let here = self.worlds[1].model.owned.contains(slot(*who)) as usize;
+                let here = holds(&self.worlds[1].model.owned, *who) as usize;
                 let world = &mut self.worlds[if *to == 0 { 1 - here } else { here }];
                 let command = client_command(*who, *kind, *seed, *key, now);
                 let expected = world.model.command(*who, &command);

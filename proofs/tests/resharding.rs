@@ -17,6 +17,7 @@ use storage::slots::{Decision, MoveId, Moving, SLOTS, Slot, SlotSet, Slots};
 
 /// The slot that is looked at.
 const SLOT: Slot = SLOTS - 1;
+const TENANT: &str = "t";
 /// Rows as bits: each write is a memory of its own.
 type Rows = u8;
 
@@ -197,8 +198,8 @@ impl Resharding {
 
     fn takes(&self, shard: &Shard) -> bool {
         match self.mutant {
-            Some(Mutant::SealIsIgnored) => shard.slots.shows(SLOT),
-            _ => shard.slots.takes(SLOT),
+            Some(Mutant::SealIsIgnored) => shard.slots.shows(TENANT, SLOT),
+            _ => shard.slots.takes(TENANT, SLOT),
         }
     }
 
@@ -366,7 +367,7 @@ impl Resharding {
             At::Copy => self.copy(state, id).map(|at| (id, at)),
             At::Switch => {
                 state.map = self.change(&state.map, Change::Switch(id));
-                state.routes[state.map.shard_of(SLOT).unwrap_or(0) as usize] = true;
+                state.routes[state.map.shard_of(TENANT, SLOT).unwrap_or(0) as usize] = true;
                 let released = self.mutant != Some(Mutant::SwitchBeforeRelease);
                 Some((id, if released { At::Drop } else { At::Release(total_of(0)) }))
             }
@@ -425,12 +426,12 @@ impl Resharding {
                 },
             }
         }
-        let at = end.map.shard_of(SLOT).map_or(0, |shard| shard as usize);
+        let at = end.map.shard_of(TENANT, SLOT).map_or(0, |shard| shard as usize);
         let (here, there) = (&end.shards[at], &end.shards[1 - at]);
         let finished = Self::reads(&end.map).is_none()
-            && here.slots.takes(SLOT)
+            && here.slots.takes(TENANT, SLOT)
             && here.rows == end.written & !end.deleted
-            && (there.slots.shows(SLOT), there.rows) == (false, 0)
+            && (there.slots.shows(TENANT, SLOT), there.rows) == (false, 0)
             && end.shards.iter().all(|shard| shard.slots.moving().is_none());
         if let Ok(mut known) = self.finished.lock() {
             known.insert(key, finished);
@@ -529,12 +530,12 @@ impl Model for Resharding {
             }),
             Property::always(STRONG, |_, state: &State| {
                 let asked = state.shards.iter().zip(state.routes).filter(|(_, route)| *route);
-                let mut shown = asked.filter(|(shard, _)| shard.slots.shows(SLOT));
+                let mut shown = asked.filter(|(shard, _)| shard.slots.shows(TENANT, SLOT));
                 shown.all(|(shard, _)| shard.rows == state.written & !state.deleted)
             }),
             Property::always(ONE_SHOWS, |_, state: &State| {
                 let kept = state.written & !state.deleted;
-                let mut shown = state.shards.iter().filter(|shard| shard.slots.shows(SLOT));
+                let mut shown = state.shards.iter().filter(|shard| shard.slots.shows(TENANT, SLOT));
                 match (shown.next(), shown.next()) {
                     (Some(shard), None) => shard.rows == kept,
                     // Between release and adoption nobody shows it, and both have it.

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 35] = [
+pub const MUTANTS: [Mutant; 36] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -51,6 +51,10 @@ pub const MUTANTS: [Mutant; 35] = [
     mutant(
         "show-what-has-not-been-adopted",
         "a shard answers from slots that it has not adopted, or has released",
+    ),
+    mutant(
+        "move-a-pinned-tenants-memories-with-their-slots",
+        "a move of everybody's slots takes along what a tenant that is pinned has in them",
     ),
     mutant("give-the-token-of-the-entry-before", "a write's token names the position before it"),
     mutant("answer-without-the-view", "a replica answers what only others have a view for"),

@@ -5,7 +5,7 @@ use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 10] = [
+pub const SHIPPED: [(&str, &str); 11] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -14,6 +14,7 @@ pub const SHIPPED: [(&str, &str); 10] = [
     ("partition-leader", include_str!("../files/partition-leader.toml")),
     ("clock-drift", include_str!("../files/clock-drift.toml")),
     ("resharding", include_str!("../files/resharding.toml")),
+    ("pinning", include_str!("../files/pinning.toml")),
     ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
 ];
@@ -107,7 +108,7 @@ pub struct Recovery {
     pub disk_bytes_per_s: u64,
 }
 
-/// A change of the cluster: one of them.
+/// A change of the cluster: one of them, or a number of shards beside a pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Change {
@@ -122,6 +123,12 @@ pub struct Change {
     /// The number of a node whose replicas go to others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<u64>,
+    /// The number of a tenant that is pinned, and the shard that it is pinned to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<(usize, u32)>,
+    /// The number of a tenant that is pinned no longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unpin: Option<usize>,
 }
 
 /// Less than this proves nothing.
@@ -509,22 +516,30 @@ impl Scenario {
             );
         }
         let one = |change: &Change| {
-            [change.shards.is_some(), change.join.is_some(), change.drain.is_some()]
-                .iter()
-                .filter(|is| **is)
-                .count()
-                == 1
+            let slots = change.shards.is_some() || change.pin.is_some() != change.unpin.is_some();
+            let both = change.pin.is_some() && change.unpin.is_some();
+            let nodes = [change.join.is_some(), change.drain.is_some()].iter().filter(|is| **is).count();
+            !both && slots as usize + nodes == 1
+        };
+        let tenant = |change: &Change| {
+            let tenants = [change.pin.map(|(tenant, _)| tenant), change.unpin];
+            tenants.into_iter().flatten().all(|tenant| tenant < self.workload.tenants)
         };
         let node = |change: &Change| {
             let numbered = 1..=(replicas + self.topology.caches) as u64;
             change.join.or(change.drain).is_none_or(|id| numbered.contains(&id))
         };
-        if !self
-            .changes
-            .iter()
-            .all(|change| one(change) && node(change) && change.shards.is_none_or(|n| (1..=64).contains(&n)))
-        {
-            return Err("changes: each is one of shards (1 to 64), join, drain (the number of a node)".into());
+        if !self.changes.iter().all(|change| {
+            one(change)
+                && node(change)
+                && tenant(change)
+                && change.shards.is_none_or(|n| (1..=64).contains(&n))
+        }) {
+            return Err(
+                "changes: each is one of join, drain (the number of a node), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
+                 those alone"
+                    .into(),
+            );
         }
         let load = &self.workload;
         if !(1..=CLIENTS_MAX).contains(&load.clients)

@@ -122,7 +122,7 @@ impl<'a> Applier<'a> {
         }
         // A key is the tenant's: were it used for another slot that is here, that counts too.
         let mut held = rows::find_keys(self.db, &command.tenant, key)?;
-        held.retain(|row| row.slot == rows::STAYS || self.state.slots.shows(row.slot));
+        held.retain(|row| row.slot == rows::STAYS || self.state.slots.shows(&row.tenant, row.slot));
         if let Some(row) = held.iter().min_by_key(|row| row.slot != self.about) {
             if row.hash != command.request_hash {
                 return Ok(Outcome::KeyReused);
@@ -145,7 +145,7 @@ impl<'a> Applier<'a> {
     /// Whether a command may be decided here: see [`Command::slot`].
     fn is_here(&self, command: &Command) -> bool {
         let slots = &self.state.slots;
-        let takes = |slot: Slot| slot < SLOTS && slots.takes(slot);
+        let takes = |slot: Slot| slot < SLOTS && slots.takes(&command.tenant, slot);
         match (&command.operation, command.slot) {
             (Operation::Touch(_) | Operation::Move(_), _) => true,
             (Operation::DropMonth(_), _) => slots.moving().is_none(),
@@ -219,7 +219,7 @@ impl<'a> Applier<'a> {
         expected: Option<u64>,
     ) -> Result<Result<(Stored, Memory), Outcome>, StorageError> {
         for (slot, place) in rows::places(self.db, tenant, id, slot)? {
-            if place.position == 0 || !self.state.slots.takes(slot) {
+            if place.position == 0 || !self.state.slots.takes(tenant, slot) {
                 continue;
             }
             let held = rows::stored_at(self.db, place)?;
@@ -303,7 +303,8 @@ impl<'a> Applier<'a> {
     ) -> Result<Outcome, StorageError> {
         for (id, count, last) in touches {
             let places = rows::places(self.db, tenant, id, slot)?;
-            let taken = |(slot, place): &(Slot, Place)| place.position != 0 && self.state.slots.takes(*slot);
+            let taken =
+                |(slot, place): &(Slot, Place)| place.position != 0 && self.state.slots.takes(tenant, *slot);
             let Some((_, place)) = places.into_iter().find(taken) else { continue };
             let held = rows::stored_at(self.db, place)?;
             let mut memory = rows::decode_body(&held.body)?;
@@ -406,13 +407,13 @@ impl<'a> Applier<'a> {
             return Ok(());
         }
         let inbound = graph::inbound(self.db, number, id)?;
-        let shows = |slot: Slot| self.state.slots.shows(slot);
+        let shows = |slot: Slot| self.state.slots.shows(tenant, slot);
         let other = |(of, place): &(Slot, Place)| *of != slot && place.position != 0 && shows(*of);
         if inbound.is_empty() || rows::places(self.db, tenant, id, None)?.iter().any(other) {
             return Ok(());
         }
         for (slot, edge) in inbound {
-            if self.state.slots.takes(slot) {
+            if self.state.slots.takes(tenant, slot) {
                 self.remove_edge(number, &EdgeRow { tenant: tenant.into(), slot, edge })?;
             }
         }

@@ -184,7 +184,7 @@ fn followed(
         true => inbound(db, tenant, id)?.into_iter().map(|(slot, e)| (Some(slot), e)).collect(),
         false => outbound(db, tenant, id, slot)?.into_iter().map(|e| (None, e)).collect(),
     };
-    edges.retain(|(slot, edge)| slot.is_none_or(|slot| shown.slot(slot)) && holds(walk, edge));
+    edges.retain(|(slot, edge)| slot.is_none_or(|slot| shown.slot(&walk.tenant, slot)) && holds(walk, edge));
     edges.sort_by(|(_, a), (_, b)| b.weight.total_cmp(&a.weight));
     Ok(edges)
 }
@@ -199,7 +199,7 @@ pub fn edges_of(db: &Connection, walk: &Walk, shown: &Shown) -> Result<Vec<Edge>
             true => vec![0],
             false => rows::places(db, &walk.tenant, id, None)?.into_iter().map(|(slot, _)| slot).collect(),
         };
-        for slot in slots.into_iter().filter(|slot| walk.inbound || shown.slot(*slot)) {
+        for slot in slots.into_iter().filter(|slot| walk.inbound || shown.slot(&walk.tenant, *slot)) {
             let edges = followed(db, tenant, (id, slot), walk, shown)?;
             found.extend(edges.into_iter().map(|(_, edge)| edge));
         }

@@ -244,7 +244,7 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
 /// Which slots are here, and what is on its way.
 fn slots(state: &rows::State, text: &mut String) {
     let owned = state.slots.owned();
-    let _ = writeln!(text, "slots {owned} ({} of {SLOTS})", owned.len());
+    let _ = writeln!(text, "slots {owned} ({} of {SLOTS})", owned.everybody().len());
     let _ = match state.slots.moving() {
         None => Ok(()),
         Some((id, Moving::Leaving(slots))) => writeln!(text, "  move {id}: {slots} are leaving, not written"),

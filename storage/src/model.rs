@@ -104,6 +104,15 @@ pub enum Owner {
     Global,
 }
 
+impl Owner {
+    pub fn tenant(&self) -> &str {
+        match self {
+            Owner::Agent { tenant, .. } | Owner::User { tenant, .. } | Owner::Shared { tenant } => tenant,
+            Owner::Global => GLOBAL_TENANT,
+        }
+    }
+}
+
 /// One memory, as stored. Empty strings mean "none"; optional times are `None`.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Memory {

@@ -25,7 +25,7 @@ use crate::model::*;
 use crate::records::months::{self, Months, suffix};
 use crate::records::rows::{self, HISTORY, KEY, KeyRow, MEMORY, Place, Stored};
 use crate::shard::Shard;
-use crate::slots::{Decision, MoveId, Moving, Slot, SlotSet};
+use crate::slots::{Decision, MoveId, Moving, Ranges, Slot, SlotSet};
 use crate::vectors::Coded;
 use crate::vectors::rows::Kind;
 use bincode::{Decode, Encode};
@@ -34,6 +34,8 @@ use std::collections::BTreeSet;
 
 /// Rows looked for at once.
 const BATCH: i64 = 256;
+/// So many rows of a tenant are looked through for the slots that it uses.
+const LOOKED_THROUGH: i64 = 10_000;
 
 /// A part of what a sealed move takes along.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
@@ -99,14 +101,43 @@ fn tables(months: &Months) -> impl Iterator<Item = (char, Month)> + '_ {
     months.keys().flat_map(|month| [('m', *month), ('h', *month)])
 }
 
+/// The slots that may have rows of a move. Of tenants' own slots only those in which they have something: they are few among all who share
+/// those slots, unless the tenant is large.
+pub(crate) fn touched(db: &Connection, slots: &SlotSet) -> Result<Ranges, StorageError> {
+    let mut touched = slots.everybody().clone();
+    for (tenant, own) in slots.apart() {
+        let number = graph::tenant_number(db, tenant)?;
+        let mut statement = db.prepare_cached(
+            "SELECT slot FROM directory WHERE tenant = ?1 UNION ALL SELECT slot FROM keys WHERE tenant = ?1
+             UNION ALL SELECT slot FROM edges WHERE tenant = ?2 LIMIT ?3",
+        )?;
+        let mut found = statement.query(params![tenant, number, LOOKED_THROUGH])?;
+        let (mut rows, mut some) = (0, BTreeSet::new());
+        while let Some(row) = found.next()? {
+            rows += 1;
+            some.insert(row.get::<_, Slot>(0)?);
+        }
+        let some = some.into_iter().filter(|slot| own.contains(*slot)).collect();
+        touched = touched.union(if rows < LOOKED_THROUGH { &some } else { own });
+    }
+    Ok(touched)
+}
+
+/// Whether a row is one of those that a move takes along.
+fn taken_along(slots: &SlotSet, tenant: &str, slot: Slot) -> bool {
+    slots.contains(tenant, slot)
+        || sim::planted!("move-a-pinned-tenants-memories-with-their-slots")
+            && slots.everybody().contains(slot)
+}
+
 /// The first slot of a set, from one on, that has rows in one of some tables; each is given as `TABLE` or `TABLE WHERE CONDITION AND`.
 fn next_slot(
     db: &Connection,
-    slots: &SlotSet,
+    slots: &Ranges,
     from: Slot,
     tables: &[String],
 ) -> Result<Option<Slot>, StorageError> {
-    for (first, last) in slots.ranges().iter().filter(|(_, last)| *last >= from) {
+    for (first, last) in slots.pairs().iter().filter(|(_, last)| *last >= from) {
         let mut least: Option<Slot> = None;
         for table in tables {
             let sql = format!("SELECT slot FROM {table} slot BETWEEN ?1 AND ?2 ORDER BY slot LIMIT 1");
@@ -136,9 +167,10 @@ fn read(
         tables(months).map(|(table, month)| format!("{table}{} WHERE", suffix(month))).collect();
     let places = ["directory WHERE position = 0 AND".to_string()];
     let (edges, keys) = (["edges WHERE".to_string()], ["keys WHERE".to_string()]);
+    let touched = touched(db, slots)?;
     loop {
         // Of this slot, then of the next one that has some, then of the next kind.
-        let (went_on, stopped) = batch(db, months, slots, &mut at, take)?;
+        let (went_on, stopped) = batch(db, months, (slots, &touched), &mut at, take)?;
         if stopped {
             return Ok(at);
         }
@@ -152,7 +184,7 @@ fn read(
             At::Keys { slot, .. } => (*slot, &keys[..]),
             At::End => return Ok(at),
         };
-        let next = next_slot(db, slots, slot + 1, tables)?;
+        let next = next_slot(db, &touched, slot + 1, tables)?;
         let (text, blob) = (String::new, Vec::new);
         let places = |slot| At::Places { slot, tenant: text(), id: blob() };
         let edges =
@@ -171,59 +203,63 @@ fn read(
     }
 }
 
-/// Some rows of one kind and slot: whether there were any, and whether one was not taken.
+/// Some rows of one kind and slot: whether there were any, and whether one was not taken. Those of tenants that do not move are passed over.
 fn batch(
     db: &Connection,
     months: &Months,
-    slots: &SlotSet,
+    (slots, touched): (&SlotSet, &Ranges),
     at: &mut At,
     take: &mut dyn FnMut(Found) -> Result<bool, StorageError>,
 ) -> Result<(bool, bool), StorageError> {
     let mut any = false;
     macro_rules! offer {
-        ($found:expr, $behind:expr) => {
+        ($tenant:expr, $slot:expr, $found:expr, $behind:expr) => {
             any = true;
-            if !take($found)? {
+            if taken_along(slots, $tenant, $slot) && !take($found)? {
                 return Ok((any, true));
             }
             *at = $behind;
         };
     }
     match at.clone() {
-        At::Rows { slot, position } if slots.contains(slot) => {
-            let mut found: Vec<(i64, char, Month)> = vec![];
+        At::Rows { slot, position } if touched.contains(slot) => {
+            let mut found: Vec<(i64, char, Month, String)> = vec![];
             for (table, month) in tables(months) {
+                let of = format!("{table}{}", suffix(month));
+                let tenant = match table {
+                    'm' => format!("(SELECT tenant FROM owners WHERE number = {of}.owner)"),
+                    _ => "tenant".to_string(),
+                };
                 let sql = format!(
-                    "SELECT position FROM {table}{} WHERE slot = ?1 AND position > ?2 ORDER BY position LIMIT ?3",
-                    suffix(month)
+                    "SELECT position, {tenant} FROM {of} WHERE slot = ?1 AND position > ?2 ORDER BY position LIMIT ?3"
                 );
                 let mut statement = db.prepare_cached(&sql)?;
                 let mut rows = statement.query(params![slot, position, BATCH])?;
                 while let Some(row) = rows.next()? {
-                    found.push((row.get(0)?, table, month));
+                    found.push((row.get(0)?, table, month, row.get(1)?));
                 }
             }
             found.sort_unstable();
             found.truncate(BATCH as usize);
-            for (position, table, month) in found {
+            for (position, table, month, tenant) in found {
                 let of = suffix(month);
-                let row = match table {
+                let row = || match table {
                     'm' => {
                         let sql = format!("SELECT {MEMORY} FROM m{of} WHERE position = ?1");
-                        Found::Memory(db.prepare_cached(&sql)?.query_row([position], rows::stored)?)
+                        db.prepare_cached(&sql)?.query_row([position], rows::stored).map(Found::Memory)
                     }
                     _ => {
                         let sql = format!("SELECT {HISTORY}, version FROM h{of} WHERE position = ?1");
                         db.prepare_cached(&sql)?.query_row([position], |row| {
                             let version = row.get::<_, i64>(5)? as u64;
                             Ok(Found::History { version, row: rows::stored(row)? })
-                        })?
+                        })
                     }
                 };
-                offer!(row, At::Rows { slot, position });
+                offer!(&tenant, slot, row()?, At::Rows { slot, position });
             }
         }
-        At::Places { slot, tenant, id } if slots.contains(slot) => {
+        At::Places { slot, tenant, id } if touched.contains(slot) => {
             let mut statement = db.prepare_cached(
                 "SELECT tenant, id, month, version FROM directory
                  WHERE position = 0 AND slot = ?1 AND (tenant, id) > (?2, ?3) ORDER BY tenant, id LIMIT ?4",
@@ -234,10 +270,10 @@ fn batch(
                 let version = row.get::<_, i64>(3)? as u64;
                 let place = Place { month: Month(row.get(2)?), position: 0, version };
                 let behind = At::Places { slot, tenant: tenant.clone(), id: id.to_vec() };
-                offer!(Found::Deleted { tenant, id, slot, place }, behind);
+                offer!(&tenant.clone(), slot, Found::Deleted { tenant, id, slot, place }, behind);
             }
         }
-        At::Edges { slot, tenant, source, relation, target } if slots.contains(slot) => {
+        At::Edges { slot, tenant, source, relation, target } if touched.contains(slot) => {
             // Tenants in the order of their names: their numbers are this replica's own. Without a source, all of the tenant's are behind us.
             let Some((number, of)) = tenants_of(db, slot)?.into_iter().find_map(|(name, number)| {
                 (name > tenant || name == tenant && !source.is_empty()).then_some((number, name))
@@ -260,7 +296,7 @@ fn batch(
                     relation: edge.relation.clone(),
                     target: edge.target.to_vec(),
                 };
-                offer!(Found::Edge(EdgeRow { tenant: of.clone(), slot, edge }), behind);
+                offer!(&of, slot, Found::Edge(EdgeRow { tenant: of.clone(), slot, edge }), behind);
             }
             if !any {
                 // This tenant's are all read.
@@ -268,7 +304,7 @@ fn batch(
                 any = true;
             }
         }
-        At::Keys { slot, tenant, key } if slots.contains(slot) => {
+        At::Keys { slot, tenant, key } if touched.contains(slot) => {
             let mut statement = db.prepare_cached(&format!(
                 "SELECT {KEY} FROM keys WHERE slot = ?1 AND (tenant, key) > (?2, ?3) ORDER BY tenant, key LIMIT ?4"
             ))?;
@@ -276,7 +312,7 @@ fn batch(
             while let Some(row) = found.next()? {
                 let row = rows::key_row(row)?;
                 let behind = At::Keys { slot, tenant: row.tenant.clone(), key: row.key.clone() };
-                offer!(Found::Key(row), behind);
+                offer!(&row.tenant.clone(), slot, Found::Key(row), behind);
             }
         }
         _ => {}
@@ -303,13 +339,13 @@ fn tenants_of(db: &Connection, slot: Slot) -> Result<Vec<(String, i64)>, Storage
     Ok(found)
 }
 
-/// How many rows some slots have.
+/// How many rows some slots have, those of tenants that do not move included.
 fn count(db: &Connection, months: &Months, slots: &SlotSet) -> Result<u64, StorageError> {
     let mut from: Vec<String> =
         tables(months).map(|(table, month)| format!("{table}{} WHERE", suffix(month))).collect();
     from.extend(["directory WHERE position = 0 AND", "edges WHERE", "keys WHERE"].map(String::from));
     let mut rows = 0;
-    for (first, last) in slots.ranges() {
+    for (first, last) in touched(db, slots)?.pairs() {
         for table in &from {
             let sql = format!("SELECT count(*) FROM {table} slot BETWEEN ?1 AND ?2");
             rows += db.prepare_cached(&sql)?.query_row([*first, *last], |row| row.get::<_, i64>(0))? as u64;
@@ -470,7 +506,7 @@ impl Applier<'_> {
     ) -> Result<bool, StorageError> {
         let db = self.db;
         let new_place = |tenant: &str, id: &MemoryId, slot: Slot| -> Result<bool, StorageError> {
-            Ok(slots.contains(slot) && rows::place(db, tenant, id, slot)?.is_none())
+            Ok(taken_along(slots, tenant, slot) && rows::place(db, tenant, id, slot)?.is_none())
         };
         let place_key = |tenant: &str, id: &MemoryId, slot| (0, slot, codec::encode(&(tenant, id)));
         let memory_of = |body: &[u8]| {
@@ -510,7 +546,7 @@ impl Applier<'_> {
                     None => false,
                 };
                 let key = codec::encode(&(tenant, edge.source, &edge.relation, edge.target));
-                slots.contains(*slot)
+                taken_along(slots, tenant, *slot)
                     && edge.weight.is_finite()
                     && !edge.relation.is_empty()
                     && !there
@@ -518,7 +554,7 @@ impl Applier<'_> {
             }
             Piece::Key(row) => {
                 let held = rows::find_keys(db, &row.tenant, &row.key)?;
-                slots.contains(row.slot)
+                taken_along(slots, &row.tenant, row.slot)
                     && !row.key.is_empty()
                     && codec::decode::<Outcome>(&row.outcome).is_ok()
                     && held.iter().all(|held| held.slot != row.slot)

@@ -12,6 +12,7 @@ use crate::error::StorageError;
 use crate::filter;
 use crate::graph::{self, Walk, Walked};
 use crate::model::*;
+use crate::moves;
 use crate::query::{Hit, ListQuery, Page, Partition, SearchQuery, TimeRange};
 use crate::records::fields;
 use crate::records::months::{self, Months, suffix};
@@ -334,7 +335,7 @@ impl Shard {
         let snapshot = reader.unchecked_transaction()?;
         let shown = Shown::in_snapshot(&snapshot, &self.state())?;
         for (slot, place) in rows::places(&snapshot, tenant, id, slot)? {
-            if place.position == 0 || !shown.slot(slot) {
+            if place.position == 0 || !shown.slot(tenant, slot) {
                 continue;
             }
             let memory = whole(&rows::stored_at(&snapshot, place)?)?;
@@ -343,26 +344,28 @@ impl Shard {
             }
         }
         let global = slot_of(&Owner::Global, id);
-        if slot.is_some_and(|slot| slot != global) || !shown.slot(global) {
+        if slot.is_some_and(|slot| slot != global) || !shown.slot(GLOBAL_TENANT, global) {
             return Ok(None);
         }
         let found = rows::find(&snapshot, GLOBAL_TENANT, id, global)?.map(|row| whole(&row)).transpose()?;
         Ok(found.filter(|m| m.scope == Scope::Global && !m.expired(now)).map(Arc::new))
     }
 
-    /// The slots in which the tenant's, or a GLOBAL, memory with this id is or was, deletions included, by rising slot; only of slots that
-    /// are shown here.
-    pub fn locate(&self, tenant: &str, id: &MemoryId) -> Result<Vec<Slot>, StorageError> {
+    /// The slots in which the tenant's, or a GLOBAL, memory with this id is or was, deletions included, by rising slot, with the tenants whose
+    /// slots they are; only of slots that are shown here.
+    pub fn locate(&self, tenant: &str, id: &MemoryId) -> Result<Vec<(Slot, String)>, StorageError> {
         let reader = self.records.reader();
         let snapshot = reader.unchecked_transaction()?;
         let shown = Shown::in_snapshot(&snapshot, &self.state())?;
-        let mut slots: BTreeSet<Slot> =
-            rows::places(&snapshot, tenant, id, None)?.into_iter().map(|(slot, _)| slot).collect();
+        let own = rows::places(&snapshot, tenant, id, None)?;
+        let mut found: Vec<(Slot, String)> = own.into_iter().map(|(slot, _)| (slot, tenant.into())).collect();
         let global = slot_of(&Owner::Global, id);
-        if rows::place(&snapshot, GLOBAL_TENANT, id, global)?.is_some() {
-            slots.insert(global);
+        if tenant != GLOBAL_TENANT && rows::place(&snapshot, GLOBAL_TENANT, id, global)?.is_some() {
+            found.push((global, GLOBAL_TENANT.into()));
         }
-        Ok(slots.into_iter().filter(|slot| shown.slot(*slot)).collect())
+        found.retain(|(slot, of)| shown.slot(of, *slot));
+        found.sort_by_key(|(slot, _)| *slot);
+        Ok(found)
     }
 
     /// Memories of the tenant (and GLOBAL ones, if their owner is asked for) in the order of their ids.
@@ -391,7 +394,7 @@ impl Shard {
                     break;
                 }
                 let month = Month(place.get(0)?);
-                if !months.contains_key(&month) || !shown.slot(place.get(2)?) {
+                if !months.contains_key(&month) || !shown.slot(&query.tenant, place.get(2)?) {
                     continue;
                 }
                 let sql = format!("SELECT {MEMORY} FROM m{} WHERE position = ?1", suffix(month));
@@ -451,7 +454,7 @@ impl Shard {
         let snapshot = reader.unchecked_transaction()?;
         let (months, shown) = (months::load(&snapshot)?, Shown::in_snapshot(&snapshot, &self.state())?);
         let mut found: BTreeMap<Slot, Vec<Stored>> = BTreeMap::new();
-        let wanted = |of: Slot| slot.is_none_or(|slot| slot == of) && shown.slot(of);
+        let wanted = |of: Slot| slot.is_none_or(|slot| slot == of) && shown.slot(tenant, of);
         for month in months.keys() {
             let sql =
                 format!("SELECT {HISTORY}, slot FROM h{} WHERE tenant = ?1 AND id = ?2", suffix(*month));
@@ -502,7 +505,7 @@ impl Shard {
                 while some < limit
                     && let Some(row) = rows.next()?
                 {
-                    if shown.slot(row.get(5)?) {
+                    if shown.slot(tenant, row.get(5)?) {
                         some += 1;
                         found.push(rows::stored(row)?);
                     }
@@ -728,7 +731,7 @@ impl Shard {
         let seen = |memory: &Memory| !memory.expired(walk.now) && statuses.contains(&memory.status);
         graph::walk(&snapshot, walk, &shown, &mut |id, slot| {
             for (slot, place) in rows::places(&snapshot, &walk.tenant, id, slot)? {
-                if place.position != 0 && shown.slot(slot) {
+                if place.position != 0 && shown.slot(&walk.tenant, slot) {
                     let found = self.record(&reader, (&walk.tenant, slot, id), Some(evictions))?;
                     // The first that is there stands for the id.
                     if let Some(found) = found {
@@ -737,7 +740,7 @@ impl Shard {
                 }
             }
             let global = slot_of(&Owner::Global, id);
-            if slot.is_some_and(|slot| slot != global) || !shown.slot(global) {
+            if slot.is_some_and(|slot| slot != global) || !shown.slot(GLOBAL_TENANT, global) {
                 return Ok(None);
             }
             let found = self.record(&reader, (GLOBAL_TENANT, global, id), Some(evictions))?;
@@ -780,21 +783,33 @@ impl Shard {
             Some((_, Moving::Arriving(arrived))) => &arrived.slots,
             _ => return Ok(counts),
         };
-        for (first, last) in hidden.ranges() {
-            let of = |table: &str, what: &str| -> Result<(u64, u64), StorageError> {
-                let sql = format!("SELECT count(*), {what} FROM {table} WHERE slot BETWEEN ?1 AND ?2");
-                let read = |row: &rusqlite::Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?));
-                let (rows, with) = snapshot.prepare_cached(&sql)?.query_row([*first, *last], read)?;
-                Ok((rows as u64, with as u64))
+        for (first, last) in moves::touched(&snapshot, hidden)?.pairs() {
+            let of = |table: &str, tenant: &str, what: &str| -> Result<(u64, u64), StorageError> {
+                let sql = format!(
+                    "SELECT {tenant} AS whose, slot, count(*), {what} FROM {table} WHERE slot BETWEEN ?1 AND ?2
+                     GROUP BY whose, slot"
+                );
+                let mut statement = snapshot.prepare_cached(&sql)?;
+                let mut rows = statement.query([*first, *last])?;
+                let mut counted = (0, 0);
+                while let Some(row) = rows.next()? {
+                    if hidden.contains(&row.get::<_, String>(0)?, row.get(1)?) {
+                        counted.0 += row.get::<_, i64>(2)? as u64;
+                        counted.1 += row.get::<_, i64>(3)? as u64;
+                    }
+                }
+                Ok(counted)
             };
+            let tenant_of = |column: &str| format!("(SELECT tenant FROM owners WHERE number = {column})");
             for month in months::load(&snapshot)?.keys() {
-                let (memories, vectors) =
-                    of(&format!("m{}", suffix(*month)), "count(*) FILTER (WHERE length(vector) > 0)")?;
+                let with_vector = "count(*) FILTER (WHERE length(vector) > 0)";
+                let table = format!("m{}", suffix(*month));
+                let (memories, vectors) = of(&table, &tenant_of(&format!("{table}.owner")), with_vector)?;
                 counts.memories -= memories;
                 counts.vectors -= vectors;
             }
-            counts.idempotency_keys -= of("keys", "0")?.0;
-            counts.edges -= of("edges", "0")?.0;
+            counts.idempotency_keys -= of("keys", "tenant", "0")?.0;
+            counts.edges -= of("edges", &tenant_of("edges.tenant"), "0")?.0;
         }
         Ok(counts)
     }
@@ -976,12 +991,7 @@ fn change(row: &Stored) -> Result<Change, StorageError> {
 
 /// The owners that a tenant may read and of whom something is shown, each once.
 fn readable<'a>(tenant: &str, owners: &'a [Owner], shown: &Shown) -> Vec<&'a Owner> {
-    let own = |owner: &&Owner| match owner {
-        Owner::Agent { tenant: of, .. } | Owner::User { tenant: of, .. } | Owner::Shared { tenant: of } => {
-            of == tenant
-        }
-        Owner::Global => true,
-    };
+    let own = |owner: &&Owner| **owner == Owner::Global || owner.tenant() == tenant;
     owners
         .iter()
         .filter(own)

@@ -23,17 +23,17 @@ impl Shown {
         Ok(Shown::of(&rows::load_state(snapshot)?.slots))
     }
 
-    pub fn slot(&self, slot: Slot) -> bool {
-        self.0.as_ref().is_none_or(|slots| slots.shows(slot))
+    pub fn slot(&self, tenant: &str, slot: Slot) -> bool {
+        self.0.as_ref().is_none_or(|slots| slots.shows(tenant, slot))
     }
 
     /// Whether an owner's memories are; each GLOBAL one must be asked for.
     pub fn owner(&self, owner: &Owner) -> bool {
-        *owner == Owner::Global || self.0.as_ref().is_none_or(|slots| slots.shows(slot_of(owner, &[0; 16])))
+        *owner == Owner::Global || self.slot(owner.tenant(), slot_of(owner, &[0; 16]))
     }
 
     pub fn memory(&self, memory: &Memory) -> bool {
-        self.0.as_ref().is_none_or(|slots| slots.shows(memory.slot()))
+        self.slot(&memory.tenant, memory.slot())
     }
 
     /// What is asked for each GLOBAL memory, if anything.

@@ -4,6 +4,9 @@
 //! fixed, equal partitions (G. DeCandia et al., Dynamo, SOSP 2007, 6.2, strategy 3): when shards come or go, whole slots move, and no
 //! more of them than must.
 //!
+//! A tenant may be pinned to a shard. Then it has all slots for itself, beside everybody's: sets of slots are sets of (tenant, slot)
+//! ([`SlotSet`]), and to pin a tenant, or to unpin it, is to move its own.
+//!
 //! A move is driven from outside by [`Step`]s, each an entry of a shard's ledger, so every replica decides them alike, and each may be
 //! repeated:
 //!
@@ -23,8 +26,12 @@
 //! refused by its number), a step arrives late (refused likewise), the copy is not what was sealed (counts and hashes differ: not adopted).
 
 use crate::model::{GLOBAL_TENANT, MemoryId, Owner};
+use bincode::de::Decoder;
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -51,16 +58,16 @@ pub fn slot_of(owner: &Owner, id: &MemoryId) -> Slot {
     u16::from_le_bytes([hash.as_bytes()[0], hash.as_bytes()[1]]) % SLOTS
 }
 
-/// A set of slots as sorted ranges that do not touch, both ends included. In text `0-1023,2048`.
+/// Numbers of slots as sorted ranges that do not touch, both ends included. In text `0-1023,2048`.
 #[derive(
     Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
 )]
 #[serde(try_from = "String", into = "String")]
-pub struct SlotSet(Vec<(Slot, Slot)>);
+pub struct Ranges(Vec<(Slot, Slot)>);
 
-impl SlotSet {
-    pub fn all() -> SlotSet {
-        SlotSet(vec![(0, SLOTS - 1)])
+impl Ranges {
+    pub fn all() -> Ranges {
+        Ranges(vec![(0, SLOTS - 1)])
     }
 
     pub fn is_empty(&self) -> bool {
@@ -80,11 +87,11 @@ impl SlotSet {
         self.0.iter().flat_map(|(from, to)| *from..=*to)
     }
 
-    pub fn ranges(&self) -> &[(Slot, Slot)] {
+    pub fn pairs(&self) -> &[(Slot, Slot)] {
         &self.0
     }
 
-    pub fn union(&self, other: &SlotSet) -> SlotSet {
+    pub fn union(&self, other: &Ranges) -> Ranges {
         let mut all: Vec<(Slot, Slot)> = self.0.iter().chain(&other.0).copied().collect();
         all.sort_unstable();
         let mut ranges: Vec<(Slot, Slot)> = Vec::with_capacity(all.len());
@@ -94,10 +101,10 @@ impl SlotSet {
                 _ => ranges.push((from, to)),
             }
         }
-        SlotSet(ranges)
+        Ranges(ranges)
     }
 
-    pub fn minus(&self, other: &SlotSet) -> SlotSet {
+    pub fn minus(&self, other: &Ranges) -> Ranges {
         let mut ranges = vec![];
         for (mut from, to) in self.0.iter().copied() {
             for (first, last) in other.0.iter().copied() {
@@ -113,10 +120,14 @@ impl SlotSet {
                 ranges.push((from, to));
             }
         }
-        SlotSet(ranges)
+        Ranges(ranges)
     }
 
-    pub fn includes(&self, other: &SlotSet) -> bool {
+    pub fn meet(&self, other: &Ranges) -> Ranges {
+        self.minus(&self.minus(other))
+    }
+
+    pub fn includes(&self, other: &Ranges) -> bool {
         // Ranges do not touch, so a range of the other lies within one.
         let within = |(from, to): &(Slot, Slot)| {
             let behind = self.0.partition_point(|(first, _)| first <= from);
@@ -125,14 +136,14 @@ impl SlotSet {
         other.0.iter().all(within)
     }
 
-    pub fn meets(&self, other: &SlotSet) -> bool {
+    pub fn meets(&self, other: &Ranges) -> bool {
         other.0.iter().any(|(from, to)| self.0.iter().any(|(first, last)| first <= to && from <= last))
     }
 }
 
 /// From slots in rising order, each once.
-impl FromIterator<Slot> for SlotSet {
-    fn from_iter<I: IntoIterator<Item = Slot>>(slots: I) -> SlotSet {
+impl FromIterator<Slot> for Ranges {
+    fn from_iter<I: IntoIterator<Item = Slot>>(slots: I) -> Ranges {
         let mut ranges: Vec<(Slot, Slot)> = vec![];
         for slot in slots {
             match ranges.last_mut() {
@@ -140,11 +151,11 @@ impl FromIterator<Slot> for SlotSet {
                 _ => ranges.push((slot, slot)),
             }
         }
-        SlotSet(ranges)
+        Ranges(ranges)
     }
 }
 
-impl fmt::Display for SlotSet {
+impl fmt::Display for Ranges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, (from, to)) in self.0.iter().enumerate() {
             let comma = if at > 0 { "," } else { "" };
@@ -157,10 +168,10 @@ impl fmt::Display for SlotSet {
     }
 }
 
-impl FromStr for SlotSet {
+impl FromStr for Ranges {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<SlotSet, String> {
+    fn from_str(text: &str) -> Result<Ranges, String> {
         let number = |t: &str| {
             let slot = t.parse::<Slot>().ok().filter(|slot| *slot < SLOTS);
             slot.ok_or_else(|| format!("'{t}' is no slot; they are 0 to {}", SLOTS - 1))
@@ -174,22 +185,155 @@ impl FromStr for SlotSet {
             }
             ranges.push((from, to));
         }
-        Ok(SlotSet(ranges))
+        Ok(Ranges(ranges))
     }
 }
 
-impl TryFrom<String> for SlotSet {
+impl TryFrom<String> for Ranges {
     type Error = String;
-    fn try_from(text: String) -> Result<SlotSet, String> {
+    fn try_from(text: String) -> Result<Ranges, String> {
         text.parse()
     }
 }
 
-impl From<SlotSet> for String {
-    fn from(slots: SlotSet) -> String {
+impl From<Ranges> for String {
+    fn from(slots: Ranges) -> String {
         slots.to_string()
     }
 }
+
+/// A set of slots: those of everybody, and of tenants that have others than everybody those of their own. A pinned tenant's memories lie
+/// elsewhere than its slots say, so each pinned tenant has all [`SLOTS`] slots for itself, and what is whose is a set of (tenant, slot).
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SlotSet {
+    #[serde(rename = "slots")]
+    everybody: Ranges,
+    /// Never the same as everybody's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    apart: BTreeMap<String, Ranges>,
+}
+
+impl SlotSet {
+    pub fn all() -> SlotSet {
+        SlotSet::from(Ranges::all())
+    }
+
+    /// One tenant's slots.
+    pub fn of_tenant(tenant: &str, slots: Ranges) -> SlotSet {
+        SlotSet::default().with(tenant, slots)
+    }
+
+    /// The same set, but for one tenant.
+    pub fn with(mut self, tenant: &str, slots: Ranges) -> SlotSet {
+        match slots == self.everybody {
+            true => self.apart.remove(tenant),
+            false => self.apart.insert(tenant.into(), slots),
+        };
+        self
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.everybody.is_empty() && self.apart.is_empty()
+    }
+
+    /// The slots of all tenants that have none of their own.
+    pub fn everybody(&self) -> &Ranges {
+        &self.everybody
+    }
+
+    pub fn of(&self, tenant: &str) -> &Ranges {
+        self.apart.get(tenant).unwrap_or(&self.everybody)
+    }
+
+    /// The tenants that have others than everybody.
+    pub fn apart(&self) -> &BTreeMap<String, Ranges> {
+        &self.apart
+    }
+
+    pub fn contains(&self, tenant: &str, slot: Slot) -> bool {
+        self.of(tenant).contains(slot)
+    }
+
+    fn pairs<'a>(&'a self, other: &'a SlotSet) -> impl Iterator<Item = (&'a Ranges, &'a Ranges)> {
+        let tenants = self.apart.keys().chain(other.apart.keys());
+        let apart = tenants.map(|tenant| (self.of(tenant), other.of(tenant)));
+        apart.chain([(&self.everybody, &other.everybody)])
+    }
+
+    fn joined(&self, other: &SlotSet, of: fn(&Ranges, &Ranges) -> Ranges) -> SlotSet {
+        let everybody = SlotSet::from(of(&self.everybody, &other.everybody));
+        let tenants = self.apart.keys().chain(other.apart.keys());
+        tenants.fold(everybody, |set, tenant| set.with(tenant, of(self.of(tenant), other.of(tenant))))
+    }
+
+    pub fn union(&self, other: &SlotSet) -> SlotSet {
+        self.joined(other, Ranges::union)
+    }
+
+    pub fn minus(&self, other: &SlotSet) -> SlotSet {
+        self.joined(other, Ranges::minus)
+    }
+
+    pub fn includes(&self, other: &SlotSet) -> bool {
+        self.pairs(other).all(|(own, other)| own.includes(other))
+    }
+
+    pub fn meets(&self, other: &SlotSet) -> bool {
+        self.pairs(other).any(|(own, other)| own.meets(other))
+    }
+}
+
+impl From<Ranges> for SlotSet {
+    fn from(everybody: Ranges) -> SlotSet {
+        SlotSet { everybody, apart: BTreeMap::new() }
+    }
+}
+
+/// Of everybody, in rising order, each once.
+impl FromIterator<Slot> for SlotSet {
+    fn from_iter<I: IntoIterator<Item = Slot>>(slots: I) -> SlotSet {
+        SlotSet::from(slots.into_iter().collect::<Ranges>())
+    }
+}
+
+impl fmt::Display for SlotSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.everybody)?;
+        for (at, (tenant, slots)) in self.apart.iter().filter(|(_, slots)| !slots.is_empty()).enumerate() {
+            let comma = if at > 0 || !self.everybody.is_empty() { "; " } else { "" };
+            write!(f, "{comma}{slots} of {tenant}")?;
+        }
+        Ok(())
+    }
+}
+
+/// In front of tenants' own slots. No range looks like it, and a set without such tenants is written as it was before there were any.
+const APART: (Slot, Slot) = (1, 0);
+
+impl Encode for SlotSet {
+    fn encode<E: Encoder>(&self, to: &mut E) -> Result<(), EncodeError> {
+        if self.apart.is_empty() {
+            return self.everybody.encode(to);
+        }
+        let mut marked = self.everybody.clone();
+        marked.0.push(APART);
+        marked.encode(to)?;
+        self.apart.encode(to)
+    }
+}
+
+impl<C> Decode<C> for SlotSet {
+    fn decode<D: Decoder<Context = C>>(from: &mut D) -> Result<SlotSet, DecodeError> {
+        let mut everybody = Ranges::decode(from)?;
+        let apart = match everybody.0.pop_if(|last| *last == APART) {
+            Some(_) => Decode::decode(from)?,
+            None => BTreeMap::new(),
+        };
+        Ok(SlotSet { everybody, apart })
+    }
+}
+
+bincode::impl_borrow_decode!(SlotSet);
 
 /// The number of a move: greater than those of all moves before it.
 pub type MoveId = u64;
@@ -240,18 +384,18 @@ pub enum Decision {
 }
 
 impl Slots {
-    /// Whether a slot's memories are here, and shown.
-    pub fn shows(&self, slot: Slot) -> bool {
-        self.owned.as_ref().is_none_or(|owned| owned.contains(slot))
+    /// Whether a tenant's memories of a slot are here, and shown.
+    pub fn shows(&self, tenant: &str, slot: Slot) -> bool {
+        self.owned.as_ref().is_none_or(|owned| owned.contains(tenant, slot))
     }
 
-    /// Whether a slot's memories may be changed here.
-    pub fn takes(&self, slot: Slot) -> bool {
-        let sealed = matches!(&self.moving, Some(Moving::Leaving(slots)) if slots.contains(slot));
-        self.shows(slot) && (!sealed || sim::planted!("take-writes-of-a-sealed-slot"))
+    /// Whether a tenant's memories of a slot may be changed here.
+    pub fn takes(&self, tenant: &str, slot: Slot) -> bool {
+        let sealed = matches!(&self.moving, Some(Moving::Leaving(slots)) if slots.contains(tenant, slot));
+        self.shows(tenant, slot) && (!sealed || sim::planted!("take-writes-of-a-sealed-slot"))
     }
 
-    /// Whether every slot may be changed here.
+    /// Whether everything may be changed here.
     pub fn takes_all(&self) -> bool {
         self.owned.is_none() && !matches!(self.moving, Some(Moving::Leaving(_)))
     }
@@ -368,33 +512,35 @@ mod tests {
     use proptest::prelude::*;
 
     fn set(text: &str) -> SlotSet {
-        text.parse().unwrap_or_default()
+        text.parse::<Ranges>().map(SlotSet::from).unwrap_or_default()
     }
 
-    fn taken(decision: Decision) -> Result<Slots, Decision> {
+    fn taken(decision: Decision) -> Result<Slots, Box<Decision>> {
         match decision {
             Decision::Taken(slots) => Ok(slots),
-            other => Err(other),
+            other => Err(Box::new(other)),
         }
     }
 
     #[test]
-    fn a_move_hands_a_slot_from_one_shard_to_the_other() -> Result<(), Decision> {
+    fn a_move_hands_a_slot_from_one_shard_to_the_other() -> Result<(), Box<Decision>> {
         let (moved, kept) = (set("0-9"), set("10-4095"));
         let (source, new) = (Slots::default(), taken(Slots::default().own(&SlotSet::default()))?);
-        assert!(source.takes_all() && !new.shows(3));
+        assert!(source.takes_all() && !new.shows("t", 3));
         let sealed = taken(source.seal(1, &moved))?;
-        assert!(sealed.shows(3) && !sealed.takes(3) && sealed.takes(10) && !sealed.takes_all());
+        assert!(
+            sealed.shows("t", 3) && !sealed.takes("t", 3) && sealed.takes("t", 10) && !sealed.takes_all()
+        );
         let arriving = taken(new.import(1, &moved, 0, (2, 7, b"x")))?;
         assert_eq!(arriving.import(1, &moved, 0, (2, 7, b"x")), Decision::Already);
         assert_eq!(arriving.import(1, &moved, 2, (2, 7, b"y")), Decision::Refused, "one is missing");
         let arriving = taken(arriving.import(1, &moved, 1, (1, 5, b"")))?;
-        assert!(!arriving.shows(3) && arriving.hides());
+        assert!(!arriving.shows("t", 3) && arriving.hides());
         assert_eq!(arriving.adopt(1, &moved, 3, 13), Decision::Refused, "not what was sent");
         let adopted = taken(arriving.adopt(1, &moved, 3, 12))?;
-        assert!(adopted.takes(3) && !adopted.takes(10));
+        assert!(adopted.takes("t", 3) && !adopted.takes("t", 10));
         let left = taken(sealed.release(1))?;
-        assert!(!left.shows(3) && left.owned() == kept && left.hides());
+        assert!(!left.shows("t", 3) && left.owned() == kept && left.hides());
         let gone = taken(left.dropped(1))?;
         // And back again; what is late of the first move is refused.
         let back = taken(adopted.seal(2, &moved))?;
@@ -407,17 +553,76 @@ mod tests {
         Ok(())
     }
 
+    #[test]
+    fn a_pinned_tenants_slots_do_not_move_with_everybodys() -> Result<(), Box<Decision>> {
+        let pin = |slots: &str| SlotSet::of_tenant("t", set(slots).everybody().clone());
+        let mut source = Slots::default();
+        let mut id = 0;
+        let mut moves = |source: &Slots, slots: &SlotSet| {
+            id += 1;
+            taken(taken(taken(source.seal(id, slots))?.release(id))?.dropped(id))
+        };
+        source = moves(&source, &pin("0-2047"))?;
+        assert!(!source.shows("t", 3) && source.shows("u", 3) && source.shows("t", 2048));
+        assert_eq!(source.seal(9, &set("0-9")), Decision::Refused, "the tenant's are not here any more");
+        let others = set("0-2047").with("t", Ranges::default());
+        source = moves(&source, &others)?;
+        assert_eq!(source.owned(), set("2048-4095"), "all that is left is everybody's");
+        let arrived = taken(source.import(9, &others, 0, (0, 0, b"")))?;
+        let arrived = taken(arrived.adopt(9, &others, 0, 0))?;
+        assert!(!arrived.shows("t", 3) && arrived.shows("u", 3));
+        let arrived = taken(arrived.import(10, &pin("0-2047"), 0, (0, 0, b"")))?;
+        assert!(taken(arrived.adopt(10, &pin("0-2047"), 0, 0))?.takes_all());
+        Ok(())
+    }
+
+    fn sets() -> impl Strategy<Value = SlotSet> {
+        let some =
+            || proptest::collection::btree_set(0..12u16, 0..8).prop_map(|slots| slots.into_iter().collect());
+        (some(), proptest::collection::vec(("[a-c]", some()), 0..4)).prop_map(
+            |(everybody, apart): (Ranges, Vec<_>)| {
+                apart
+                    .into_iter()
+                    .fold(SlotSet::from(everybody), |set, (tenant, slots)| set.with(&tenant, slots))
+            },
+        )
+    }
+
     proptest! {
         #[test]
-        fn sets_are_sets(a in proptest::collection::btree_set(0..SLOTS, 0..60), b in proptest::collection::btree_set(0..SLOTS, 0..60)) {
-            let of = |slots: &std::collections::BTreeSet<Slot>| slots.iter().copied().collect::<SlotSet>();
+        fn ranges_are_sets(a in proptest::collection::btree_set(0..SLOTS, 0..60), b in proptest::collection::btree_set(0..SLOTS, 0..60)) {
+            let of = |slots: &std::collections::BTreeSet<Slot>| slots.iter().copied().collect::<Ranges>();
             prop_assert_eq!(of(&a).union(&of(&b)), of(&(&a | &b)));
             prop_assert_eq!(of(&a).minus(&of(&b)), of(&(&a - &b)));
+            prop_assert_eq!(of(&a).meet(&of(&b)), of(&(&a & &b)));
             prop_assert_eq!(of(&a).len(), a.len());
             prop_assert_eq!(of(&a).meets(&of(&b)), !a.is_disjoint(&b));
             prop_assert_eq!(of(&a).includes(&of(&b)), a.is_superset(&b));
             prop_assert_eq!(of(&a).to_string().parse(), Ok(of(&a)));
             prop_assert!((0..SLOTS).all(|slot| of(&a).contains(slot) == a.contains(&slot)));
+        }
+
+        #[test]
+        fn sets_of_tenants_slots_are_sets(a in sets(), b in sets()) {
+            // Tenant `d` is never apart, so it stands for everybody.
+            let of = |set: &SlotSet| -> std::collections::BTreeSet<(&str, Slot)> {
+                ["a", "b", "c", "d"].into_iter().flat_map(|t| set.of(t).iter().map(move |slot| (t, slot)).collect::<Vec<_>>()).collect()
+            };
+            let (union, minus) = (a.union(&b), a.minus(&b));
+            prop_assert_eq!(of(&union), &of(&a) | &of(&b));
+            prop_assert_eq!(of(&minus), &of(&a) - &of(&b));
+            prop_assert_eq!(a.includes(&b), of(&a).is_superset(&of(&b)));
+            prop_assert_eq!(a.meets(&b), !of(&a).is_disjoint(&of(&b)));
+            prop_assert_eq!(a == b, of(&a) == of(&b), "each set is written in one way");
+            prop_assert_eq!(minus.union(&b) == union, true);
+            prop_assert_eq!(a.is_empty(), of(&a).is_empty());
+            let bytes = crate::codec::encode(&a);
+            prop_assert_eq!(crate::codec::decode::<SlotSet>(&bytes).ok(), Some(a.clone()));
+            if a.apart().is_empty() {
+                prop_assert_eq!(bytes, crate::codec::encode(a.everybody()), "as it was before there were pins");
+            }
+            let json = serde_json::to_string(&a).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            prop_assert_eq!(serde_json::from_str::<SlotSet>(&json).ok(), Some(a));
         }
     }
 

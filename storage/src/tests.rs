@@ -540,7 +540,7 @@ fn an_id_may_lie_in_two_slots_and_the_smallest_counts_where_none_is_named() -> R
     let id = of("ana").id;
     apply(&shard, 1, users.map(|(_, user)| command("t", "", 0, 5, Operation::Add(of(user)))).into())?;
     let [(first, first_user), (second, second_user)] = users;
-    assert_eq!(shard.locate("t", &id)?, [first, second]);
+    assert_eq!(shard.locate("t", &id)?, [(first, "t".into()), (second, "t".into())]);
     let text = |slot| Ok::<_, StorageError>(shard.get("t", slot, &id, 0)?.map(|m| m.text.clone()));
     assert_eq!(text(None)?.as_deref(), Some(first_user));
     assert_eq!(text(Some(second))?.as_deref(), Some(second_user));
@@ -550,7 +550,7 @@ fn an_id_may_lie_in_two_slots_and_the_smallest_counts_where_none_is_named() -> R
     let outcomes = apply(&shard, 2, vec![in_second, command("t", "", 0, 5, delete(1))])?;
     assert!(matches!(outcomes[..], [Outcome::Done { version: 2, .. }, Outcome::Done { version: 2, .. }]));
     assert_eq!((text(None)?.as_deref(), text(Some(first))?), (Some("changed"), None));
-    assert_eq!(shard.locate("t", &id)?, [first, second], "a deletion is known");
+    assert_eq!(shard.locate("t", &id)?, [(first, "t".into()), (second, "t".into())], "a deletion is known");
     assert_eq!(shard.history("t", None, &id)?.len(), 2);
     assert_eq!(shard.history("t", Some(second), &id)?.len(), 2);
     assert_eq!(

@@ -47,6 +47,47 @@ fn shards(json: &str) -> usize {
     json.matches("\"shard\":").count()
 }
 
+type Writer = std::thread::JoinHandle<std::result::Result<Vec<String>, String>>;
+
+/// Adds memories for forty users until it is told to stop, each under its key until it is certain.
+fn write(writer: usize, dir: &Path, key: &str, addr: &str, stop: &Arc<AtomicBool>) -> Writer {
+    let (stop, dir) = (stop.clone(), dir.to_path_buf());
+    let (key, addr) = (key.to_string(), addr.to_string());
+    std::thread::spawn(move || {
+        let mut written = vec![];
+        while !stop.load(Ordering::SeqCst) {
+            let (number, text) = (written.len(), format!("writer {writer} memory {}", written.len()));
+            let (user, key_of) = (format!("user {}", number % 40), format!("{writer}/{number}"));
+            let to = ["--addr", &addr, "--key", &key];
+            let add = ["add", &text, "--user", &user, "--idempotency-key", &key_of];
+            run_until_ok(&dir, &[&to[..], &add[..]].concat()).map_err(|e| e.to_string())?;
+            written.push(text);
+        }
+        Ok(written)
+    })
+}
+
+/// What the writers have written, which is enough to prove something.
+fn all_written(writers: Vec<Writer>) -> Result<Vec<String>> {
+    let mut written = vec![];
+    for writer in writers {
+        written.extend(writer.join().map_err(|_| "a writer panicked")??);
+    }
+    assert!(written.len() > 50, "only {} memories were written meanwhile", written.len());
+    Ok(written)
+}
+
+/// A listing shows each memory, and none twice.
+fn each_once(listed: &str, written: &[String]) -> Result<()> {
+    let texts: Vec<&str> =
+        listed.lines().filter_map(|line| line.split("\"text\":\"").nth(1)?.split('"').next()).collect();
+    let (wanted, found): (BTreeSet<&str>, BTreeSet<&str>) =
+        (written.iter().map(String::as_str).collect(), texts.iter().copied().collect());
+    assert_eq!(found, wanted);
+    assert_eq!(texts.len(), written.len(), "a memory is there twice");
+    Ok(())
+}
+
 #[test]
 fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<()> {
     let dir = Directory::new("cluster")?;
@@ -69,35 +110,8 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
     go(2, &["cluster", "join", "4", &at[3]])?;
     go(2, &["cluster", "join", "4", &at[3]])?;
 
-    // Writers: each adds memories for users of its own until it is told to stop, each under its key until it is certain.
     let stop = Arc::new(AtomicBool::new(false));
-    let writers: Vec<_> = (0..2)
-        .map(|writer| {
-            let (stop, dir, key, addr) = (stop.clone(), dir.0.clone(), key.clone(), at[writer].clone());
-            std::thread::spawn(move || -> std::result::Result<Vec<String>, String> {
-                let mut written = vec![];
-                while !stop.load(Ordering::SeqCst) {
-                    let (number, text) = (written.len(), format!("writer {writer} memory {}", written.len()));
-                    let (user, key_of) = (format!("user {}", number % 40), format!("{writer}/{number}"));
-                    let args = [
-                        "--addr",
-                        &addr,
-                        "--key",
-                        &key,
-                        "add",
-                        &text,
-                        "--user",
-                        &user,
-                        "--idempotency-key",
-                        &key_of,
-                    ];
-                    run_until_ok(&dir, &args).map_err(|e| e.to_string())?;
-                    written.push(text);
-                }
-                Ok(written)
-            })
-        })
-        .collect();
+    let writers: Vec<_> = (0..2).map(|writer| write(writer, &dir.0, &key, &at[writer], &stop)).collect();
 
     go(1, &["cluster", "resize", "5"])?;
     assert_eq!(shards(&go(3, &["cluster", "status", "--json"])?), 5);
@@ -110,26 +124,82 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
     nodes[3] = Some(node(&dir.0, &files[3])?);
     go(4, &["cluster", "resize", "3"])?;
     stop.store(true, Ordering::SeqCst);
-    let mut written = vec![];
-    for writer in writers {
-        written.extend(writer.join().map_err(|_| "a writer panicked")??);
-    }
-    assert!(written.len() > 50, "only {} memories were written meanwhile", written.len());
-
+    let written = all_written(writers)?;
     for number in [1, 2, 4] {
-        let listed = go(number, &["list", "--json"])?;
-        let texts: Vec<&str> =
-            listed.lines().filter_map(|line| line.split("\"text\":\"").nth(1)?.split('"').next()).collect();
-        let (wanted, found): (BTreeSet<&str>, BTreeSet<&str>) =
-            (written.iter().map(String::as_str).collect(), texts.iter().copied().collect());
-        assert_eq!(found, wanted, "asked at node {number}");
-        assert_eq!(texts.len(), written.len(), "a memory is there twice");
+        each_once(&go(number, &["list", "--json"])?, &written)?;
     }
     // A key that was used on a shard that is gone is honoured where its memory is now.
     let args = at_node(1, &["add", "writer 0 memory 0", "--user", "user 0", "--idempotency-key", "0/0"]);
     let again = run(&dir.0, &args.iter().map(String::as_str).collect::<Vec<_>>())?;
     assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
     assert_eq!(go(1, &["list", "--json"])?.lines().count(), written.len(), "a retried key added again");
+    Ok(())
+}
+
+/// Whose memories are all in one shard, while others' are not, is what pins are for.
+#[test]
+fn no_memory_is_lost_or_doubled_while_its_tenant_is_pinned_and_unpinned() -> Result<()> {
+    let dir = Directory::new("pins")?;
+    let at = addresses(3)?;
+    let key = prepare(&dir.0, 3)?;
+    let files: Vec<String> = (1..=3).map(|id| configure(&dir.0, id, &at)).collect::<Result<_>>()?;
+    let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
+    let go = |number: usize, args: &[&str]| -> Result<String> {
+        let to = ["--addr", &at[number - 1], "--key", &key];
+        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+    };
+    let refused = |args: &[&str]| -> Result<String> {
+        let to = ["--addr", &at[0], "--key", &key];
+        let done = run(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())?;
+        assert!(!done.status.success(), "{args:?} was done");
+        Ok(String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    // How many memories each shard has, as a replica says.
+    let memories = || -> Result<Vec<usize>> {
+        let status = go(1, &["--json", "status"])?;
+        let counts = status.split("\"memories\":").skip(1);
+        Ok(counts
+            .map(|rest| rest.split([',', '}']).next().unwrap_or_default().trim().parse())
+            .collect::<std::result::Result<_, _>>()?)
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..2).map(|writer| write(writer, &dir.0, &key, &at[writer], &stop)).collect();
+    go(1, &["cluster", "pin", "acme", "1"])?;
+    go(2, &["cluster", "pin", "acme", "1"])?;
+    let status = go(3, &["cluster", "status"])?;
+    assert!(status.contains("tenant acme  pinned to shard 1\n"), "{status}");
+    assert!(
+        go(3, &["cluster", "status", "--json"])?
+            .contains("{\"shard\":1,\"slots_to_move\":0,\"tenant\":\"acme\"}")
+    );
+    // What others have still moves; the pinned shard may not go.
+    go(1, &["cluster", "resize", "3"])?;
+    assert!(refused(&["cluster", "resize", "1"])?.contains("tenant acme is pinned to shard 1"));
+    nodes[1].take().map(Process::kill).transpose()?;
+    go(3, &["cluster", "pin", "acme", "2"])?;
+    nodes[1] = Some(node(&dir.0, &files[1])?);
+    stop.store(true, Ordering::SeqCst);
+    let written = all_written(writers)?;
+    for number in [1, 2, 3] {
+        each_once(&go(number, &["list", "--json"])?, &written)?;
+    }
+    // A replica may be behind.
+    while memories()? != [0, 0, written.len()] {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    // A key that was used before the pin is honoured behind it, and behind its end.
+    let again = ["add", "writer 0 memory 0", "--user", "user 0", "--idempotency-key", "0/0"];
+    go(1, &again)?;
+    go(1, &["cluster", "unpin", "acme"])?;
+    go(2, &["cluster", "unpin", "acme"])?;
+    assert!(!go(3, &["cluster", "status"])?.contains("acme"));
+    go(1, &again)?;
+    each_once(&go(2, &["list", "--json"])?, &written)?;
+    while memories()?.contains(&0) || memories()?.iter().sum::<usize>() != written.len() {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(refused(&["cluster", "pin", "", "0"])?.contains("tenant"));
+    assert!(refused(&["cluster", "pin", "acme", "7"])?.contains("there is no 7"));
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use clap::Subcommand;
 use nodes::proto::v1::{self, change_cluster_request::Change};
 use serde_json::json;
 use sim::time::{Duration, sleep};
+use storage::slots::SLOTS;
 
 #[derive(Subcommand)]
 pub enum Cluster {
@@ -26,6 +27,10 @@ pub enum Cluster {
     Remove { id: u64 },
     /// Changes the number of shards, under load; waits for the end.
     Resize { shards: u32 },
+    /// Brings all memories of a tenant to one shard, under load, and keeps them there; waits for the end.
+    Pin { tenant: String, shard: u32 },
+    /// Brings a tenant's memories back to where those of all others lie; waits for the end.
+    Unpin { tenant: String },
 }
 
 pub async fn run(to: &To, what: Cluster) -> Done {
@@ -54,8 +59,24 @@ pub async fn run(to: &To, what: Cluster) -> Done {
             })
             .await?;
         }
+        Cluster::Pin { tenant, shard } => {
+            change(&client, Change::Pin(v1::Pin { tenant: tenant.clone(), shard })).await?;
+            wait_for_pin(to, &client, &tenant).await?;
+        }
+        Cluster::Unpin { tenant } => {
+            change(&client, Change::Unpin(tenant.clone())).await?;
+            wait_for_pin(to, &client, &tenant).await?;
+        }
     }
     Ok(())
+}
+
+async fn wait_for_pin(to: &To, client: &Client, tenant: &str) -> Done {
+    wait(to, client, |cluster| {
+        let pin = cluster.pins.iter().find(|pin| pin.tenant == tenant && pin.slots_to_move > 0)?;
+        Some(format!("{} of {SLOTS} slots of {tenant} still to move", pin.slots_to_move))
+    })
+    .await
 }
 
 async fn status(client: &Client) -> Result<v1::ClusterResponse, Failure> {
@@ -102,10 +123,12 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
         let resize = cluster.resize.as_ref().map(
             |r| json!({ "shards": r.shards, "slots_moved": r.slots_moved, "slots_to_move": r.slots_to_move }),
         );
+        let pin = |p: &v1::ClusterPin| json!({ "tenant": p.tenant, "shard": p.shard, "slots_to_move": p.slots_to_move });
         println!(
             "{}",
             json!({ "version": cluster.version, "nodes": cluster.nodes.iter().map(node).collect::<Vec<_>>(),
-                "shards": cluster.shards.iter().map(shard).collect::<Vec<_>>(), "resize": resize })
+                "shards": cluster.shards.iter().map(shard).collect::<Vec<_>>(), "resize": resize,
+                "pins": cluster.pins.iter().map(pin).collect::<Vec<_>>() })
         );
         return;
     }
@@ -130,6 +153,14 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
         for learner in &shard.learners {
             println!("          node {} for its views: {}", learner.node, learner.state);
         }
+    }
+    for pin in &cluster.pins {
+        let whither = pin.shard.map_or("unpinned".into(), |shard| format!("pinned to shard {shard}"));
+        let moving = match pin.slots_to_move {
+            0 => String::new(),
+            left => format!("  ({left} of {SLOTS} slots still to move)"),
+        };
+        println!("tenant {}  {whither}{moving}", pin.tenant);
     }
     if let Some(resize) = &cluster.resize {
         println!(

@@ -5,7 +5,8 @@
 //!
 //! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
 //! sends callers there, the source drops the rows ([`storage::slots`]). Writers of those slots wait from the seal to the new map; readers
-//! only from the release. The copy is throttled to [`COPY_BYTES_PER_S`].
+//! only from the release. The copy is throttled to [`COPY_BYTES_PER_S`]. A tenant that is pinned, or unpinned, moves alike, by its own slots
+//! ([`ClusterMap::plan_move`]).
 //!
 //! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
 //! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica. Replicas for views
@@ -118,19 +119,14 @@ impl Driver {
             self.control.update(|map| Ok(map.founded(*shard)), soon()).await?;
             return Ok(true);
         }
-        match &map.resize {
-            Some(resize) => match &resize.moving {
-                Some(moving) => self.carry_out(map, moving).await.map(|()| true),
-                None => {
-                    let next = self.control.update(|map| Ok(map.plan_move()), soon()).await?;
-                    if next.resize.is_none() {
-                        sim::info!("there are {} shards now", next.shards.len());
-                    }
-                    Ok(true)
-                }
-            },
-            None => Ok(false),
+        if let Some(moving) = map.moving() {
+            return self.carry_out(map, moving).await.map(|()| true);
         }
+        let next = self.planned(map, ClusterMap::plan_move).await?;
+        if map.resize.is_some() && next.resize.is_none() {
+            sim::info!("there are {} shards now", next.shards.len());
+        }
+        Ok(next.version != map.version)
     }
 
     async fn carry_out(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {

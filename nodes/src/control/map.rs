@@ -4,11 +4,13 @@
 //! Long operations stand in the map itself, as a plan and how far it is: whoever leads the control group goes on with them.
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
+use crate::auth::check_tenant;
 use crate::error::Error;
 use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use storage::slots::{MoveId, SLOTS, Slot, SlotSet};
+use storage::model::GLOBAL_TENANT;
+use storage::slots::{MoveId, Ranges, SLOTS, Slot, SlotSet};
 
 /// A node's number, the same in every group that it is a member of.
 pub type NodeId = u64;
@@ -18,6 +20,10 @@ pub type ShardId = u32;
 pub const SHARDS_MAX: u32 = 256;
 /// Slots in one move: what is sealed at a time, so that writers wait briefly.
 pub const SLOTS_PER_MOVE: usize = 64;
+/// The same of one tenant's own slots, in which there is less.
+pub const PINNED_SLOTS_PER_MOVE: usize = 512;
+/// Tenants with slots of their own, at most: every map and every shard names them.
+pub const PINS_MAX: usize = 256;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ClusterMap {
@@ -31,6 +37,12 @@ pub struct ClusterMap {
     pub last_move: MoveId,
     /// A change of the number of shards that is under way.
     pub resize: Option<Resize>,
+    /// Tenants whose memories are to lie in one shard, whatever their slots say. Where each of their own slots is, the shards' entries say.
+    #[serde(default)]
+    pub pins: BTreeMap<String, ShardId>,
+    /// A move of a tenant's own slots, to where it is pinned or back.
+    #[serde(default)]
+    pub pinning: Option<Move>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -90,6 +102,7 @@ pub struct ShardEntry {
     pub epoch: u64,
     /// Those whose ledgers vote.
     pub members: BTreeSet<NodeId>,
+    #[serde(flatten)]
     pub slots: SlotSet,
     /// Its replicas have been told their slots: from now on none of them is new.
     pub founded: bool,
@@ -139,6 +152,7 @@ pub struct Move {
     pub id: MoveId,
     pub from: ShardId,
     pub to: ShardId,
+    #[serde(flatten)]
     pub slots: SlotSet,
     /// The map sends callers to the destination; the source's rows are still to be removed.
     pub switched: bool,
@@ -163,8 +177,35 @@ impl ClusterMap {
         Ok(map)
     }
 
-    pub fn shard_of(&self, slot: Slot) -> Option<ShardId> {
-        self.shards.iter().find(|(_, shard)| shard.slots.contains(slot)).map(|(id, _)| *id)
+    /// The shard that has a slot of a tenant.
+    pub fn shard_of(&self, tenant: &str, slot: Slot) -> Option<ShardId> {
+        self.shards.iter().find(|(_, shard)| shard.slots.contains(tenant, slot)).map(|(id, _)| *id)
+    }
+
+    /// The move that is under way.
+    pub fn moving(&self) -> Option<&Move> {
+        self.pinning.as_ref().or(self.resize.as_ref().and_then(|resize| resize.moving.as_ref()))
+    }
+
+    /// The tenants with slots of their own: those that are pinned, and those on their way back.
+    pub fn apart(&self) -> BTreeSet<&String> {
+        self.pins.keys().chain(self.shards.values().flat_map(|shard| shard.slots.apart().keys())).collect()
+    }
+
+    /// Of a tenant's slots those that are still to come to a shard.
+    fn awaited(&self, tenant: &str, shard: ShardId) -> Ranges {
+        let Some(entry) = self.shards.get(&shard) else { return Ranges::default() };
+        let wanted = match self.pins.get(tenant) {
+            Some(pinned) if *pinned == shard => Ranges::all(),
+            Some(_) => Ranges::default(),
+            None => entry.slots.everybody().clone(),
+        };
+        wanted.minus(entry.slots.of(tenant))
+    }
+
+    /// How many of a tenant's slots are not where they are to be.
+    pub fn slots_awaited(&self, tenant: &str) -> usize {
+        self.shards.keys().map(|shard| self.awaited(tenant, *shard).len()).sum()
     }
 
     /// Addresses of a shard's voting replicas.
@@ -311,6 +352,14 @@ impl ClusterMap {
         if self.resize.is_some() || self.shards.len() == shards as usize {
             return Ok(self.clone());
         }
+        let staying = self.stay(shards);
+        if let Some((tenant, shard)) = self.pins.iter().find(|(_, shard)| !staying.contains(shard)) {
+            let problem = format!("tenant {tenant} is pinned to shard {shard}, which would go");
+            return Err(Error::invalid(
+                "shards",
+                format!("{problem}; unpin it, or pin it to another shard first"),
+            ));
+        }
         Ok(self.changed(|map| {
             while map.shards.len() < shards as usize {
                 let (members, slots, id) = (map.fresh_members(), SlotSet::default(), map.next_shard);
@@ -331,7 +380,7 @@ impl ClusterMap {
             .shards
             .iter()
             .filter(|(id, _)| staying.contains(id))
-            .map(|(id, shard)| (usize::MAX - shard.slots.len(), *id))
+            .map(|(id, shard)| (usize::MAX - shard.slots.everybody().len(), *id))
             .collect();
         stay.sort_unstable();
         stay.into_iter().enumerate().map(|(at, (_, id))| (id, each + (at < more) as usize)).collect()
@@ -341,7 +390,7 @@ impl ClusterMap {
     fn surplus(&self, shards: u32) -> BTreeMap<ShardId, usize> {
         let shares = self.shares(shards);
         let more = |(id, shard): (&ShardId, &ShardEntry)| {
-            (*id, shard.slots.len().saturating_sub(shares.get(id).copied().unwrap_or(0)))
+            (*id, shard.slots.everybody().len().saturating_sub(shares.get(id).copied().unwrap_or(0)))
         };
         self.shards.iter().map(more).filter(|(_, more)| *more > 0).collect()
     }
@@ -353,24 +402,88 @@ impl ClusterMap {
         })
     }
 
-    /// Plans the next move of a resize; where all is moved, ends it.
+    /// Pins a tenant: its memories, and those to come, go to one shard.
+    pub fn pin(&self, tenant: &str, shard: ShardId) -> Result<ClusterMap, Error> {
+        if tenant == GLOBAL_TENANT {
+            let problem =
+                "GLOBAL memories, which every tenant reads, lie in all shards; they cannot be pinned";
+            return Err(Error::invalid("tenant", problem));
+        }
+        check_tenant(tenant)?;
+        if !self.shards.contains_key(&shard) {
+            let ids: Vec<String> = self.shards.keys().map(ShardId::to_string).collect();
+            return Err(Error::invalid(
+                "shard",
+                format!("there is no {shard}; there are {}", ids.join(", ")),
+            ));
+        }
+        if let Some(resize) = self.resize.as_ref().filter(|resize| !self.stay(resize.shards).contains(&shard))
+        {
+            let problem = format!("{shard} goes with the change to {} shards", resize.shards);
+            return Err(Error::invalid("shard", format!("{problem}; pin the tenant to one that stays")));
+        }
+        let apart = self.apart();
+        if apart.len() >= PINS_MAX && !apart.contains(&tenant.to_string()) {
+            let problem = format!("{} are pinned or on their way back, as many as can be", apart.len());
+            return Err(Error::invalid("tenant", format!("{problem}; unpin another one first")));
+        }
+        Ok(self.changed(|map| {
+            map.pins.insert(tenant.into(), shard);
+        }))
+    }
+
+    /// Unpins a tenant: its memories go back to where its slots say.
+    pub fn unpin(&self, tenant: &str) -> ClusterMap {
+        self.changed(|map| {
+            map.pins.remove(tenant);
+        })
+    }
+
+    /// The next move of a tenant's own slots: from where, to where, which.
+    fn next_pinning(&self) -> Option<(ShardId, ShardId, SlotSet)> {
+        for tenant in self.apart() {
+            for to in self.shards.keys() {
+                let awaited = self.awaited(tenant, *to);
+                let here = |(from, entry): (&ShardId, &ShardEntry)| {
+                    let slots: Ranges =
+                        awaited.meet(entry.slots.of(tenant)).iter().take(PINNED_SLOTS_PER_MOVE).collect();
+                    (!slots.is_empty()).then(|| (*from, *to, SlotSet::of_tenant(tenant, slots)))
+                };
+                if let Some(next) = self.shards.iter().find_map(here) {
+                    return Some(next);
+                }
+            }
+        }
+        None
+    }
+
+    /// Plans the next move: of a tenant that is not where it is to be, else of a resize; where all is moved, ends that.
     pub fn plan_move(&self) -> ClusterMap {
-        let Some(resize) = self.resize.as_ref().filter(|resize| resize.moving.is_none()) else {
+        if self.moving().is_some() {
             return self.clone();
-        };
+        }
+        if let Some((from, to, slots)) = self.next_pinning() {
+            return self.changed(|map| {
+                map.last_move += 1;
+                map.pinning = Some(Move { id: map.last_move, from, to, slots, switched: false });
+            });
+        }
+        let Some(resize) = &self.resize else { return self.clone() };
         let shares = self.shares(resize.shards);
         let surplus = self.surplus(resize.shards);
         let lacks = |(id, share): (&ShardId, &usize)| {
-            let has = self.shards.get(id).map_or(0, |shard| shard.slots.len());
+            let has = self.shards.get(id).map_or(0, |shard| shard.slots.everybody().len());
             (*id, share.saturating_sub(has))
         };
         let lacking = shares.iter().map(lacks).find(|(_, lack)| *lack > 0);
         self.changed(|map| match (surplus.first_key_value(), lacking) {
             (Some((&from, &more)), Some((to, lack))) => {
                 let count = more.min(lack).min(SLOTS_PER_MOVE);
-                // From the end, so that ranges stay few.
-                let has: Vec<Slot> = map.shards[&from].slots.iter().collect();
+                // From the end, so that ranges stay few. Pinned tenants' memories stay where they are.
+                let has: Vec<Slot> = map.shards[&from].slots.everybody().iter().collect();
                 let slots: SlotSet = has[has.len() - count..].iter().copied().collect();
+                let slots =
+                    self.apart().into_iter().fold(slots, |set, tenant| set.with(tenant, Ranges::default()));
                 map.last_move += 1;
                 let moving = Move { id: map.last_move, from, to, slots, switched: false };
                 map.resize.iter_mut().for_each(|resize| resize.moving = Some(moving.clone()));
@@ -386,11 +499,14 @@ impl ClusterMap {
     /// Sends callers to a move's destination. The source has released the slots, the destination has adopted them.
     pub fn switch(&self, id: MoveId) -> ClusterMap {
         self.changed(|map| {
-            let Some(resize) = &mut map.resize else { return };
-            let Some(moving) = resize.moving.as_mut().filter(|m| m.id == id && !m.switched) else { return };
+            let of_resize = map.resize.as_mut().and_then(|resize| resize.moving.as_mut());
+            let mut under_way = map.pinning.as_mut().into_iter().chain(of_resize);
+            let Some(moving) = under_way.find(|moving| moving.id == id && !moving.switched) else { return };
             moving.switched = true;
-            resize.slots_moved += moving.slots.len();
             let Move { from, to, slots, .. } = moving.clone();
+            if let Some(resize) = &mut map.resize {
+                resize.slots_moved += slots.everybody().len();
+            }
             if let Some(source) = map.shards.get_mut(&from) {
                 source.slots = source.slots.minus(&slots);
             }
@@ -403,8 +519,10 @@ impl ClusterMap {
     /// Ends a move: the source has no rows of it left.
     pub fn end_move(&self, id: MoveId) -> ClusterMap {
         self.changed(|map| {
+            let goes_on = |moving: &Move| moving.id != id || !moving.switched;
+            map.pinning = map.pinning.take().filter(goes_on);
             if let Some(resize) = &mut map.resize {
-                resize.moving = resize.moving.take().filter(|moving| moving.id != id || !moving.switched);
+                resize.moving = resize.moving.take().filter(goes_on);
             }
         })
     }
@@ -510,10 +628,16 @@ impl ClusterMap {
 
     /// What no map may be.
     pub fn check(&self) -> Result<(), String> {
-        let slots: usize = self.shards.values().map(|shard| shard.slots.len()).sum();
-        let every = (0..SLOTS).all(|slot| self.shard_of(slot).is_some());
-        if slots != SLOTS as usize || !every {
-            return Err(format!("{slots} slots have a shard, of {SLOTS}, each of which needs just one"));
+        let (mut all, mut twice) = (SlotSet::default(), false);
+        for shard in self.shards.values() {
+            twice |= all.meets(&shard.slots);
+            all = all.union(&shard.slots);
+        }
+        if twice || all != SlotSet::all() {
+            return Err(format!("{all} have a shard, of {SLOTS} slots, each of which needs just one"));
+        }
+        if let Some((tenant, shard)) = self.pins.iter().find(|(_, shard)| !self.shards.contains_key(shard)) {
+            return Err(format!("tenant {tenant} is pinned to shard {shard}, which is none"));
         }
         let unknown = |(_, shard): &(&ShardId, &ShardEntry)| {
             shard.members.is_empty() || shard.members.iter().any(|id| !self.nodes.contains_key(id))
@@ -541,7 +665,7 @@ mod tests {
         while map.resize.is_some() {
             map = map.plan_move();
             let Some(moving) = map.resize.as_ref().and_then(|resize| resize.moving.clone()) else { continue };
-            moved += moving.slots.len();
+            moved += moving.slots.everybody().len();
             map = map.switch(moving.id);
             assert_eq!(map.check(), Ok(()));
             map = map.end_move(moving.id);
@@ -557,12 +681,12 @@ mod tests {
             let map = ClusterMap::found(&nodes(5), from).map_err(|e| TestCaseError::fail(e.to_string()))?;
             let mut map = map;
             for target in [to, then] {
-                let before: Vec<usize> = map.shards.values().map(|shard| shard.slots.len()).collect();
+                let before: Vec<usize> = map.shards.values().map(|shard| shard.slots.everybody().len()).collect();
                 let (after, moved) = resized(&map, target).map_err(|e| TestCaseError::fail(e.to_string()))?;
-                let sizes: Vec<usize> = after.shards.values().map(|shard| shard.slots.len()).collect();
+                let sizes: Vec<usize> = after.shards.values().map(|shard| shard.slots.everybody().len()).collect();
                 prop_assert_eq!(sizes.len(), target as usize);
                 prop_assert!(sizes.iter().max().zip(sizes.iter().min()).is_some_and(|(max, min)| max - min <= 1));
-                let changed = (0..SLOTS).filter(|slot| map.shard_of(*slot) != after.shard_of(*slot)).count();
+                let changed = (0..SLOTS).filter(|slot| map.shard_of("t", *slot) != after.shard_of("t", *slot)).count();
                 prop_assert_eq!(changed, moved, "a slot moved more than once");
                 // Whoever stays gives only what is beyond its share; whoever goes gives all.
                 let share = SLOTS as usize / target as usize;
@@ -578,6 +702,85 @@ mod tests {
                 map = after;
             }
         }
+    }
+
+    /// Moves until nothing is left to move, without any data.
+    fn settled(mut map: ClusterMap) -> ClusterMap {
+        loop {
+            let next = map.plan_move();
+            assert_eq!(next.check(), Ok(()));
+            let Some(moving) = next.moving().cloned() else {
+                if next == map {
+                    return map;
+                }
+                map = next;
+                continue;
+            };
+            assert!(next.shards[&moving.from].slots.includes(&moving.slots), "{moving:?}");
+            assert!(!next.shards[&moving.to].slots.meets(&moving.slots), "{moving:?}");
+            assert!(moving.slots.everybody().len() <= SLOTS_PER_MOVE);
+            map = next.switch(moving.id).end_move(moving.id);
+            assert_eq!(map.check(), Ok(()));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        /// Whatever is pinned, unpinned and resized: each pinned tenant lies in its shard, all others where everybody's slots are.
+        #[test]
+        fn pinned_tenants_are_where_they_are_pinned(steps in proptest::collection::vec((0usize..4, 0u32..8, 0usize..6), 1..10)) {
+            let mut map = ClusterMap::found(&nodes(3), 3).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            for (what, shard, left) in steps {
+                let tenant = ["a", "b", "c", "d"][what];
+                // A change may come while the one before is on its way.
+                for _ in 0..left {
+                    map = map.plan_move();
+                    let Some(moving) = map.moving().cloned() else { break };
+                    map = map.switch(moving.id).end_move(moving.id);
+                }
+                map = match what {
+                    3 => map.begin_resize(shard + 1).unwrap_or(map),
+                    _ if shard == 7 => map.unpin(tenant),
+                    _ => map.pin(tenant, shard).unwrap_or(map),
+                };
+            }
+            let map = settled(map);
+            prop_assert!(map.resize.is_none() && map.pinning.is_none());
+            for tenant in ["a", "b", "c", "d"] {
+                prop_assert_eq!(map.slots_awaited(tenant), 0);
+                for slot in [0, 1, 700, 2000, SLOTS - 1] {
+                    let at = map.pins.get(tenant).copied().or(map.shard_of("nobody", slot));
+                    prop_assert_eq!(map.shard_of(tenant, slot), at);
+                }
+            }
+            // A tenant that is not pinned any more is like all others, in the map too.
+            prop_assert!(map.apart().into_iter().all(|tenant| map.pins.contains_key(tenant)));
+        }
+    }
+
+    #[test]
+    fn a_pin_may_be_repeated_and_says_what_stands_in_its_way() -> Result<(), Error> {
+        let map = ClusterMap::found(&nodes(3), 4)?;
+        assert_eq!(map.unpin("t"), map);
+        let pinned = settled(map.pin("t", 3)?);
+        assert_eq!(pinned.pin("t", 3)?, pinned);
+        assert_eq!(pinned.plan_move(), pinned);
+        for refused in [
+            map.pin(GLOBAL_TENANT, 1),
+            map.pin("t", 4),
+            pinned.begin_resize(3),
+            map.begin_resize(3)?.pin("t", 3),
+        ] {
+            assert!(refused.is_err(), "{refused:?}");
+        }
+        assert_eq!(settled(pinned.pin("t", 0)?.begin_resize(2)?).shards.len(), 2);
+        assert_eq!(settled(pinned.unpin("t")).shards, map.shards);
+        let mut full = map;
+        for tenant in 0..PINS_MAX {
+            full = full.pin(&tenant.to_string(), 1)?;
+        }
+        assert!(full.pin("t", 1).is_err() && full.pin("7", 2).is_ok());
+        Ok(())
     }
 
     #[test]
@@ -702,7 +905,9 @@ mod tests {
 
     #[test]
     fn a_map_survives_being_written_down() -> Result<(), Box<dyn std::error::Error>> {
-        let map = ClusterMap::found(&nodes(5), 7)?.begin_resize(9)?.plan_move();
+        let map = ClusterMap::found(&nodes(5), 7)?.begin_resize(9)?.pin("t", 3)?.plan_move();
+        assert_eq!(serde_json::from_str::<ClusterMap>(&serde_json::to_string(&map)?)?, map);
+        let map = settled(map).begin_resize(11)?.plan_move();
         assert_eq!(serde_json::from_str::<ClusterMap>(&serde_json::to_string(&map)?)?, map);
         Ok(())
     }

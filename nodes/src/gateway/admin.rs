@@ -100,6 +100,8 @@ async fn shard_status(
     let published_index = ledger.shard.applied().0.index;
     let roles = views.roles.iter().filter(|role| role.is_view());
     let view = |role: &Role| v1::ViewStatus { view: role.name().into(), published_index };
+    let owned = ledger.shard.slots().owned();
+    let pinned = owned.apart().iter().filter(|(_, slots)| !slots.is_empty());
     let committed = metrics.last_applied.map_or(0, |l| position_index(l.index));
     Ok(v1::ShardStatus {
         shard: ledger.group,
@@ -115,6 +117,7 @@ async fn shard_status(
         idempotency_keys: counts.idempotency_keys,
         edges: counts.edges,
         repairing: ledger.is_repairing(),
+        pinned: pinned.map(|(tenant, _)| tenant.clone()).collect(),
         digest: digest.to_vec(),
         digest_index: scan.as_ref().map_or(position.index, |(at, _)| at.index),
         digest_by_scan: scan.map_or(vec![], |(_, digest)| digest.to_vec()),
@@ -204,6 +207,8 @@ impl admin_service_server::AdminService for AdminService {
                 Change::Drain(node) => map.drain(*node),
                 Change::Remove(node) => map.remove(*node),
                 Change::Shards(shards) => map.begin_resize(*shards),
+                Change::Pin(pin) => map.pin(&pin.tenant, pin.shard),
+                Change::Unpin(tenant) => Ok(map.unpin(tenant)),
             },
             deadline,
         );
@@ -238,9 +243,14 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         shard: *id,
         members: shard.members.iter().copied().collect(),
         learners: shard.learners.iter().map(learner).collect(),
-        slots: shard.slots.to_string(),
+        slots: shard.slots.everybody().to_string(),
         joining: shard.handover.map_or(0, |handover| handover.to),
         leaving: shard.handover.and_then(|handover| handover.from).unwrap_or(0),
+    };
+    let pin = |tenant: &String| v1::ClusterPin {
+        tenant: tenant.clone(),
+        shard: map.pins.get(tenant).copied(),
+        slots_to_move: map.slots_awaited(tenant) as u32,
     };
     v1::ClusterResponse {
         version: map.version,
@@ -251,6 +261,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
             slots_moved: resize.slots_moved as u32,
             slots_to_move: resize.slots_to_move as u32,
         }),
+        pins: map.apart().into_iter().map(pin).collect(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What an operator does while a run goes on: shards and nodes that come and go, by the commands that `loci cluster` gives.
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, tenant};
 use crate::spec::{Change, Topology};
 use nodes::proto::v1::{self, change_cluster_request::Change as Wish};
 use sim::time::{self, Duration};
@@ -26,38 +26,43 @@ pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change
 }
 
 fn describe(change: &Change) -> String {
-    match (change.shards, change.join, change.drain) {
-        (Some(shards), ..) => format!("change to {shards} shards"),
-        (_, Some(node), _) => format!("join node {node}"),
-        (.., Some(node)) => format!("drain node {node}"),
-        _ => "nothing".into(),
-    }
+    let Change { shards, join, drain, pin, unpin, .. } = *change;
+    let all = [
+        pin.map(|(of, to)| format!("pin {} to shard {to}", tenant(of))),
+        unpin.map(|of| format!("unpin {}", tenant(of))),
+        shards.map(|shards| format!("change to {shards} shards")),
+        join.map(|node| format!("join node {node}")),
+        drain.map(|node| format!("drain node {node}")),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// Asks for a change, which is harmless when it is under way or done; whether it is done.
 async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
-    let wish = match (change.shards, change.join, change.drain) {
-        (Some(shards), ..) => Wish::Shards(shards),
-        (_, Some(id), _) => {
-            let mut numbered = cluster.replicas.iter().chain(&cluster.caches);
-            let Some(address) = numbered.nth(id as usize - 1).map(|node| cluster.addr(*node)) else {
-                return true;
-            };
-            let roles = nodes::roles::names(&topology.roles_of(id));
-            Wish::Join(v1::ClusterNode { id, address, roles, ..Default::default() })
+    let Change { shards, join, drain, pin, unpin, .. } = *change;
+    let joined = join.and_then(|id| {
+        let mut numbered = cluster.replicas.iter().chain(&cluster.caches);
+        let address = numbered.nth(id as usize - 1).map(|node| cluster.addr(*node))?;
+        let roles = nodes::roles::names(&topology.roles_of(id));
+        Some(Wish::Join(v1::ClusterNode { id, address, roles, ..Default::default() }))
+    });
+    let pinned = pin.map(|(of, shard)| Wish::Pin(v1::Pin { tenant: tenant(of), shard }));
+    let unpinned = unpin.map(|of| Wish::Unpin(tenant(of)));
+    let wishes = [pinned, unpinned, shards.map(Wish::Shards), joined, drain.map(Wish::Drain)];
+    for wish in wishes.into_iter().flatten() {
+        if !cluster.change(wish).await {
+            return false;
         }
-        (.., Some(id)) => Wish::Drain(id),
-        _ => return true,
-    };
-    if !cluster.change(wish).await {
-        return false;
     }
     let Some(map) = cluster.map().await else { return false };
     let drained =
         |id: u64| map.nodes.iter().find(|node| node.id == id).is_some_and(|node| node.shards.is_empty());
-    match (change.shards, change.drain) {
-        (Some(shards), _) => map.resize.is_none() && map.shards.len() == shards as usize,
-        (_, Some(id)) => drained(id),
-        _ => true,
-    }
+    let pin_of = |of: usize| map.pins.iter().find(|pin| pin.tenant == tenant(of));
+    let is_at = |(of, shard): (usize, u32)| {
+        pin_of(of).is_some_and(|pin| pin.shard == Some(shard) && pin.slots_to_move == 0)
+    };
+    shards.is_none_or(|shards| map.resize.is_none() && map.shards.len() == shards as usize)
+        && drain.is_none_or(drained)
+        && pin.is_none_or(is_at)
+        && unpin.is_none_or(|of| pin_of(of).is_none())
 }

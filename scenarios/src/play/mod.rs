@@ -220,7 +220,8 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
 /// Whether all replicas of each shard answer, name one leader and publish the same position, and nothing is under way in the cluster.
 async fn agree(cluster: &Cluster) -> bool {
     let Some(map) = cluster.map().await else { return false };
-    if map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
+    let pinning = map.pins.iter().any(|pin| pin.slots_to_move > 0);
+    if pinning || map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
         return false;
     }
     let mut seen: BTreeMap<u32, Vec<(u64, u64, String)>> = BTreeMap::new();

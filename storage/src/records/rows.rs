@@ -269,12 +269,8 @@ pub fn number_owner(db: &Connection, owner: &Owner) -> Result<i64, StorageError>
     if let Some(number) = owner_number(db, owner)? {
         return Ok(number);
     }
-    let tenant = match owner {
-        Owner::Agent { tenant, .. } | Owner::User { tenant, .. } | Owner::Shared { tenant } => tenant,
-        Owner::Global => GLOBAL_TENANT,
-    };
     db.prepare_cached("INSERT INTO owners (owner, tenant) VALUES (?1, ?2)")?
-        .execute(params![codec::encode(owner), tenant])?;
+        .execute(params![codec::encode(owner), owner.tenant()])?;
     Ok(db.last_insert_rowid())
 }
 
@@ -424,8 +420,8 @@ pub fn old_keys(
     while old.len() < limit
         && let Some(row) = found.next()?
     {
-        let slot: Slot = row.get(2)?;
-        if slot == STAYS || slots.takes(slot) {
+        let (tenant, slot): (String, Slot) = (row.get(0)?, row.get(2)?);
+        if slot == STAYS || slots.takes(&tenant, slot) {
             old.push(key_row(row)?);
         }
     }

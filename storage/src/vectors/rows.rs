@@ -3,7 +3,7 @@
 use super::codes::{self, Loss};
 use super::product::Book;
 use crate::codec;
-use crate::model::{MemoryId, Owner, Status, UnixMs};
+use crate::model::{GLOBAL_TENANT, MemoryId, Owner, Status, UnixMs};
 use crate::slots::{Slots, slot_of};
 use bincode::{Decode, Encode};
 use std::collections::{HashMap, HashSet};
@@ -178,6 +178,8 @@ impl Wanted<'_> {
             && (rows.plain && self.statuses.contains(&Status::Active)
                 || rows.expires[at] > self.now && self.statuses.iter().any(|s| *s as u8 == rows.statuses[at]))
             && self.allowed.is_none_or(|allowed| allowed.contains(&rows.ids[at]))
-            && self.shown.is_none_or(|slots| slots.shows(slot_of(&Owner::Global, &rows.ids[at])))
+            && self
+                .shown
+                .is_none_or(|slots| slots.shows(GLOBAL_TENANT, slot_of(&Owner::Global, &rows.ids[at])))
     }
 }
