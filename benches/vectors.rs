@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use storage::model::*;
 use storage::vectors::codes::{self, Query};
 use storage::vectors::cpu::Level;
+use storage::vectors::facets::{Facets, Listed};
 use storage::vectors::graph::{Graph, GraphOptions, Points};
 use storage::vectors::rows::{Index, Kind, Rows, Wanted};
 use storage::vectors::scan::{Asked, Best, scan};
@@ -770,6 +771,7 @@ impl Coded {
             loss: self.loss,
             plain: true,
             index: Index::Sorted,
+            facets: Facets::Listed(Listed::default()),
         }
     }
 }

@@ -70,8 +70,26 @@ fn added(id: u8, seed: u64) -> Memory {
     let created = MONTHS[seed as usize / 2 % 2];
     let expires = seed.is_multiple_of(11).then_some(MONTHS[1] + 10_000_000_000);
     let scope = if id.is_multiple_of(3) { Scope::Shared } else { Scope::Private };
+    let metadata = if seed.is_multiple_of(4) { String::new() } else { metadata(seed) };
     let base = proofs::memory(id, format!("memory {id}"));
-    Memory { created, updated: created, expires, scope, vector, space, ..base }
+    Memory { created, updated: created, expires, scope, vector, space, metadata, ..base }
+}
+
+/// Of some, a text is long, or there are very many numbers.
+fn metadata(seed: u64) -> String {
+    let (number, parity) = (seed % 10, ["even", "odd"][seed as usize % 2]);
+    let note = if number > 3 { "long ".repeat(30) + parity } else { "short".into() };
+    let many: Vec<u64> = if number == 7 { (0..100).collect() } else { vec![] };
+    format!(
+        r#"{{"n": {number}, "parity": "{parity}", "deep": {{"tags": ["t{}"]}}, "note": "{note}", "many": {many:?}}}"#,
+        number % 3
+    )
+}
+
+/// What [`metadata`] gave for `n`.
+fn number_of(memory: &Memory) -> Option<u64> {
+    let after = memory.metadata.strip_prefix(r#"{"n": "#)?;
+    after.split(',').next()?.parse().ok()
 }
 
 type List = BTreeMap<u8, Memory>;
@@ -85,8 +103,7 @@ fn operations(step: &Step) -> Vec<Operation> {
         Step::Update { id, seed } => {
             let vector = (seed % 3 > 0).then(|| vector(*seed));
             let status = Some(if seed.is_multiple_of(4) { Status::Archived } else { Status::Active });
-            let metadata =
-                (seed % 5 < 2).then(|| format!(r#"{{"parity": "{}"}}"#, ["even", "odd"][*seed as usize % 5]));
+            let metadata = (seed % 5 < 2).then(|| metadata(seed / 5));
             let patch = Patch { vector, status, metadata, ..Patch::default() };
             vec![Operation::Update { id: [*id; 16], expected_version: None, patch }]
         }
@@ -173,12 +190,52 @@ fn compare(shard: &Shard, list: &List, now: UnixMs, graphs: bool) -> Result<(), 
     shard.verify()
 }
 
-/// What meets a filter that was asked before, and again after each step.
+type Meets = fn(Option<u64>) -> bool;
+
+/// Filters on metadata, and what they mean for its number.
+fn filters() -> Vec<(Filter, Meets)> {
+    let field = |path: &str| Field::Metadata(path.into());
+    let (number, text) = (|n: u64| Value::Number(n as f64), |text: &str| Value::Text(text.into()));
+    let compare = |path: &str, op, value| Filter::Compare { field: field(path), op, value };
+    let n = |op, n| compare("n", op, number(n));
+    let even = || compare("parity", CompareOp::Eq, text("even"));
+    let not = |filter| Filter::Not(Box::new(filter));
+    vec![
+        (even(), |n| n.is_some_and(|n| n % 2 == 0)),
+        (not(even()), |n| n.is_none_or(|n| n % 2 == 1)),
+        (n(CompareOp::Ne, 3), |n| n != Some(3)),
+        (n(CompareOp::Lt, 4), |n| n.is_some_and(|n| n < 4)),
+        (Filter::And(vec![n(CompareOp::Ge, 2), even()]), |n| n.is_some_and(|n| n >= 2 && n % 2 == 0)),
+        (Filter::Or(vec![n(CompareOp::Gt, 7), n(CompareOp::Eq, 0)]), |n| n.is_some_and(|n| n > 7 || n == 0)),
+        (Filter::In { field: field("n"), values: vec![number(5), number(7)] }, |n| matches!(n, Some(5 | 7))),
+        (Filter::Contains { field: field("deep.tags"), value: text("t1") }, |n| {
+            n.is_some_and(|n| n % 3 == 1)
+        }),
+        (Filter::Contains { field: field("note"), value: text("G EVEN") }, |n| {
+            n.is_some_and(|n| n > 3 && n % 2 == 0)
+        }),
+        (not(Filter::Exists { field: field("n") }), |n| n.is_none()),
+    ]
+}
+
+/// What meets filters, some asked before and again after each step, and one that the index of metadata does not know.
 fn compare_filtered(shard: &Shard, list: &List, now: UnixMs) -> Result<(), StorageError> {
+    for (filter, meets) in filters() {
+        compare_one(shard, list, now, &filter, meets)?;
+        let both = [filter, Filter::Exists { field: Field::Text }];
+        compare_one(shard, list, now, &Filter::Not(Box::new(Filter::And(both.to_vec()))), |n| !meets(n))?;
+    }
+    Ok(())
+}
+
+fn compare_one(
+    shard: &Shard,
+    list: &List,
+    now: UnixMs,
+    filter: &Filter,
+    meets: impl Fn(Option<u64>) -> bool,
+) -> Result<(), StorageError> {
     let (vector, space) = vector(1);
-    let value = || Value::Text("even".into());
-    let filter =
-        Filter::Compare { field: Field::Metadata("parity".into()), op: CompareOp::Eq, value: value() };
     let query = SearchQuery {
         tenant: "t".into(),
         owners: vec![
@@ -190,24 +247,22 @@ fn compare_filtered(shard: &Shard, list: &List, now: UnixMs) -> Result<(), Stora
         text: String::new(),
         k: 100,
         threshold: None,
-        filter: Some(filter),
+        filter: Some(filter.clone()),
         statuses: vec![Status::Active, Status::Archived],
         time: None,
         now,
         with_vector: false,
     };
     let meets = |m: &&Memory| {
-        !m.expired(now)
-            && m.space == space
-            && m.vector.len() == vector.len()
-            && m.metadata.contains(r#""even""#)
+        !m.expired(now) && m.space == space && m.vector.len() == vector.len() && meets(number_of(m))
     };
     let expected: BTreeMap<u8, f32> =
         list.values().filter(meets).map(|m| (m.id[0], dot(&vector, &m.vector))).collect();
     let found = shard.search(&query)?;
     assert_eq!(
         found.iter().map(|hit| (hit.memory.id[0], hit.similarity)).collect::<BTreeMap<_, _>>(),
-        expected
+        expected,
+        "{filter:?}"
     );
     Ok(())
 }

@@ -3,6 +3,10 @@
 use std::future::Future;
 pub use tokio::task::JoinHandle;
 
+/// The niceness of work that gives way: where there is too little, it gets a tenth of what others get, and so comes to its end.
+#[cfg(not(madsim))]
+const GIVING_WAY: libc::c_int = 10;
+
 /// Starts a task on this node. It ends with the node.
 #[track_caller]
 pub fn spawn<F>(future: F) -> JoinHandle<F::Output>
@@ -48,6 +52,22 @@ where
             Err(_) => std::future::pending().await,
         },
     }
+}
+
+/// Runs long work that nobody waits for, which holds no lock that others want, on a thread that gives way: where cores are few, what wakes up
+/// meanwhile takes one from it at once. In simulation it runs in place.
+pub fn giving_way<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    #[cfg(madsim)]
+    return work();
+    #[cfg(not(madsim))]
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            // SAFETY: it touches no memory. On Linux 0 is the calling thread; if it is refused, the thread is as any other.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, GIVING_WAY) };
+            work()
+        });
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Ends this process because going on would risk acknowledged data. `reason` says what happened and what to do. Its

@@ -117,7 +117,7 @@ fn held<'a>(field: &Field, memory: &Memory, metadata: &dyn Fn() -> &'a Json) -> 
     }
 }
 
-fn scalar(json: &Json) -> Option<Value> {
+pub fn scalar(json: &Json) -> Option<Value> {
     match json {
         Json::String(text) => Some(Value::Text(text.clone())),
         Json::Number(number) => number.as_f64().map(Value::Number),

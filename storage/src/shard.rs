@@ -24,7 +24,7 @@ use crate::slots::{Moving, Slot, SlotSet, Slots, slot_of};
 use crate::touched::Touched;
 use crate::upkeep::Upkeep;
 use crate::vectors::conditions::Meeting;
-use crate::vectors::{Failed, Scan, Tree, VectorOptions};
+use crate::vectors::{Failed, Meets, Scan, Tree, VectorOptions, facets};
 use rusqlite::{Connection, params};
 use sim::disk::Disk;
 use std::cell::Cell;
@@ -548,7 +548,8 @@ impl Shard {
         };
         let reader = self.records.lazy_reader();
         let (mut allowed, mut months) = (None, None);
-        if query.filter.is_some() || query.time.is_some() {
+        let by_facets = query.filter.as_ref().filter(|filter| query.time.is_none() && facets::tell(filter));
+        if by_facets.is_none() && (query.filter.is_some() || query.time.is_some()) {
             let condition = codec::encode(&(&query.filter, &query.time));
             let meeting = |owner: &&Owner| {
                 if let Some(known) = tree.conditions.get(owner, &condition) {
@@ -568,8 +569,14 @@ impl Shard {
             if let Some(row) = rows::find(reader.get(), tenant, id, slot)? {
                 return Ok(rows::vector_from(&row.vector));
             }
-            let problem = format!("memory {id:02x?} has a vector and no record");
-            Err(StorageError::Corrupt { what: "the vector view".into(), problem })
+            Err(without_record(id))
+        };
+        let meets = |whose: usize, id: &MemoryId| -> Result<bool, StorageError> {
+            let (tenant, slot) = key_of(whose, id);
+            match self.record(&reader, (tenant, slot, id), None)? {
+                Some(memory) => Ok(meets(&query.filter, &None, &memory)),
+                None => Err(without_record(id)),
+            }
         };
         let scan = Scan {
             owners,
@@ -579,6 +586,7 @@ impl Shard {
             threshold: query.threshold,
             statuses: or_active(&query.statuses),
             now: query.now,
+            filter: by_facets.map(|filter| (filter, &meets as Meets<'_>)),
             allowed: allowed.as_deref(),
             months: months.as_ref(),
             shown: shown.slots(),
@@ -592,8 +600,7 @@ impl Shard {
         for (id, similarity, whose) in nearest {
             let (tenant, slot) = key_of(whose, &id);
             let Some(memory) = self.record(&reader, (tenant, slot, &id), None)? else {
-                let problem = format!("memory {id:02x?} has a vector and no record");
-                return Err(StorageError::Corrupt { what: "the vector view".into(), problem }.into());
+                return Err(without_record(&id).into());
             };
             let keywords = keywords.remove(&(tenant.to_string(), slot, id)).unwrap_or_default();
             hits.push(Hit { memory, similarity, keywords });
@@ -954,6 +961,11 @@ impl Shard {
         self.records.checkpoint()?;
         Ok(position)
     }
+}
+
+fn without_record(id: &MemoryId) -> StorageError {
+    let problem = format!("memory {id:02x?} has a vector and no record");
+    StorageError::Corrupt { what: "the vector view".into(), problem }
 }
 
 /// The months that may hold something in a time range.

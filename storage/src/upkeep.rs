@@ -13,6 +13,9 @@
 //! records' history, and what went with a slot from the records' list of that. Merges leave out only what was dead at S. What is made anew from the records leaves out what died until then, so a
 //! checkpoint follows before it is named.
 //!
+//! **It gives way.** Segments are built on threads that yield the cores to searches and writes ([`sim::task::giving_way`]). They hold no
+//! lock that those want: checkpoints and changes of the tree, which do, run as what they hold up runs.
+//!
 //! **What if it is not so.** At every start each month's live rows are counted and compared with what the records count; a month that differs, or
 //! whose segments cannot be opened, is made anew, as are all when there is no manifest. A block that fails its checksum
 //! when it is first used heals its month there and then, and the search that came upon it is answered from what was made.
@@ -549,11 +552,14 @@ impl Shard {
         };
         let mut made = vec![];
         let mut write = || {
-            for month in buffer.months() {
-                let mut form = Form::new(&self.vector_options);
-                made.extend(self.upkeep.write(&*self.disk, &self.dir, &buffer, month, &mut form)?);
-            }
-            self.disk.sync_dir(&self.dir)?;
+            sim::task::giving_way(|| {
+                for month in buffer.months() {
+                    let mut form = Form::new(&self.vector_options);
+                    made.extend(self.upkeep.write(&*self.disk, &self.dir, &buffer, month, &mut form)?);
+                }
+                Ok::<(), StorageError>(self.disk.sync_dir(&self.dir)?)
+            })?;
+            // Writers wait for this, so it waits for nobody.
             self.records.checkpoint()
         };
         if let Err(error) = write() {
@@ -586,7 +592,7 @@ impl Shard {
             let month = inputs[0].1.month;
             (inputs, tree.sealed_kills, month)
         };
-        let merged = self.merged(&inputs, month);
+        let merged = sim::task::giving_way(|| self.merged(&inputs, month));
         let numbers: Vec<u64> = inputs.iter().map(|(number, ..)| *number).collect();
         let outcome = self.replace(merged, &numbers, kills_from);
         match outcome {

@@ -1,9 +1,11 @@
 //! Vectors that no segment has yet, in memory. What they are is in the records too, so nothing is lost with them.
 
 use super::codes::{self, Loss};
+use super::facets::{self, Facets, Term};
 use super::rows::{Hash, Index, Kind, Rows};
 use crate::model::{Memory, MemoryId, Month, Status, UnixMs};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 /// A memory's vector, its codes, and where it belongs: all that can be computed before anything is locked.
 pub struct Coded {
@@ -19,6 +21,7 @@ pub struct Coded {
     scale: f32,
     loss: Loss,
     vector: Vec<f32>,
+    terms: Arc<[Term]>,
 }
 
 impl Coded {
@@ -33,6 +36,7 @@ impl Coded {
             position,
             expires: memory.expires.unwrap_or(UnixMs::MAX),
             status: memory.status,
+            terms: facets::terms(memory).into(),
             kind,
             codes,
             rests,
@@ -57,6 +61,9 @@ pub struct Block {
     loss: Loss,
     plain: bool,
     place: HashMap<MemoryId, u32>,
+    facets: facets::Map,
+    terms: Vec<Arc<[Term]>>,
+    bytes: usize,
     /// The number of its first row among all of a buffer that was frozen.
     pub base: usize,
 }
@@ -65,7 +72,8 @@ impl Block {
     fn new(kind: Kind) -> Block {
         let (codes, rests, originals) = Default::default();
         let (scales, ids, positions, expires, statuses, loss, place) = Default::default();
-        let (plain, base) = (true, 0);
+        let (facets, terms) = Default::default();
+        let (plain, bytes, base) = (true, 0, 0);
         Block {
             kind,
             codes,
@@ -79,6 +87,9 @@ impl Block {
             loss,
             plain,
             place,
+            facets,
+            terms,
+            bytes,
             base,
         }
     }
@@ -98,11 +109,18 @@ impl Block {
             loss: self.loss,
             plain: self.plain,
             index: Index::Map(&self.place),
+            facets: Facets::Map(&self.facets),
         }
     }
 
     fn push(&mut self, coded: &Coded) {
-        self.place.insert(coded.id, self.ids.len() as u32);
+        let row = self.ids.len() as u32;
+        self.place.insert(coded.id, row);
+        for term in coded.terms.iter() {
+            self.facets.entry(term.clone()).or_default().insert(row);
+        }
+        self.terms.push(coded.terms.clone());
+        self.bytes += self.row_bytes(&coded.terms);
         self.codes.extend_from_slice(&coded.codes);
         self.rests.extend_from_slice(&coded.rests);
         self.scales.push(coded.scale);
@@ -131,15 +149,31 @@ impl Block {
         self.positions.swap_remove(at);
         self.expires.swap_remove(at);
         self.statuses.swap_remove(at);
+        let terms = self.terms.swap_remove(at);
+        self.bytes -= self.row_bytes(&terms);
+        for term in terms.iter() {
+            if let Some(rows) = self.facets.get_mut(term)
+                && rows.remove(&(at as u32))
+                && rows.is_empty()
+            {
+                self.facets.remove(term);
+            }
+        }
         if at < last {
+            for term in self.terms[at].iter() {
+                let rows = self.facets.entry(term.clone()).or_default();
+                rows.remove(&(last as u32));
+                rows.insert(at as u32);
+            }
             self.place.insert(self.ids[at], at as u32);
         }
         true
     }
 
     /// Bytes of one row in memory, about.
-    fn row_bytes(&self) -> usize {
-        self.kind.dimension * 4 + codes::stride(self.kind.dimension) * 3 / 2 + 80
+    fn row_bytes(&self, terms: &[Term]) -> usize {
+        let of_terms: usize = terms.iter().map(|term| term.len() + 80).sum();
+        self.kind.dimension * 4 + codes::stride(self.kind.dimension) * 3 / 2 + 80 + of_terms
     }
 }
 
@@ -183,19 +217,21 @@ impl Buffer {
         let (hash, month) = (coded.hash, coded.month);
         self.remove(&hash, month, &coded.id);
         let block = self.blocks.entry((hash, month)).or_insert_with(|| Block::new(coded.kind.clone()));
+        let before = block.bytes;
         block.push(coded);
         self.rows += 1;
-        self.bytes += block.row_bytes();
+        self.bytes += block.bytes - before;
     }
 
     /// Whether there was one.
     pub fn remove(&mut self, hash: &Hash, month: Month, id: &MemoryId) -> bool {
         let Some(block) = self.blocks.get_mut(&(*hash, month)) else { return false };
+        let before = block.bytes;
         if !block.remove(id) {
             return false;
         }
         self.rows -= 1;
-        self.bytes -= block.row_bytes();
+        self.bytes -= before - block.bytes;
         if block.ids.is_empty() {
             self.blocks.remove(&(*hash, month));
         }
@@ -206,7 +242,7 @@ impl Buffer {
         self.blocks.retain(|(_, of), block| {
             if *of == month {
                 self.rows -= block.ids.len();
-                self.bytes -= block.ids.len() * block.row_bytes();
+                self.bytes -= block.bytes;
             }
             *of != month
         });

@@ -11,7 +11,8 @@
 //! - [`segment`]: immutable, checksummed, mapped. [`manifest`]: which of them count, and which of their rows are dead.
 //! - [`codes`]: vectors as small integers with a proven bound; [`scan`]: exact search with their help; [`dot`]: what decides.
 //! - [`product`]: as little as can be kept of vectors that are seldom searched.
-//! - [`conditions`]: which memories meet a filter, remembered between searches.
+//! - [`facets`]: what filters ask of memories, indexed beside their vectors. [`conditions`]: which memories meet a condition that the records
+//!   alone can tell, remembered between searches.
 //! - [`graph`]: approximate search in large scopes, in which every point is found.
 //!
 //! **What belongs together.** A search compares vectors of one owner, one embedding space and one dimension only ([`rows::Kind`]); of each
@@ -29,6 +30,7 @@ pub mod codes;
 pub mod conditions;
 pub mod cpu;
 mod dot;
+pub mod facets;
 pub mod graph;
 pub mod manifest;
 pub mod product;
@@ -39,18 +41,19 @@ pub mod segment;
 pub use dot::{dot, dot_rows};
 
 use crate::error::StorageError;
-use crate::model::{Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
+use crate::model::{Filter, Memory, MemoryId, Month, Owner, Position, Status, UnixMs};
 use crate::slots::Slots;
 use buffer::Buffer;
 pub use buffer::Coded;
 use codes::Query;
 use conditions::{Conditions, Meeting};
+use facets::Met;
 use graph::{GraphOptions, Points};
 use manifest::{Manifest, Named};
-use rows::{Bitmap, Hash, Kind, Rows, Wanted};
+use rows::{Allowed, Bitmap, Hash, Kind, Rows, Wanted};
 use scan::{Asked, Best, Fetch, Scored};
 use segment::Segment;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 #[derive(Clone, Debug)]
@@ -158,6 +161,8 @@ pub struct Scan<'a> {
     pub threshold: Option<f32>,
     pub statuses: &'a [Status],
     pub now: UnixMs,
+    /// If given: only what meets it.
+    pub filter: Option<(&'a Filter, Meets<'a>)>,
     /// If given: of each owner only these.
     pub allowed: Option<&'a [Arc<Meeting>]>,
     /// If given: only these months.
@@ -165,6 +170,9 @@ pub struct Scan<'a> {
     /// If given: of GLOBAL memories only those whose slots are shown.
     pub shown: Option<&'a Slots>,
 }
+
+/// Whether a memory meets the filter, by its record: by whose it is (a place in the search's owners), and id.
+pub type Meets<'a> = &'a dyn Fn(usize, &MemoryId) -> Result<bool, StorageError>;
 
 /// An error, and the month whose segments must be made anew for it, if one's.
 pub struct Failed {
@@ -514,7 +522,7 @@ impl Tree {
     pub fn holds(&self, memory: &Memory, position: i64, vector: &[f32]) -> Result<bool, Failed> {
         let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: vector.len() };
         let (hash, month) = (kind.hash(), Month::of(memory.created));
-        let (mut found, mut same) = (0, 0);
+        let (terms, mut found, mut same) = (facets::terms(memory), 0, 0);
         let mut look = |rows: &Rows<'_>, dead: Option<(&Bitmap, usize)>| {
             let Some(row) = rows.find(&memory.id) else { return };
             if dead.is_some_and(|(dead, base)| dead.contains(base + row as usize)) {
@@ -536,6 +544,7 @@ impl Tree {
             let expires = memory.expires.unwrap_or(UnixMs::MAX);
             found += 1;
             same += (coded
+                && rows.facets.has(row, &terms)
                 && kept == (position, memory.status as u8, expires)
                 && rows.original(row).is_none_or(|original| original == vector)) as usize;
         };
@@ -565,25 +574,25 @@ impl Tree {
         for (whose, owner) in scan.owners.iter().enumerate() {
             let dimension = scan.vector.len();
             let hash = Kind { owner: (*owner).clone(), space: scan.space.into(), dimension }.hash();
-            let allowed = scan.allowed.map(|allowed| &allowed[whose].ids);
-            if allowed.is_some_and(HashSet::is_empty) {
+            let allowed = scan.allowed.map(|allowed| Allowed::Ids(&allowed[whose].ids));
+            if allowed.is_some_and(|allowed| allowed.is_empty()) {
                 continue;
             }
             let shown = scan.shown.filter(|_| **owner == Owner::Global);
             let wanted = Wanted { statuses: scan.statuses, now: scan.now, allowed, shown, dead: None };
+            let (filter, ef) = (scan.filter, self.options.ef_search);
+            let search = Search { asked: &asked, wanted, filter, whose, fetch, ef };
             for (_, block) in self.buffer.of_kind(&hash).filter(|(month, _)| wanted_month(month)) {
-                scan::scan(&asked, &block.rows(), &wanted, whose, &mut best, fetch)?;
+                search.block(&block.rows(), None, None, &mut best)?;
             }
             if let Some(frozen) = &self.frozen {
                 for (_, block) in frozen.buffer.of_kind(&hash).filter(|(month, _)| wanted_month(month)) {
-                    let wanted = Wanted { dead: Some((&frozen.dead, block.base)), ..wanted };
-                    scan::scan(&asked, &block.rows(), &wanted, whose, &mut best, fetch)?;
+                    search.block(&block.rows(), None, Some((&frozen.dead, block.base)), &mut best)?;
                 }
             }
             for live in self.segments.iter().filter(|live| wanted_month(&live.segment.month)) {
                 let Some(number) = live.segment.find(&hash) else { continue };
                 let month = live.segment.month;
-                let search = Search { asked: &asked, wanted, whose, fetch, ef: self.options.ef_search };
                 search.segment(live, number, &mut best).map_err(|error| {
                     let damaged =
                         matches!(error, StorageError::Damaged { .. } | StorageError::Corrupt { .. });
@@ -595,10 +604,11 @@ impl Tree {
     }
 }
 
-/// A search within one segment.
+/// A search within one block.
 struct Search<'a> {
     asked: &'a Asked<'a>,
     wanted: Wanted<'a>,
+    filter: Option<(&'a Filter, Meets<'a>)>,
     whose: usize,
     fetch: Fetch<'a>,
     ef: usize,
@@ -606,19 +616,60 @@ struct Search<'a> {
 
 impl Search<'_> {
     fn segment(&self, live: &Live, number: usize, best: &mut Best) -> Result<(), StorageError> {
-        let Search { asked, whose, fetch, .. } = *self;
         if live.segment.has_graph(number) {
             let block = live.segment.block(number, false)?;
-            let wanted = Wanted { dead: Some((&live.dead, block.base)), ..self.wanted };
+            let dead = Some((&live.dead, block.base));
             if let Some(graph) = block.graph()
-                && near(asked, &block.rows, &graph, &wanted, whose, self.ef, best)
+                && self.block(&block.rows, Some(&graph), dead, best)?
             {
                 return Ok(());
             }
         }
         let block = live.segment.block(number, true)?;
-        let wanted = Wanted { dead: Some((&live.dead, block.base)), ..self.wanted };
-        scan::scan(asked, &block.rows, &wanted, whose, best, fetch)
+        self.block(&block.rows, None, Some((&live.dead, block.base)), best).map(drop)
+    }
+
+    /// False if the graph that is given could not find enough.
+    fn block(
+        &self,
+        rows: &Rows<'_>,
+        graph: Option<&graph::View<'_>>,
+        dead: Option<(&Bitmap, usize)>,
+        best: &mut Best,
+    ) -> Result<bool, StorageError> {
+        let Search { asked, whose, fetch, .. } = *self;
+        let met;
+        let mut wanted = Wanted { dead, ..self.wanted };
+        if let Some((filter, meets)) = self.filter {
+            met = self.met(rows, &wanted, filter, meets)?;
+            wanted.allowed = Some(Allowed::Rows(&met));
+        }
+        match graph {
+            Some(graph) => Ok(near(asked, rows, graph, &wanted, whose, self.ef, best)),
+            None => scan::scan(asked, rows, &wanted, whose, best, fetch).map(|()| true),
+        }
+    }
+
+    /// The rows that meet a filter; of those that the facets leave open, those that are wanted.
+    fn met(
+        &self,
+        rows: &Rows<'_>,
+        wanted: &Wanted<'_>,
+        filter: &Filter,
+        meets: Meets<'_>,
+    ) -> Result<Vec<u32>, StorageError> {
+        let Met { mut sure, may } = rows.facets.find(filter, rows.len() as u32);
+        if sure.len() < may.len() {
+            let certain = sure.len();
+            for row in may {
+                let open = sure[..certain].binary_search(&row).is_err();
+                if open && wanted.has(rows, row) && meets(self.whose, &rows.ids[row as usize])? {
+                    sure.push(row);
+                }
+            }
+            sure.sort_unstable();
+        }
+        Ok(sure)
     }
 }
 

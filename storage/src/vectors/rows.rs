@@ -1,6 +1,7 @@
 //! The rows of one block: the vectors of one owner, space and month, by column.
 
 use super::codes::{self, Loss};
+use super::facets::Facets;
 use super::product::Book;
 use crate::codec;
 use crate::model::{GLOBAL_TENANT, MemoryId, Owner, Status, UnixMs};
@@ -51,6 +52,7 @@ pub struct Rows<'a> {
     /// All are active and never expire.
     pub plain: bool,
     pub index: Index<'a>,
+    pub facets: Facets<'a>,
 }
 
 /// Rows that only [`super::product`] codes are kept of.
@@ -148,6 +150,47 @@ impl Bitmap {
     }
 }
 
+/// The rows of a block that meet a search's conditions.
+#[derive(Clone, Copy)]
+pub enum Allowed<'a> {
+    /// These, and other blocks' rows.
+    Ids(&'a HashSet<MemoryId>),
+    /// In order.
+    Rows(&'a [u32]),
+}
+
+impl Allowed<'_> {
+    pub fn len(&self) -> usize {
+        match self {
+            Allowed::Ids(ids) => ids.len(),
+            Allowed::Rows(rows) => rows.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// In order.
+    pub fn of(&self, rows: &Rows<'_>) -> Vec<u32> {
+        match self {
+            Allowed::Ids(ids) => {
+                let mut found: Vec<u32> = ids.iter().filter_map(|id| rows.find(id)).collect();
+                found.sort_unstable();
+                found
+            }
+            Allowed::Rows(rows) => rows.to_vec(),
+        }
+    }
+
+    fn has(&self, rows: &Rows<'_>, row: u32) -> bool {
+        match self {
+            Allowed::Ids(ids) => ids.contains(&rows.ids[row as usize]),
+            Allowed::Rows(rows) => rows.binary_search(&row).is_ok(),
+        }
+    }
+}
+
 /// Which rows a search may find.
 #[derive(Clone, Copy)]
 pub struct Wanted<'a> {
@@ -155,7 +198,7 @@ pub struct Wanted<'a> {
     /// What has expired by then is not found.
     pub now: UnixMs,
     /// If given: only these.
-    pub allowed: Option<&'a HashSet<MemoryId>>,
+    pub allowed: Option<Allowed<'a>>,
     /// If given: of GLOBAL memories, only those whose slots are shown. (Of other owners all memories are in one slot.)
     pub shown: Option<&'a Slots>,
     /// Rows that were superseded, and the number in it of the block's first.
@@ -177,7 +220,7 @@ impl Wanted<'_> {
         !self.dead.is_some_and(|(dead, base)| dead.contains(base + at))
             && (rows.plain && self.statuses.contains(&Status::Active)
                 || rows.expires[at] > self.now && self.statuses.iter().any(|s| *s as u8 == rows.statuses[at]))
-            && self.allowed.is_none_or(|allowed| allowed.contains(&rows.ids[at]))
+            && self.allowed.is_none_or(|allowed| allowed.has(rows, row))
             && self
                 .shown
                 .is_none_or(|slots| slots.shows(GLOBAL_TENANT, slot_of(&Owner::Global, &rows.ids[at])))

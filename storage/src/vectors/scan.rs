@@ -154,8 +154,7 @@ pub fn scan(
 ) -> Result<(), StorageError> {
     // A few are looked up rather than looked for.
     if let Some(allowed) = wanted.allowed.filter(|allowed| allowed.len() < rows.len() / 8) {
-        let mut found: Vec<u32> = allowed.iter().filter_map(|id| rows.find(id)).collect();
-        found.sort_unstable();
+        let mut found = allowed.of(rows);
         found.retain(|row| wanted.has(rows, *row));
         return decide(asked, rows, found.into_iter().map(|row| (f32::INFINITY, row)), whose, best, fetch);
     }

@@ -1,9 +1,9 @@
 //! An immutable file of vectors, opened by mapping it.
 //!
 //! ```text
-//! LOCISEG1 │ [book …] │ block │ block │ … │ directory │ footer
-//! block:     head · codes · rests · scales · ids · positions · expiries · statuses · [order · graph] ┊ [originals]
-//!         or head · product codes    · ids · positions · expiries · statuses
+//! LOCISEG2 │ [book …] │ block │ block │ … │ directory │ footer
+//! block:     head · codes · rests · scales · ids · positions · expiries · statuses · [order · graph] · facets ┊ [originals]
+//!         or head · product codes    · ids · positions · expiries · statuses                      · facets
 //! ```
 //!
 //! A block holds the rows of one kind ([`Kind`]: owner, space, dimension), sorted by id, or, with a graph, in the order in which searches visit
@@ -14,6 +14,7 @@
 //! the points of [`super::product`] that several blocks share.
 
 use super::codes::{self, Loss};
+use super::facets::{Facets, Listed, Lists};
 use super::graph::{Graph, View};
 use super::product::{self, Book};
 use super::rows::{Hash, Index, Kind, Product, Rows};
@@ -31,7 +32,7 @@ use std::sync::{Arc, Mutex};
 #[cfg(target_endian = "big")]
 compile_error!("segments are little-endian and mapped as they are");
 
-pub const MAGIC: &[u8; 8] = b"LOCISEG1";
+pub const MAGIC: &[u8; 8] = b"LOCISEG2";
 const END: &[u8; 8] = b"LOCISEGE";
 const ALIGN: usize = 64;
 /// Written and verified this many bytes at a time.
@@ -105,12 +106,14 @@ struct Head {
     plain: bool,
     /// Of its graph: levels, and the lengths of links, side list and twins.
     graph: Option<(Vec<u32>, [u32; 3])>,
+    /// Of its facets: terms, their bytes, and rows listed.
+    facets: [u32; 3],
     product: Option<BookAt>,
 }
 
 /// Where a block's sections are, from its beginning.
 struct Layout {
-    sections: [Range<usize>; 12],
+    sections: [Range<usize>; 16],
     end: usize,
 }
 
@@ -130,6 +133,7 @@ impl Layout {
             }
         };
         let [links, side, twins] = lengths;
+        let [terms, term_bytes, listed] = head.facets.map(|length| length as usize);
         let codes = match head.product {
             Some(_) => [rows.checked_mul(product::parts(head.kind.dimension))?, 0, 0],
             None => [rows.checked_mul(stride)?, rows.checked_mul(stride)? / 2, rows * 4],
@@ -147,6 +151,10 @@ impl Layout {
             links * 4,
             side * 4,
             twins * 4,
+            terms * 4,
+            terms * 4,
+            term_bytes,
+            listed * 4,
         ];
         let mut at = head_len.next_multiple_of(ALIGN);
         let sections = sizes.map(|size| {
@@ -314,8 +322,21 @@ impl Segment {
         let Some(Layout { sections, .. }) = layout else {
             return Err(problem("the block's sections do not fit it"));
         };
-        let [codes, rests, scales, ids, positions, expires, statuses, order, starts, links, side, twins] =
-            sections;
+        let [
+            codes,
+            rests,
+            scales,
+            ids,
+            positions,
+            expires,
+            statuses,
+            order,
+            starts,
+            links,
+            side,
+            twins,
+            lists @ ..,
+        ] = sections;
         fn column<T: Pod>(bytes: &[u8], at: Range<usize>) -> &[T] {
             bytemuck::cast_slice(&bytes[at])
         }
@@ -345,6 +366,13 @@ impl Segment {
             of_product = Some(Product { book: Book::of(book), codes });
             codes = &[];
         }
+        let [term_ends, row_ends, terms, listed] = lists;
+        let facets = Listed {
+            terms: &bytes[terms],
+            ends: column(bytes, term_ends),
+            rows: column(bytes, listed),
+            row_ends: column(bytes, row_ends),
+        };
         let rows = Rows {
             dimension: head.kind.dimension,
             product: of_product,
@@ -359,6 +387,7 @@ impl Segment {
             loss: Loss { norm, coarse, fine },
             plain: head.plain,
             index: if head.graph.is_some() { Index::Order(order) } else { Index::Sorted },
+            facets: Facets::Listed(facets),
         };
         let block = Block {
             kind: head.kind,
@@ -374,10 +403,11 @@ impl Segment {
             let in_range = order.iter().all(|row| *row < entry.rows);
             if block.kind.hash() != entry.hash
                 || !in_range
+                || !facets.sound(entry.rows)
                 || block.graph().is_some_and(|graph| !graph.sound(entry.rows as usize))
             {
                 return Err(problem(
-                    "the block is not the one that its directory tells, or its graph leads nowhere",
+                    "the block is not the one that its directory tells, or its graph or facets lead nowhere",
                 ));
             }
             self.verified[number].fetch_or(1, Relaxed);
@@ -553,12 +583,14 @@ impl Writer {
         });
         let lengths = |g: &Graph| [&g.links, &g.side, &g.twins].map(|list| list.len() as u32);
         let shape = graph.map(|g| (g.levels.clone(), lengths(g)));
+        let facets = Lists::of(sources, rows);
         let head = Head {
             kind: kind.clone(),
             rows: rows.len() as u32,
             loss: [loss.norm, loss.coarse, loss.fine],
             plain,
             graph: shape,
+            facets: [facets.ends.len(), facets.terms.len(), facets.rows.len()].map(|length| length as u32),
             product: match precision {
                 Precision::Product(_, at) => Some(at),
                 _ => None,
@@ -603,6 +635,15 @@ impl Writer {
                 self.push(bytemuck::cast_slice(numbers))?;
                 self.align()?;
             }
+        }
+        for part in [
+            bytemuck::cast_slice(&facets.ends),
+            bytemuck::cast_slice(&facets.row_ends),
+            &facets.terms[..],
+            bytemuck::cast_slice(&facets.rows),
+        ] {
+            self.push(part)?;
+            self.align()?;
         }
         let (len, crc) = (self.at() - offset, self.crc);
         self.crc = 0;
