@@ -8,10 +8,6 @@ use tests::{Directory, Result, loci, root};
 /// Found on the first seeds, and needs no fault.
 const EASY: &str = "search-the-words-of-all-tenants";
 
-fn sim(args: &[&str]) -> Result<Output> {
-    cargo(&[&["sim"], args].concat())
-}
-
 fn cargo(args: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(root()).args(args);

@@ -164,7 +164,8 @@ async fn carry(
         }
         links.wait_for(through).await.map_err(io::Error::other)?;
         let mut far = TcpStream::connect(target).await?;
-        (far.set_nodelay(true)?, far.set_zero_linger()?);
+        far.set_nodelay(true)?;
+        far.set_zero_linger()?;
         let ((near_read, near_write), (far_read, far_write)) = (near.split(), far.split());
         let there = pump((from, to), near_read, far_write, links.clone(), &met);
         let back = pump((to, from), far_read, near_write, links, &met);
