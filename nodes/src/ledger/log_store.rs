@@ -201,12 +201,19 @@ impl RaftLogReader<Types> for LogStore {
         self.meta(VOTE)
     }
 
-    /// A chunk bounded in bytes; openraft asks again from where it ended.
+    /// A chunk bounded in bytes; openraft asks again from where it ended. None where the log begins later: openraft purges under a
+    /// stream to a peer that came back with an empty disk, and takes an error for the end of the ledger, but nothing for a heartbeat.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
         if start >= end {
             return Ok(vec![]);
         }
-        let chunk = self.chunk(position_index(start)..position_index(end))?;
+        let chunk = match self.chunk(position_index(start)..position_index(end)) {
+            Err(_) if position_index(start) < self.log.first_index() => {
+                sim::trace::probe("ledger: a stream asked for entries that are purged");
+                return Ok(vec![]);
+            }
+            chunk => chunk?,
+        };
         chunk.iter().map(|(i, p)| decode_entry(p).map_err(|e| failed(&format!("entry {i}"), e))).collect()
     }
 }
@@ -274,5 +281,42 @@ impl RaftLogStorage<Types> for LogStore {
             sim::task::abort(&format!("the ledger's log cannot be purged ({error}); check the disk")).await;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use openraft::entry::RaftEntry;
+    use openraft::vote::RaftLeaderId;
+    use sim::disk::simulated::SimDisk;
+    use storage::log::LogOptions;
+
+    #[test]
+    fn a_stream_over_purged_entries_gets_none_of_them_and_no_error() -> Result<(), Box<dyn std::error::Error>>
+    {
+        let options = LogOptions { segment_bytes_max: 200, cache_bytes_max: 0 };
+        let log = Arc::new(Log::open(SimDisk::new(1), "log", options)?);
+        let leader = openraft::alias::LeaderIdOf::<Types>::new(1, 1).to_committed();
+        for index in 0..40 {
+            let id = openraft::alias::LogIdOf::<Types>::new(leader, index);
+            let entry = Entry::new(id, EntryPayload::Normal(Data([7; 50].as_slice().into())));
+            log.append(&[(position_index(index), &encode_entry(&entry))])?;
+        }
+        log.sync()?;
+        log.purge_to(position_index(19))?;
+        let there = log.first_index() - 1;
+        assert!(there > 0);
+        sim::task::run_test(async move {
+            let mut store = LogStore::new(log);
+            assert!(store.limited_get_log_entries(there - 1, 40).await?.is_empty());
+            assert_eq!(
+                store.limited_get_log_entries(there, 40).await?.first().map(|e| e.log_id().index),
+                Some(there)
+            );
+            let beyond = store.limited_get_log_entries(41, 43).await;
+            assert!(beyond.is_err(), "what was never there is no purged entry: {beyond:?}");
+            Ok(())
+        })?
     }
 }
