@@ -160,7 +160,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl World {
-    fn current() -> World {
+    pub(crate) fn current() -> World {
         WORLD
             .with(|w| w.borrow().clone())
             .expect("no simulated world on this thread: start one with sim::world::run")
