@@ -498,10 +498,10 @@ pub fn find(name: &str) -> Result<Scenario, String> {
 
 impl Scenario {
     /// What a file may say that no run can do.
-    fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> Result<(), String> {
         let Topology { replicas, gateways, loss, shards, spares, .. } = self.topology;
-        if !(1..=9).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
-            return Err("topology: 1 to 9 replicas, at most 50 gateways, a loss below 0.5".into());
+        if !(1..=20).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
+            return Err("topology: 1 to 20 replicas, at most 50 gateways, a loss below 0.5".into());
         }
         if !(1..=64).contains(&shards) || spares >= replicas {
             return Err("topology: 1 to 64 shards, and fewer spares than replicas".into());
