@@ -3,10 +3,11 @@
 
 use proofs::{MONTHS, command};
 use proptest::prelude::*;
-use sim::disk::Disk;
 use sim::disk::simulated::SimDisk;
+use sim::disk::{Disk, File, SqliteLocation};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::{io, thread};
 use storage::model::*;
 use storage::vectors::dot;
 use storage::vectors::manifest::{self, MANIFEST};
@@ -479,6 +480,118 @@ fn no_merge_makes_a_segment_of_more_rows_than_it_may_have() -> Result<(), Storag
         let hits = shard
             .search(&SearchQuery { k: 3, ..proofs::search(vec![memory.owner()], memory.vector.clone()) })?;
         assert!(hits.len() == 3 && hits.iter().any(|hit| hit.memory.id == memory.id), "memory {at}");
+    }
+    shard.verify()
+}
+
+/// A disk on which no segment is begun while it is held.
+struct Held {
+    disk: Arc<SimDisk>,
+    /// Whether it is held, and whether somebody waits for it.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Held {
+    fn wait_until(&self, until: fn(&(bool, bool)) -> bool) -> MutexGuard<'_, (bool, bool)> {
+        let state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.changed.wait_while(state, |state| !until(state)).unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Until what it gives is dropped.
+    fn hold(&self) -> Holding<'_> {
+        self.wait_until(|_| true).0 = true;
+        Holding(self)
+    }
+}
+
+struct Holding<'a>(&'a Held);
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        self.0.wait_until(|_| true).0 = false;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Disk for Held {
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        if path.ends_with(".seg") {
+            self.wait_until(|_| true).1 = true;
+            self.changed.notify_all();
+            self.wait_until(|(held, _)| !held).1 = false;
+        }
+        self.disk.create(path)
+    }
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        self.disk.open(path)
+    }
+    fn create_dir_all(&self, path: &str) -> io::Result<()> {
+        self.disk.create_dir_all(path)
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove(&self, path: &str) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn sync_dir(&self, dir: &str) -> io::Result<()> {
+        self.disk.sync_dir(dir)
+    }
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+    fn exists(&self, path: &str) -> io::Result<bool> {
+        self.disk.exists(path)
+    }
+    fn sqlite(&self, path: &str) -> io::Result<SqliteLocation> {
+        self.disk.sqlite(path)
+    }
+}
+
+/// While a merge, or a seal, has not got further than its beginning, memories are written, found and deleted.
+#[test]
+fn searches_and_writes_wait_for_no_merge_and_no_seal() -> Result<(), StorageError> {
+    let held = Arc::new(Held { disk: SimDisk::new(3), state: Mutex::default(), changed: Condvar::new() });
+    let shard = &Shard::open(held.clone(), "views", proofs::options())?;
+    let one = |id: u8| added(id, 1);
+    let mut index = 0;
+    let mut apply = |operation: Operation| {
+        index += 1;
+        let batch = Batch { commands: vec![command(String::new(), operation)] };
+        shard.apply(&[Entry { epoch: 1, index, batch: Some(&batch) }], b"").map(drop)
+    };
+    let found = |memory: &Memory| -> Result<bool, StorageError> {
+        let query = proofs::search(vec![memory.owner()], memory.vector.clone());
+        let hits = shard.search(&SearchQuery { k: 100, space: memory.space.clone(), ..query })?;
+        Ok(hits.iter().any(|hit| hit.memory.id == memory.id))
+    };
+    for id in 0..4 {
+        apply(Operation::Add(one(id)))?;
+        shard.seal()?;
+    }
+    let upkeep: [(u8, &(dyn Fn() -> Result<(), StorageError> + Sync)); 2] = [
+        (10, &|| shard.merge().map(|merged| assert!(merged, "there was nothing to merge"))),
+        (20, &|| shard.seal()),
+    ];
+    for (first, work) in upkeep {
+        let holding = held.hold();
+        thread::scope(|scope| {
+            // Let go by a failure, too.
+            let holding = holding;
+            let worker = scope.spawn(work);
+            drop(held.wait_until(|(_, waits)| *waits));
+            for id in first..first + 5 {
+                apply(Operation::Add(one(id)))?;
+                assert!(found(&one(id))? && found(&one(1))?, "memory {id}");
+            }
+            apply(Operation::Delete { id: [first; 16], expected_version: None })?;
+            assert!(!found(&one(first))?);
+            assert!(!worker.is_finished());
+            drop(holding);
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        assert!(found(&one(first + 1))? && found(&one(1))? && !found(&one(first))?);
     }
     shard.verify()
 }

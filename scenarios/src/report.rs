@@ -151,10 +151,12 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 36] = [
+pub const PROBES: [&str; 39] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
+    "control: a node is down",
+    "control: a node is lost",
     "disk: power losses",
     "disk: unsynced writes lost",
     "disk: unsynced writes torn",
@@ -167,6 +169,7 @@ pub const PROBES: [&str; 36] = [
     "disk: operations stuck",
     "fact: healed from its second copy",
     "ledger: a deposed leader's entries cut",
+    "ledger: a stream asked for entries that are purged",
     "ledger: a write's outcome unknown",
     "ledger: an unheard leader gave way",
     "ledger: snapshot installed",

@@ -5,7 +5,7 @@ use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 11] = [
+pub const SHIPPED: [(&str, &str); 12] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -16,6 +16,7 @@ pub const SHIPPED: [(&str, &str); 11] = [
     ("resharding", include_str!("../files/resharding.toml")),
     ("pinning", include_str!("../files/pinning.toml")),
     ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
+    ("node-lost", include_str!("../files/node-lost.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
 ];
 
@@ -129,6 +130,9 @@ pub struct Change {
     /// The number of a tenant that is pinned no longer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unpin: Option<usize>,
+    /// Nothing is done, but waited for: that the cluster has given a node up, and its replicas to others.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lost: bool,
 }
 
 /// Less than this proves nothing.
@@ -160,6 +164,9 @@ pub struct Topology {
     /// Shards of the new cluster.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub shards: u32,
+    /// After so many seconds of silence a node is lost: its replicas go to others. Absent: as production has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_after_s: Option<u64>,
     /// Of the replicas, the last so many are not among the cluster's first nodes; they can be joined later.
     #[serde(default, skip_serializing_if = "is_default")]
     pub spares: usize,
@@ -498,10 +505,10 @@ pub fn find(name: &str) -> Result<Scenario, String> {
 
 impl Scenario {
     /// What a file may say that no run can do.
-    fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> Result<(), String> {
         let Topology { replicas, gateways, loss, shards, spares, .. } = self.topology;
-        if !(1..=9).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
-            return Err("topology: 1 to 9 replicas, at most 50 gateways, a loss below 0.5".into());
+        if !(1..=20).contains(&replicas) || gateways > 50 || !(0.0..0.5).contains(&loss) {
+            return Err("topology: 1 to 20 replicas, at most 50 gateways, a loss below 0.5".into());
         }
         if !(1..=64).contains(&shards) || spares >= replicas {
             return Err("topology: 1 to 64 shards, and fewer spares than replicas".into());
@@ -518,8 +525,8 @@ impl Scenario {
         let one = |change: &Change| {
             let slots = change.shards.is_some() || change.pin.is_some() != change.unpin.is_some();
             let both = change.pin.is_some() && change.unpin.is_some();
-            let nodes = [change.join.is_some(), change.drain.is_some()].iter().filter(|is| **is).count();
-            !both && slots as usize + nodes == 1
+            let nodes = [change.join.is_some(), change.drain.is_some(), change.lost];
+            !both && slots as usize + nodes.iter().filter(|is| **is).count() == 1
         };
         let tenant = |change: &Change| {
             let tenants = [change.pin.map(|(tenant, _)| tenant), change.unpin];
@@ -536,7 +543,7 @@ impl Scenario {
                 && change.shards.is_none_or(|n| (1..=64).contains(&n))
         }) {
             return Err(
-                "changes: each is one of join, drain (the number of a node), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
+                "changes: each is one of join, drain (the number of a node), lost (true), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
                  those alone"
                     .into(),
             );

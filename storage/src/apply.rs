@@ -38,6 +38,17 @@ pub enum Effect {
     DropMonth(Month),
 }
 
+impl Effect {
+    /// What is put into the vector view.
+    pub fn coded(&self) -> Option<&Coded> {
+        match self {
+            Effect::Put { coded, .. } => coded.as_ref(),
+            Effect::Arrive { coded } => Some(coded),
+            _ => None,
+        }
+    }
+}
+
 /// One transaction's work.
 pub struct Applier<'a> {
     pub db: &'a Connection,

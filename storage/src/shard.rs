@@ -248,8 +248,11 @@ impl Shard {
         // Searches wait for the commit, which is short if the words are in their index before (a savepoint does that), and the pages in the log.
         transaction.execute_batch("SAVEPOINT words; RELEASE words")?;
         transaction.cache_flush()?;
+        // Nor do they wait while what the buffer has is copied to where there is room for more.
+        let mut grown = self.tree().buffer.grown(effects.iter().filter_map(Effect::coded));
         let mut tree = self.tree_mut();
         transaction.commit()?;
+        tree.buffer.take_grown(&mut grown);
         let (mut touched, mut any) = (vec![], state.slots != before.slots);
         let cache = |memory: &Arc<Memory>| {
             self.cache.store_applied(&memory.tenant, memory.slot(), memory.id, Some(memory.clone()));

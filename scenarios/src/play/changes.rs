@@ -26,8 +26,9 @@ pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change
 }
 
 fn describe(change: &Change) -> String {
-    let Change { shards, join, drain, pin, unpin, .. } = *change;
+    let Change { shards, join, drain, pin, unpin, lost, .. } = *change;
     let all = [
+        lost.then(|| "wait until a node is lost and replaced".to_string()),
         pin.map(|(of, to)| format!("pin {} to shard {to}", tenant(of))),
         unpin.map(|of| format!("unpin {}", tenant(of))),
         shards.map(|shards| format!("change to {shards} shards")),
@@ -39,7 +40,7 @@ fn describe(change: &Change) -> String {
 
 /// Asks for a change, which is harmless when it is under way or done; whether it is done.
 async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
-    let Change { shards, join, drain, pin, unpin, .. } = *change;
+    let Change { shards, join, drain, pin, unpin, lost, .. } = *change;
     let joined = join.and_then(|id| {
         let mut numbered = cluster.replicas.iter().chain(&cluster.caches);
         let address = numbered.nth(id as usize - 1).map(|node| cluster.addr(*node))?;
@@ -65,4 +66,5 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
         && drain.is_none_or(drained)
         && pin.is_none_or(is_at)
         && unpin.is_none_or(|of| pin_of(of).is_none())
+        && (!lost || map.nodes.iter().any(|node| node.state == "lost" && node.shards.is_empty()))
 }

@@ -61,6 +61,7 @@ impl Cluster {
             Some(rows) => format!("product_after_days = -40\nproduct_rows_min = {rows}\n"),
             None => String::new(),
         };
+        let lost_after = scenario.topology.lost_after_s.map(|s| format!("node_lost_after_s = {s}\n"));
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
         let caches = (1..=scenario.topology.caches).map(|i| (format!("c{i}"), Some((replicas + i) as u64)));
@@ -74,7 +75,7 @@ impl Cluster {
             let text = format!(
                 "name = '{name}'\nlisten = '{name}:{PORT}'\ncluster_secret = \"{SECRET}\"\nroles = [{roles}]\n{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
-                 vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}",
+                 vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}{}",
                 scenario.topology.shards,
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 limits.checkpoint_entries,
@@ -83,6 +84,7 @@ impl Cluster {
                 limits.base_bytes_min,
                 limits.vector_buffer_bytes,
                 limits.graph_rows_min,
+                lost_after.as_deref().unwrap_or_default(),
             );
             new.push(NewNode { config: NodeConfig::parse(&text)?, limits, keys: file.clone() });
         }

@@ -145,10 +145,14 @@ enum Cmd {
         #[arg(long, default_value_t = 0)]
         jobs: usize,
     },
-    /// How many virtual seconds an idle cluster of three passes per second of wall time.
+    /// How many virtual seconds an idle cluster passes per second of wall time.
     Idle {
         #[arg(long, default_value_t = 600)]
         virtual_s: u64,
+        #[arg(long, default_value_t = 3)]
+        nodes: usize,
+        #[arg(long, default_value_t = 1)]
+        shards: u32,
     },
 }
 
@@ -226,7 +230,7 @@ pub fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }),
         Cmd::Regressions { folder, jobs: asked } => regressions(&folder, jobs(asked)),
-        Cmd::Idle { virtual_s } => idle(virtual_s),
+        Cmd::Idle { virtual_s, nodes, shards } => idle(virtual_s, nodes, shards),
     };
     done.unwrap_or_else(|error| {
         eprintln!("{error}");
@@ -309,13 +313,13 @@ fn regressions(folder: &str, jobs: usize) -> Result<ExitCode, String> {
     Ok(ExitCode::from(worst.exit_code()))
 }
 
-fn idle(virtual_s: u64) -> Result<ExitCode, String> {
+fn idle(virtual_s: u64, nodes: usize, shards: u32) -> Result<ExitCode, String> {
     let started = wall_seconds();
-    let entries = super::run::idle(virtual_s).map_err(|e| e.to_string())?;
+    let entries = super::run::idle(virtual_s, nodes, shards).map_err(|e| e.to_string())?;
     let wall_s = (wall_seconds() - started).max(0.01);
     let speed = virtual_s as f64 / wall_s;
     println!(
-        "three idle nodes: {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)"
+        "{nodes} idle nodes, shards: {shards}; {virtual_s} virtual s in {wall_s:.2} wall s: {speed:.0} virtual s per wall s ({entries} ledger entries)"
     );
     Ok(ExitCode::SUCCESS)
 }

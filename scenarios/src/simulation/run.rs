@@ -52,10 +52,11 @@ pub fn run(name: &str, scenario: &Scenario, seed: u64, all: bool) -> Run {
     Run { report, settled, history, lines: outcome.lines, events: outcome.events, nodes: outcome.nodes }
 }
 
-/// Lets three nodes do nothing for a while; how many entries their ledger has then.
-pub fn idle(virtual_s: u64) -> Result<u64, Error> {
+/// Lets so many nodes with so many shards do nothing for a while; how many entries the first shard's ledger has then.
+pub fn idle(virtual_s: u64, nodes: usize, shards: u32) -> Result<u64, Error> {
     let mut scenario = crate::spec::find("steady").map_err(Error::Internal)?;
-    scenario.topology.gateways = 0;
+    (scenario.topology.gateways, scenario.topology.replicas, scenario.topology.shards) = (0, nodes, shards);
+    scenario.check().map_err(Error::Internal)?;
     let scenario = settle(&scenario, 1);
     let outcome = world::run(1, false, |world| async move {
         let machines = Arc::new(Simulated::new(&world, &scenario));

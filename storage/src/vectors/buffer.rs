@@ -48,6 +48,7 @@ impl Coded {
 }
 
 /// The vectors of one kind and month.
+#[derive(Clone)]
 pub struct Block {
     pub kind: Kind,
     codes: Vec<u8>,
@@ -111,6 +112,27 @@ impl Block {
             index: Index::Map(&self.place),
             facets: Facets::Map(&self.facets),
         }
+    }
+
+    /// A copy with room for `rows` more, if there is none here.
+    fn grown(&self, rows: usize) -> Option<Block> {
+        let room = self.ids.len() + rows;
+        if room <= self.ids.capacity() {
+            return None;
+        }
+        let (mut copy, room) = (self.clone(), room.next_power_of_two() - self.ids.len());
+        let stride = codes::stride(self.kind.dimension);
+        copy.codes.reserve_exact(room * stride);
+        copy.rests.reserve_exact(room * stride / 2);
+        copy.originals.reserve_exact(room * self.kind.dimension);
+        copy.scales.reserve_exact(room);
+        copy.ids.reserve_exact(room);
+        copy.positions.reserve_exact(room);
+        copy.expires.reserve_exact(room);
+        copy.statuses.reserve_exact(room);
+        copy.terms.reserve_exact(room);
+        copy.place.reserve(room);
+        Some(copy)
     }
 
     fn push(&mut self, coded: &Coded) {
@@ -210,6 +232,22 @@ impl Buffer {
 
     pub fn months(&self) -> std::collections::BTreeSet<Month> {
         self.blocks.keys().map(|(_, month)| *month).collect()
+    }
+
+    /// Copies of the blocks that have no room for what is to be put here, so that whoever waits for that need not wait for copying.
+    pub fn grown<'a>(&self, coded: impl Iterator<Item = &'a Coded>) -> Vec<((Hash, Month), Block)> {
+        let mut more: BTreeMap<(Hash, Month), usize> = BTreeMap::new();
+        coded.for_each(|coded| *more.entry((coded.hash, coded.month)).or_default() += 1);
+        more.into_iter().filter_map(|(key, rows)| Some((key, self.blocks.get(&key)?.grown(rows)?))).collect()
+    }
+
+    /// Takes those in, if nothing was sealed meanwhile; what they take the place of is left in them.
+    pub fn take_grown(&mut self, grown: &mut [((Hash, Month), Block)]) {
+        for (key, block) in grown {
+            if let Some(old) = self.blocks.get_mut(key) {
+                std::mem::swap(old, block);
+            }
+        }
     }
 
     /// Puts a memory's vector here, in the place of one that it had here.
