@@ -570,7 +570,8 @@ fn searches_and_writes_wait_for_no_merge_and_no_seal() -> Result<(), StorageErro
         apply(Operation::Add(one(id)))?;
         shard.seal()?;
     }
-    let upkeep: [(u8, &(dyn Fn() -> Result<(), StorageError> + Sync)); 2] = [
+    type Upkeep<'a> = &'a (dyn Fn() -> Result<(), StorageError> + Sync);
+    let upkeep: [(u8, Upkeep); 2] = [
         (10, &|| shard.merge().map(|merged| assert!(merged, "there was nothing to merge"))),
         (20, &|| shard.seal()),
     ];
