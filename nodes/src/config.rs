@@ -195,8 +195,9 @@ impl NodeConfig {
 
     /// The address under which peers know this node.
     pub fn here(&self) -> Result<String, Error> {
-        let listed = self.id.and_then(|id| self.voters().map(|voters| voters.get(&id).cloned()).transpose());
-        Ok(self.advertise.clone().or(listed.transpose()?).unwrap_or(self.listen.clone()))
+        let mut voters = self.voters()?;
+        let listed = self.id.and_then(|id| voters.remove(&id));
+        Ok(self.advertise.clone().or(listed).unwrap_or_else(|| self.listen.clone()))
     }
 
     pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {

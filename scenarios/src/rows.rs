@@ -5,7 +5,7 @@ use crate::report::{Report, Verdict};
 use crate::spec::{self, Recovery};
 use serde::{Deserialize, Serialize};
 
-/// One row; times in virtual seconds, `None` where no run of it measured them.
+/// One row; times in seconds, virtual ones of simulated runs, `None` where no run of it measured them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     pub row: String,

@@ -38,6 +38,11 @@ fn prepare(dir: &Path, nodes: usize) -> Result<String> {
     Ok(key)
 }
 
+/// A command's arguments, for a node.
+fn to<'a>(addr: &'a str, key: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+    [&["--addr", addr, "--key", key], args].concat()
+}
+
 fn node(dir: &Path, file: &str) -> Result<Process> {
     start(dir, &["node", "--config", file])
 }
@@ -58,9 +63,8 @@ fn write(writer: usize, dir: &Path, key: &str, addr: &str, stop: &Arc<AtomicBool
         while !stop.load(Ordering::SeqCst) {
             let (number, text) = (written.len(), format!("writer {writer} memory {}", written.len()));
             let (user, key_of) = (format!("user {}", number % 40), format!("{writer}/{number}"));
-            let to = ["--addr", &addr, "--key", &key];
             let add = ["add", &text, "--user", &user, "--idempotency-key", &key_of];
-            run_until_ok(&dir, &[&to[..], &add[..]].concat()).map_err(|e| e.to_string())?;
+            run_until_ok(&dir, &to(&addr, &key, &add)).map_err(|e| e.to_string())?;
             written.push(text);
         }
         Ok(written)
@@ -98,12 +102,8 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
     for file in &files {
         nodes.push(Some(node(&dir.0, file)?));
     }
-    let at_node = |number: usize, args: &[&str]| -> Vec<String> {
-        ["--addr", &at[number - 1], "--key", &key].iter().chain(args).map(|a| a.to_string()).collect()
-    };
     let go = |number: usize, args: &[&str]| -> Result<String> {
-        let args = at_node(number, args);
-        run_until_ok(&dir.0, &args.iter().map(String::as_str).collect::<Vec<_>>())
+        run_until_ok(&dir.0, &to(&at[number - 1], &key, args))
     };
     assert_eq!(shards(&go(1, &["cluster", "status", "--json"])?), 2);
     // A node that only its own file names is unknown until it joins; any node takes the command.
@@ -129,8 +129,8 @@ fn no_memory_is_lost_or_doubled_while_shards_and_nodes_come_and_go() -> Result<(
         each_once(&go(number, &["list", "--json"])?, &written)?;
     }
     // A key that was used on a shard that is gone is honoured where its memory is now.
-    let args = at_node(1, &["add", "writer 0 memory 0", "--user", "user 0", "--idempotency-key", "0/0"]);
-    let again = run(&dir.0, &args.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let add = ["add", "writer 0 memory 0", "--user", "user 0", "--idempotency-key", "0/0"];
+    let again = run(&dir.0, &to(&at[0], &key, &add))?;
     assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
     assert_eq!(go(1, &["list", "--json"])?.lines().count(), written.len(), "a retried key added again");
     Ok(())
@@ -145,12 +145,10 @@ fn no_memory_is_lost_or_doubled_while_its_tenant_is_pinned_and_unpinned() -> Res
     let files: Vec<String> = (1..=3).map(|id| configure(&dir.0, id, &at)).collect::<Result<_>>()?;
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
     let go = |number: usize, args: &[&str]| -> Result<String> {
-        let to = ["--addr", &at[number - 1], "--key", &key];
-        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+        run_until_ok(&dir.0, &to(&at[number - 1], &key, args))
     };
     let refused = |args: &[&str]| -> Result<String> {
-        let to = ["--addr", &at[0], "--key", &key];
-        let done = run(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())?;
+        let done = run(&dir.0, &to(&at[0], &key, args))?;
         assert!(!done.status.success(), "{args:?} was done");
         Ok(String::from_utf8_lossy(&done.stderr).into_owned())
     };
@@ -217,10 +215,7 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
         files.push(configure_as(&dir.0, id, &at, roles)?);
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
-    let go = |args: &[&str]| -> Result<String> {
-        let to = ["--addr", &at[0], "--key", &key];
-        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
-    };
+    let go = |args: &[&str]| -> Result<String> { run_until_ok(&dir.0, &to(&at[0], &key, args)) };
     go(&["cluster", "join", "4", &at[3], "--roles", "vector"])?;
     go(&["cluster", "join", "5", &at[4], "--roles", "vector"])?;
     go(&["add", "Ana keeps the spare key under the blue pot", "--user", "ana"])?;
@@ -240,7 +235,7 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
         go(&["add", &format!("written while node {} was dead", down + 1), "--user", "ben"])?;
         nodes[down] = Some(node(&dir.0, &files[down])?);
         // It follows again: the other may die now.
-        while run(&dir.0, &["--addr", &at[down], "--key", &key, "status"])?.status.code() != Some(0) {
+        while run(&dir.0, &to(&at[down], &key, &["status"]))?.status.code() != Some(0) {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
     }
@@ -248,12 +243,11 @@ fn views_live_on_nodes_of_their_own_and_die_alone() -> Result<()> {
     go(&["cluster", "remove", "5"])?;
     assert!(finds()?, "with one of two nodes gone for good");
     // Nobody else has vectors.
-    let to = ["--addr", &at[0], "--key", &key, "cluster", "drain", "4"];
-    let refused = run(&dir.0, &to)?;
+    let refused = run(&dir.0, &to(&at[0], &key, &["cluster", "drain", "4"]))?;
     assert!(String::from_utf8_lossy(&refused.stderr).contains("the last with the role vector"));
     nodes[3].take().map(Process::kill).transpose()?;
-    let to = ["--addr", &at[0], "--key", &key, "search", "the spare key", "--user", "ana"];
-    assert!(!run(&dir.0, &to)?.status.success(), "who has found it?");
+    let search = ["search", "the spare key", "--user", "ana"];
+    assert!(!run(&dir.0, &to(&at[0], &key, &search))?.status.success(), "who has found it?");
     nodes[3] = Some(node(&dir.0, &files[3])?);
     assert!(finds()?);
     Ok(())
@@ -276,8 +270,7 @@ fn a_cache_answers_until_the_ledger_says_otherwise_or_it_dies() -> Result<()> {
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
     let go = |number: usize, args: &[&str]| -> Result<String> {
-        let to = ["--addr", &at[number - 1], "--key", &key];
-        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
+        run_until_ok(&dir.0, &to(&at[number - 1], &key, args))
     };
     go(4, &["cluster", "join", "5", &at[4], "--roles", "cache"])?;
     let added = go(4, &["--json", "add", "The spare key is under the blue pot", "--user", "ana"])?;
@@ -362,10 +355,7 @@ fn a_dead_node_is_replaced_and_may_come_back() -> Result<()> {
         files.push(file);
     }
     let mut nodes = files.iter().map(|file| node(&dir.0, file).map(Some)).collect::<Result<Vec<_>>>()?;
-    let go = |args: &[&str]| -> Result<String> {
-        let to = ["--addr", &at[0], "--key", &key];
-        run_until_ok(&dir.0, &to.iter().chain(args).copied().collect::<Vec<_>>())
-    };
+    let go = |args: &[&str]| -> Result<String> { run_until_ok(&dir.0, &to(&at[0], &key, args)) };
     go(&["cluster", "join", "4", &at[3]])?;
     go(&["add", "The spare key is under the blue pot", "--user", "ana"])?;
     let is = |id: usize, state: &str, replicas: usize| -> Result<bool> {
