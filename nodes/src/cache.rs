@@ -23,7 +23,7 @@
 use crate::control::Control;
 use crate::control::map::ShardId;
 use crate::error::Error;
-use crate::ledger::{FIRST_EPOCH, left};
+use crate::ledger::left;
 use crate::peers::Peers;
 use crate::proto::{internal::Body, v1};
 use crate::roles::Role;
@@ -70,6 +70,7 @@ struct Kept {
     slot: Option<Slot>,
     memory: Arc<Memory>,
     /// The position that it was read at, at least.
+    epoch: u64,
     index: u64,
     at: Instant,
 }
@@ -86,6 +87,7 @@ impl Weighter<(ShardId, MemoryId), Kept> for Weight {
 
 /// How far the cache has heard of a shard.
 struct Heard {
+    epoch: u64,
     index: u64,
     slots: SlotSet,
     at: Instant,
@@ -121,27 +123,33 @@ pub struct CacheView {
     moved: Arc<watch::Sender<u64>>,
 }
 
-fn at(index: u64) -> Position {
-    Position { epoch: FIRST_EPOCH, index, item: 0 }
+fn at((epoch, index): (u64, u64)) -> Position {
+    Position { epoch, index, item: 0 }
 }
 
 enum Looked {
     Hit(Box<Answered>),
     /// Where the cache is.
-    Miss(u64),
+    Miss(Position),
     Behind,
+    /// What is asked for is of an epoch that is over.
+    Over,
 }
 
 impl State {
     /// Takes what a replica told, unless it is behind.
     fn hear(&mut self, shard: ShardId, at: Instant, told: WhatChanged) {
-        let (index, slots) = (told.position.index, told.slots);
+        let (epoch, index, slots) = (told.position.epoch, told.position.index, told.slots);
+        // What another region goes on with may lack what was kept.
+        if self.shards.get(&shard).is_some_and(|heard| heard.epoch < epoch) {
+            self.forget(shard);
+        }
         let Some(heard) = self.shards.get_mut(&shard) else {
             let (lately, age_ms) = (HashMap::new(), told.age_ms);
-            self.shards.insert(shard, Heard { index, slots, at, age_ms, lately, lately_from: index });
+            self.shards.insert(shard, Heard { epoch, index, slots, at, age_ms, lately, lately_from: index });
             return;
         };
-        if index < heard.index {
+        if (epoch, index) < (heard.epoch, heard.index) {
             return;
         }
         match told.changed {
@@ -174,7 +182,7 @@ impl State {
     fn keep(&mut self, shard: ShardId, id: MemoryId, kept: Kept) {
         let Some(heard) = self.shards.get(&shard) else { return };
         let changed = heard.lately.get(&id).is_some_and(|changed| *changed > kept.index);
-        let known = kept.index >= heard.lately_from && !changed;
+        let known = kept.epoch == heard.epoch && kept.index >= heard.lately_from && !changed;
         if known || sim::planted!("keep-in-a-cache-what-changed-meanwhile") {
             self.memories.insert((shard, id), kept);
         }
@@ -257,21 +265,23 @@ impl CacheView {
         let deadline = Instant::now() + Duration::from_millis(query.wait_ms);
         let (Ask::Get { tenant, slot, id, now }, needs) = (&query.ask, &query.needs) else {
             // A probe, of whoever found this cache silent.
-            let position = at(0);
+            let position = Position::default();
             let (found, replica) = (Found::Slots(vec![]), self.name.to_string());
             return Ok(Answered { found, position, staleness_ms: u64::MAX, replica });
         };
         let least = match query.freshness {
-            Freshness::Any => 0,
-            Freshness::AtLeast(position) if position.epoch == FIRST_EPOCH => position.index,
+            Freshness::Any => Position::default(),
+            Freshness::AtLeast(position) => position,
             _ => return Err(Error::NotYetVisible),
         };
         let mut moved = self.moved.subscribe();
-        let index = loop {
+        let here = loop {
             moved.borrow_and_update();
             match self.look(shard, (tenant, *slot, id), *now, least, needs) {
                 Looked::Hit(answered) => return Ok(*answered),
-                Looked::Miss(index) => break index,
+                Looked::Miss(here) => break here,
+                // Whether it survived, replicas know.
+                Looked::Over => return Err(Error::NotYetVisible),
                 Looked::Behind => {
                     let left = left(deadline, || Error::NotYetVisible)?;
                     sim::time::timeout(left, moved.changed()).await.map_err(|_| Error::NotYetVisible)?.ok();
@@ -279,14 +289,13 @@ impl CacheView {
             }
         };
         let (tenant, slot, id) = (tenant.clone(), *slot, *id);
-        let index = index.max(least);
-        query.freshness = Freshness::AtLeast(at(index));
+        query.freshness = Freshness::AtLeast(here.max(least));
         let map = self.router.known();
         let replicas = self.router.at(&map, shard, query.ask.needs());
         let answered = replicas.reach.query(query, deadline).await?;
         if let Found::Memory(Some(memory)) = &answered.found {
-            let (memory, index) = (memory.clone(), answered.position.index);
-            let kept = Kept { tenant, slot, memory, index, at: Instant::now() };
+            let (memory, Position { epoch, index, .. }) = (memory.clone(), answered.position);
+            let kept = Kept { tenant, slot, memory, epoch, index, at: Instant::now() };
             sim::rand::buggify_wait("before a cache keeps what it read", 1.0, Duration::from_millis(75))
                 .await;
             self.state().keep(shard, id, kept);
@@ -299,16 +308,20 @@ impl CacheView {
         shard: ShardId,
         (tenant, slot, id): (&str, Option<Slot>, &MemoryId),
         now: i64,
-        least: u64,
+        least: Position,
         needs: &SlotSet,
     ) -> Looked {
         let mut state = self.state();
         let Some(heard) = state.shards.get(&shard).filter(|heard| heard.at.elapsed() < UNHEARD_MAX) else {
             return Looked::Behind;
         };
-        if !heard.slots.includes(needs) {
+        if !heard.slots.includes(needs) || least.epoch > heard.epoch {
             return Looked::Behind;
         }
+        if least.epoch < heard.epoch && least.index > 0 {
+            return Looked::Over;
+        }
+        let (epoch, least) = (heard.epoch, least.index);
         let (here, age_ms) =
             (heard.index, heard.age_ms.saturating_add(heard.at.elapsed().as_millis() as u64));
         let good = |kept: &&Kept| {
@@ -325,7 +338,7 @@ impl CacheView {
                 sim::trace::probe("cache: answered");
                 Looked::Hit(Box::new(Answered {
                     found: Found::Memory(Some(memory)),
-                    position: at(index),
+                    position: at((epoch, index)),
                     staleness_ms: age_ms,
                     replica: self.name.to_string(),
                 }))
@@ -333,7 +346,7 @@ impl CacheView {
             _ if here < least => Looked::Behind,
             _ => {
                 state.misses += 1;
-                Looked::Miss(here)
+                Looked::Miss(at((epoch, here)))
             }
         }
     }
@@ -347,7 +360,7 @@ async fn what_changed(
 ) -> Result<WhatChanged, Error> {
     let internal = |e: &dyn std::fmt::Display| Error::Internal(e.to_string());
     let ask = Touched { after, wait_ms: CHANGE_WITHIN.as_millis() as u64 };
-    let body = Body { body: codec::encode(&ask).into(), group: shard };
+    let body = Body { body: codec::encode(&ask).into(), group: shard, epoch: 0 };
     let mut client = peers.client(addr).map_err(|e| internal(&e))?;
     let ttl = CHANGE_WITHIN * 2;
     match sim::time::timeout(ttl, client.touched(peers.request(body, ttl))).await {
@@ -364,7 +377,7 @@ mod tests {
     use crate::proto::v1::NewMemory;
 
     fn told(index: u64, changed: Option<Vec<MemoryId>>) -> WhatChanged {
-        WhatChanged { position: at(index), slots: SlotSet::all(), changed, age_ms: 0 }
+        WhatChanged { position: at((1, index)), slots: SlotSet::all(), changed, age_ms: 0 }
     }
 
     fn kept(id: u8, index: u64) -> Result<Kept, Error> {
@@ -375,7 +388,7 @@ mod tests {
             ..Default::default()
         };
         let memory = Arc::new(convert::new_memory("t", new, "", 0)?);
-        Ok(Kept { tenant: "t".into(), slot: None, memory, index, at: Instant::now() })
+        Ok(Kept { tenant: "t".into(), slot: None, memory, epoch: 1, index, at: Instant::now() })
     }
 
     fn state(bytes_max: u64) -> State {

@@ -16,6 +16,11 @@
 //! 2 = "127.0.0.1:7402"
 //! 3 = "127.0.0.1:7403"
 //!
+//! [regions]                       # of a new cluster with more than one; every node of [replicas] is in one of them
+//! primary = "east"                # where writes go at first
+//! witness = "north"               # votes, and keeps nothing
+//! members = { east = [1, 2, 3], west = [4, 5, 6], north = [7, 8, 9] }
+//!
 //! [via]                           # peers that this node reaches by another way, such as a tunnel's end: advertised = where to connect
 //! "n2.example:7401" = "127.0.0.1:9002"
 //! ```
@@ -26,6 +31,7 @@
 use crate::cache::CacheOptions;
 use crate::control::liveness::Patience;
 use crate::control::map::SHARDS_MAX;
+use crate::control::regions::RegionsConfig;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
 use crate::roles::{self, Role, Roles};
@@ -66,6 +72,12 @@ pub struct NodeConfig {
     /// Where to connect to reach the peer of an address; to the address itself where nothing is said.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub via: BTreeMap<String, String>,
+    /// The regions of a new cluster; none: there is one, without a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regions: Option<RegionsConfig>,
+    /// The region that an edge without a place in the cluster map is in: it asks that region's replicas first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
     #[serde(default)]
     pub tuning: Tuning,
 }
@@ -166,6 +178,9 @@ impl NodeConfig {
                 return Err(Error::invalid("advertise", problem));
             }
             reachable("advertise", advertise)?;
+        }
+        if let Some(regions) = &config.regions {
+            regions.check(&voters.keys().copied().collect())?;
         }
         config.via.iter().try_for_each(|(peer, way)| {
             reachable("via", peer)?;

@@ -1,7 +1,9 @@
 //! The groups that this node has a replica of: shards, and on some nodes the control group. Each is an openraft group with its own log, views and
 //! directory, and all of them speak through one service ([`crate::ledger::service`]).
 
+use crate::control::rights::Rights;
 use crate::error::Error;
+use crate::ledger::epochs::Plan;
 use crate::ledger::{Ledger, LedgerOptions, recovery};
 use crate::peers::Peers;
 use crate::roles::{Role, Roles};
@@ -60,11 +62,18 @@ pub struct Settings {
     pub ledger: LedgerOptions,
     pub shard: ShardOptions,
     pub product_after_days: Option<i64>,
+    /// What the region may write.
+    pub rights: Rights,
 }
 
 impl Replica {
     /// Opens a group's replica in its directory, and recovers.
-    pub async fn open(settings: &Settings, group: GroupId, start: Start) -> Result<Replica, Error> {
+    pub async fn open(
+        settings: &Settings,
+        group: GroupId,
+        start: Start,
+        plan: Plan,
+    ) -> Result<Replica, Error> {
         let internal = |e: std::io::Error| Error::Internal(format!("{}: {e}", name_of(group)));
         let disk = sim::disk::within(settings.disk.clone(), &name_of(group)).map_err(internal)?;
         let mut options = settings.ledger.clone();
@@ -83,11 +92,16 @@ impl Replica {
             Start::Wait => (false, false, None),
             Start::Learner => (false, true, None),
         };
-        let opened =
-            sim::task::blocking(move || recovery::open(&views_disk, log, shard, alone, forgotten)).await?;
+        let (id, planned) = (settings.id, plan.clone());
+        let opened = sim::task::blocking(move || {
+            recovery::open(&views_disk, log, shard, (alone, forgotten), (id, &planned))
+        });
+        let opened = opened.await?;
         crate::upkeep::start(&opened.shard, settings.product_after_days);
-        let (id, peers) = (settings.id, settings.peers.clone());
-        let ledger = Ledger::open(group, id, members, disk.clone(), opened, peers, options).await?;
+        let peers = settings.peers.clone();
+        let rights = if group == CONTROL { Rights::free() } else { settings.rights.clone() };
+        let right = (rights, plan.ends);
+        let ledger = Ledger::open(group, id, members, disk.clone(), opened, peers, options, right).await?;
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }

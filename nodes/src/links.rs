@@ -74,13 +74,13 @@ impl Peers {
     pub async fn tell(
         &self,
         addr: &str,
-        (group, method): (GroupId, Method),
+        (group, epoch, method): (GroupId, u64, Method),
         body: Bytes,
         ttl: Duration,
     ) -> Result<Bytes, String> {
         let link = lock(&self.links.links).entry(addr.to_string()).or_default().clone();
         let (answer, answered) = oneshot::channel();
-        let message = Message { group, method: method as i32, body };
+        let message = Message { group, epoch, method: method as i32, body };
         let begin = {
             let mut link = lock(&link);
             link.waiting.push(Waiting { message, until: Instant::now() + ttl, answer });
@@ -190,7 +190,7 @@ mod tests {
                 sim::net::serve("127.0.0.1:0", routes, ready, std::future::pending()).await
             });
             let (addr, peers) = (addr.await?, Peers::new("secret", BTreeMap::new())?);
-            let tell = |group| peers.tell(&addr, (group, Method::Append), Bytes::new(), SOON);
+            let tell = |group| peers.tell(&addr, (group, 1, Method::Append), Bytes::new(), SOON);
             let answers = futures::future::join_all((0..100).map(tell)).await;
             for (group, answer) in answers.into_iter().enumerate() {
                 let why = answer.err().ok_or("there is no such group")?;
@@ -206,7 +206,7 @@ mod tests {
         sim::task::run_test(async {
             let peers = Peers::new("secret", BTreeMap::new())?;
             for _ in 0..2 {
-                let tell = |group| peers.tell("127.0.0.1:1", (group, Method::Vote), Bytes::new(), SOON);
+                let tell = |group| peers.tell("127.0.0.1:1", (group, 1, Method::Vote), Bytes::new(), SOON);
                 let answers = futures::future::join_all((0..20).map(tell)).await;
                 assert!(answers.iter().all(|answer| answer.is_err()));
             }

@@ -4,11 +4,16 @@ use crate::access::Accesses;
 use crate::auth::KeyRing;
 use crate::cache::CacheView;
 use crate::config::NodeConfig;
-use crate::control::{self, Control, driver::Driver, keeper, liveness::Watch};
+use crate::control::failover::Failover;
+use crate::control::grants::Grants;
+use crate::control::keeper::Keeper;
+use crate::control::rights::Rights;
+use crate::control::{self, Control, driver::Driver, liveness::Watch};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
 use crate::gateway::{About, AdminService, GraphService, MemoryService};
 use crate::groups::{CONTROL, Groups, Replica, Settings, Start};
+use crate::ledger::epochs::Plan;
 use crate::ledger::service::ReplicaService;
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
@@ -53,7 +58,13 @@ impl Node {
         let addrs: Vec<String> = voters.values().cloned().collect();
         let control =
             Control::open(groups.clone(), peers.clone(), disk.clone(), addrs.clone(), here.clone())?;
-        let router = Router::new(control.clone(), groups.clone(), peers.clone(), here.clone());
+        let router = Router::new(
+            control.clone(),
+            groups.clone(),
+            peers.clone(),
+            (here.clone(), config.region.clone()),
+        );
+        let (mut grants, mut keeper, waits_for) = (None, None, Arc::default());
         let roles = config.replica_roles();
         if let (false, Some(id)) = (roles.is_empty(), config.id) {
             let settings = Settings {
@@ -66,7 +77,11 @@ impl Node {
                 ledger: config.ledger_options(),
                 shard: config.shard_options(),
                 product_after_days: config.tuning.product_after_days,
+                // Before it has a map, it goes by what its file says.
+                rights: Rights::new(config.regions.is_some() || control.map().regions.is_some()),
             };
+            let kept = Keeper::new(settings.clone(), groups.clone(), control.clone());
+            keeper = Some(kept.clone());
             if voters.contains_key(&id) {
                 let others: Vec<String> = addrs.iter().filter(|addr| **addr != here).cloned().collect();
                 let is_new = control.map().version == 0;
@@ -75,21 +90,37 @@ impl Node {
                         true => Start::Rejoin { voters: voters.len() },
                         false => Start::Found(voters.clone()),
                     };
-                groups.insert(CONTROL, Replica::open(&settings, CONTROL, start).await?);
+                groups.insert(CONTROL, Replica::open(&settings, CONTROL, start, Plan::first()).await?);
                 let driver = Driver {
                     control: control.clone(),
                     router: router.clone(),
                     groups: groups.clone(),
-                    first: (voters, config.shards),
+                    first: (voters, config.shards, config.regions.clone()),
                 };
                 driver.start();
+                let granted = Grants::new(control.clone(), groups.clone());
+                sim::task::spawn(granted.clone().keep());
+                let failover = Failover {
+                    id,
+                    control: control.clone(),
+                    groups: groups.clone(),
+                    peers: peers.clone(),
+                    router: router.clone(),
+                    grants: granted.clone(),
+                    waits_for: Arc::clone(&waits_for),
+                };
+                sim::task::spawn(failover.keep());
+                grants = Some(granted);
                 let (control, groups, peers) = (control.clone(), groups.clone(), peers.clone());
                 let watch = Watch { control, groups, peers, patience: config.patience() };
                 sim::task::spawn(watch.keep());
             }
-            keeper::open_all(&settings, &groups, &control.map()).await?;
+            kept.open_all(&control.map()).await?;
             sim::info!("replicas opened, {:?} after start", started.elapsed());
-            sim::task::spawn(keeper::keep(settings, groups.clone(), control.clone()));
+            sim::task::spawn(kept.keep());
+            let (rights, control, groups, peers) =
+                (settings.rights, control.clone(), groups.clone(), peers.clone());
+            sim::task::spawn(rights.keep(id, control, groups, peers, addrs));
         }
         let cache = config.replica_roles().contains(&Role::Cache).then(|| {
             let cache = CacheView::new(&config.name, router.clone(), config.cache_options());
@@ -112,7 +143,14 @@ impl Node {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
         builder.add_service(health_service);
-        let server = ReplicaServer::new(ReplicaService { groups: groups.clone(), cache });
+        let server = ReplicaServer::new(ReplicaService {
+            groups: groups.clone(),
+            cache,
+            control: control.clone(),
+            peers: peers.clone(),
+            grants,
+            keeper,
+        });
         let limit = peers::MESSAGE_BYTES_MAX;
         builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
         if config.is_edge()? {
@@ -127,7 +165,7 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), control, edge: edge_services };
+        let admin = AdminService { about: about.clone(), control, edge: edge_services, waits_for };
         builder.add_service(AdminServiceServer::new(admin));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)

@@ -7,7 +7,7 @@ use crate::remote::Remote;
 use crate::roles::{self, Role};
 use crate::views::{Answered, Ask, Query};
 use sim::time::{Duration, Instant};
-use storage::model::{Command, Outcome};
+use storage::model::{Command, Outcome, Position};
 
 /// What is kept of a caller's time, so that the reason arrives and not only a deadline.
 const RESERVE: Duration = Duration::from_millis(20);
@@ -59,6 +59,25 @@ impl Reach {
             return Err(self.unknown());
         }
         self.remote.query(&query, deadline - RESERVE).await
+    }
+
+    /// Waits until the other region has a position; false if the time is up before that.
+    pub async fn elsewhere(&self, position: Position, deadline: Instant) -> bool {
+        let deadline = deadline - RESERVE * 2;
+        let replica = self.groups.get(self.group);
+        let mut leader = None;
+        if let Some(replica) = replica {
+            if let Ok(has) = replica.ledger.elsewhere_here(position, deadline).await {
+                return has;
+            }
+            leader = replica.ledger.leader().map(|(_, addr)| addr);
+        }
+        for addr in leader.iter().chain(self.remote.addrs()) {
+            if let Ok(has) = self.remote.elsewhere_at(addr, position, deadline).await {
+                return has;
+            }
+        }
+        false
     }
 
     /// Proposes commands wherever the leader is.

@@ -12,7 +12,7 @@ use futures::stream::FuturesUnordered;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use storage::codec;
-use storage::model::{Command, Outcome};
+use storage::model::{Command, Outcome, Position};
 use storage::slots::SlotSet;
 
 /// A write that has waited so long makes its edge ask who leads now, and again after each such time.
@@ -42,8 +42,9 @@ enum Said {
 }
 
 impl Remote {
-    pub fn new(peers: Peers, group: GroupId, replicas: Vec<String>) -> Remote {
-        Remote { peers, group, standing: Arc::new(Standing::new(replicas, Ask::KINDS)) }
+    /// Of the replicas the first so many are near.
+    pub fn new(peers: Peers, group: GroupId, replicas: Vec<String>, near: usize) -> Remote {
+        Remote { peers, group, standing: Arc::new(Standing::new(replicas, near, Ask::KINDS)) }
     }
 
     /// The same nodes, asked of another group.
@@ -68,7 +69,7 @@ impl Remote {
         let addr = &self.standing.addrs[replica];
         let mut query = query.clone();
         query.wait_ms = ttl.as_millis() as u64;
-        let body = Body { body: codec::encode(&query).into(), group: self.group };
+        let body = Body { body: codec::encode(&query).into(), group: self.group, epoch: 0 };
         let mut client = match self.peers.client(addr) {
             Ok(client) => client,
             Err(error) => return Said::Final(Error::Internal(error.to_string())),
@@ -135,7 +136,7 @@ impl Remote {
 
     /// Proposes at a replica; gives up once another one has been found to lead, since then its answer may never come.
     async fn propose_at(&self, replica: usize, body: bytes::Bytes, ttl: Duration) -> Proposed {
-        let body = Body { body, group: self.group };
+        let body = Body { body, group: self.group, epoch: 0 };
         let mut proposed = std::pin::pin!(propose_at(&self.peers, &self.standing.addrs[replica], body, ttl));
         loop {
             sim::select! {
@@ -204,6 +205,23 @@ impl Remote {
             sim::time::sleep(pause.min(left)).await;
             pause = (pause * 2).min(Duration::from_millis(200));
         }
+    }
+
+    /// Asks the one at `addr`, which should lead, whether the other region has a position by then.
+    pub async fn elsewhere_at(
+        &self,
+        addr: &str,
+        position: Position,
+        deadline: Instant,
+    ) -> Result<bool, Error> {
+        let unavailable = |what: &dyn std::fmt::Display| Error::Unavailable(format!("{addr}: {what}"));
+        let ttl = left(deadline, || Error::NotYetVisible)?;
+        let body = codec::encode(&(position, ttl.as_millis() as u64)).into();
+        let body = Body { body, group: self.group, epoch: 0 };
+        let mut client = self.peers.client(addr).map_err(|e| unavailable(&e))?;
+        let asked = sim::time::timeout(ttl, client.elsewhere(self.peers.request(body, ttl))).await;
+        let answer = asked.map_err(|e| unavailable(&e))?.map_err(|status| unavailable(&status.message()))?;
+        codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
     }
 
     /// Asks the first of them alone; `None` if it has no answer that soon.

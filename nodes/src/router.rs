@@ -79,6 +79,8 @@ pub struct Router {
     groups: Groups,
     peers: Peers,
     here: String,
+    /// Of an edge without a place in the map.
+    region: Option<String>,
     /// The ways to shards' replicas elsewhere, with what is known of how they answer.
     ways: Arc<Mutex<BTreeMap<ShardId, Vec<Way>>>>,
     /// The nodes that cache, each by itself.
@@ -145,9 +147,14 @@ enum Place {
 }
 
 impl Router {
-    pub fn new(control: Control, groups: Groups, peers: Peers, here: String) -> Router {
+    pub fn new(
+        control: Control,
+        groups: Groups,
+        peers: Peers,
+        (here, region): (String, Option<String>),
+    ) -> Router {
         let (ways, caches, located) = Default::default();
-        Router { control, groups, peers, here, ways, caches, located }
+        Router { control, groups, peers, here, region, ways, caches, located }
     }
 
     pub fn peers(&self) -> &Peers {
@@ -167,9 +174,14 @@ impl Router {
         }
         let mut addrs = if needs.is_empty() { map.addrs(shard) } else { map.addrs_with(shard, needs) };
         addrs.retain(|addr| *addr != self.here);
+        // Those of the own region first.
+        let region = map.region_at(&self.here).or(self.region.as_deref());
+        let is_near = |addr: &String| region.is_none() || map.region_at(addr) == region;
+        addrs.sort_by_key(|addr| !is_near(addr));
+        let near = addrs.iter().filter(|addr| is_near(addr)).count();
         // What is known of replicas outlives changes that are not theirs, and is shared by all who ask the same ones.
         let known = ways.iter().map(|way| &way.remote).find(|remote| remote.addrs() == addrs).cloned();
-        let remote = known.unwrap_or_else(|| Remote::new(self.peers.clone(), shard, addrs));
+        let remote = known.unwrap_or_else(|| Remote::new(self.peers.clone(), shard, addrs, near));
         ways.retain(|way| way.needs != needs);
         ways.push(Way { version: map.version, needs, remote: remote.clone() });
         at(remote)
@@ -188,7 +200,7 @@ impl Router {
         let mut caches = self.caches.lock().unwrap_or_else(|p| p.into_inner());
         caches.retain(|addr, _| addrs.contains(addr));
         let of = |addr: String| {
-            let new = || Remote::new(self.peers.clone(), shard, vec![addr.clone()]);
+            let new = || Remote::new(self.peers.clone(), shard, vec![addr.clone()], 1);
             caches.entry(addr.clone()).or_insert_with(new).of(shard)
         };
         let all: Vec<Remote> = addrs.into_iter().map(of).collect();
@@ -213,6 +225,11 @@ impl Router {
             }
             _ => vec![(shard, ask, needs)],
         }
+    }
+
+    /// Waits until the region that takes no writes has a position on the disks of a majority of its replicas; false if the time is up before that.
+    pub async fn elsewhere(&self, shard: ShardId, position: Position, deadline: Instant) -> bool {
+        self.at(&self.known(), shard, &[]).reach.elsewhere(position, deadline).await
     }
 
     /// The newest map that this node knows.

@@ -50,27 +50,29 @@ struct State {
 #[derive(Debug)]
 pub struct Standing {
     pub addrs: Vec<String>,
+    /// The first so many are near: the others are asked when those do not answer.
+    near: usize,
     state: Mutex<State>,
 }
 
 impl Standing {
-    /// Of the replicas at `addrs`, which are asked so many kinds of questions.
-    pub fn new(addrs: Vec<String>, kinds: usize) -> Standing {
+    /// Of the replicas at `addrs`, of which the first `near` are near, and which are asked so many kinds of questions.
+    pub fn new(addrs: Vec<String>, near: usize, kinds: usize) -> Standing {
         let replicas = vec![Replica::default(); addrs.len()];
         let (leader, hedges, took) = (None, HEDGES_SAVED_MAX, vec![VecDeque::new(); kinds]);
-        Standing { addrs, state: Mutex::new(State { replicas, leader, hedges, took }) }
+        Standing { addrs, near, state: Mutex::new(State { replicas, leader, hedges, took }) }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|p| p.into_inner())
     }
 
-    /// Whom to ask, best first: all of them, those that are trusted before the others, each group beginning at `turn`.
+    /// Whom to ask, best first: all of them, those that are trusted before the others, of those the near ones, each group beginning at `turn`.
     pub fn order(&self, turn: usize) -> Vec<usize> {
         let state = self.state();
         let count = state.replicas.len().max(1);
         let mut order: Vec<usize> = (0..state.replicas.len()).map(|at| (at + turn) % count).collect();
-        order.sort_by_key(|at| state.replicas[*at].suspected);
+        order.sort_by_key(|at| (state.replicas[*at].suspected, *at >= self.near));
         order
     }
 
@@ -147,7 +149,7 @@ mod tests {
     use super::*;
 
     fn three() -> Standing {
-        Standing::new(["a:1", "b:1", "c:1"].map(String::from).to_vec(), 1)
+        Standing::new(["a:1", "b:1", "c:1"].map(String::from).to_vec(), 3, 1)
     }
 
     #[test]

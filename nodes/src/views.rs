@@ -203,10 +203,9 @@ impl LocalViews {
     async fn make_fresh(&self, freshness: Freshness, deadline: Instant) -> Result<u64, Error> {
         match freshness {
             Freshness::Any => {}
-            Freshness::AtLeast(position) if position.epoch > crate::ledger::FIRST_EPOCH => {
-                return Err(Error::LostInFailover { epoch: position.epoch, index: position.index });
+            Freshness::AtLeast(position) => {
+                self.ledger.wait_published(self.ledger.surviving(position)?, deadline).await?;
             }
-            Freshness::AtLeast(position) => self.ledger.wait_published(position, deadline).await?,
             Freshness::Bounded(ms) => {
                 let age = self.fresh_since().map(|at| at.elapsed());
                 if age.is_none_or(|age| age > Duration::from_millis(ms)) {
@@ -263,12 +262,10 @@ impl LocalViews {
             return Err(Error::Unavailable(format!("{} has not the role records", self.name)));
         }
         if let Some(after) = asked.after {
-            let next = Position { epoch: crate::ledger::FIRST_EPOCH, index: after + 1, item: 0 };
-            match self
-                .ledger
-                .wait_published(next, Instant::now() + Duration::from_millis(asked.wait_ms))
-                .await
-            {
+            let epoch = self.ledger.shard.applied().0.epoch;
+            let next = Position { epoch, index: after + 1, item: 0 };
+            let until = Instant::now() + Duration::from_millis(asked.wait_ms);
+            match self.ledger.wait_published(next, until).await {
                 Ok(()) | Err(Error::NotYetVisible) => {}
                 Err(error) => return Err(error),
             }

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::limits::{BATCH_ITEMS_MAX, NAME_BYTES_MAX};
 use crate::proto::v1;
 use crate::router::{Decided, Router};
+use futures::future::join_all;
 use sim::cpu::cost;
 use sim::time::{self, Instant};
 use std::collections::BTreeMap;
@@ -30,23 +31,33 @@ pub struct Written {
     pub position: Position,
     /// Of the map by which it got there.
     pub map_version: u64,
+    /// Whether the other region has it too.
+    pub elsewhere: bool,
 }
 
-pub fn options(options: Option<v1::WriteOptions>) -> Result<String, Error> {
+/// What a write asks beside its content.
+pub struct Options {
+    pub key: String,
+    /// It is to be acknowledged when the other region has it.
+    pub elsewhere: bool,
+}
+
+pub fn options(options: Option<v1::WriteOptions>) -> Result<Options, Error> {
     let options = options.unwrap_or_default();
-    if options.durability == v1::Durability::Region as i32 {
-        return Err(Error::Unimplemented("durability REGION (there is one region)"));
-    }
+    let durability = v1::Durability::try_from(options.durability)
+        .map_err(|_| Error::invalid("durability", format!("unknown value {}", options.durability)))?;
     if options.idempotency_key.len() > NAME_BYTES_MAX {
         return Err(Error::invalid("idempotency_key", format!("at most {NAME_BYTES_MAX} bytes")));
     }
-    Ok(options.idempotency_key)
+    Ok(Options { key: options.idempotency_key, elsewhere: durability == v1::Durability::Region })
 }
 
 fn written(decided: Decided, map_version: u64) -> Result<Written, Error> {
     let (shard, outcome) = decided?;
     match outcome {
-        Outcome::Done { id, version, position } => Ok(Written { id, version, shard, position, map_version }),
+        Outcome::Done { id, version, position } => {
+            Ok(Written { id, version, shard, position, map_version, elsewhere: false })
+        }
         Outcome::NotFound { id } => Err(Error::NotFound(id_text(&id))),
         Outcome::AlreadyExists { id, version } => Err(Error::AlreadyExists { id: id_text(&id), version }),
         Outcome::VersionMismatch { id, actual } => Err(Error::VersionMismatch { id: id_text(&id), actual }),
@@ -56,18 +67,39 @@ fn written(decided: Decided, map_version: u64) -> Result<Written, Error> {
 }
 
 impl Writer {
-    async fn one(&self, command: Command, deadline: Instant) -> Result<Written, Error> {
+    async fn one(&self, command: Command, elsewhere: bool, deadline: Instant) -> Result<Written, Error> {
         let (decided, map_version) = self.router.propose(vec![command], deadline).await;
         let decided = decided.into_iter().next();
-        written(decided.ok_or_else(|| Error::Internal("the ledger gave no outcome".into()))?, map_version)
+        let missing = || Error::Internal("the ledger gave no outcome".into());
+        let mut written = written(decided.ok_or_else(missing)?, map_version)?;
+        if elsewhere {
+            self.wait_elsewhere(vec![&mut written], deadline).await;
+        }
+        Ok(written)
+    }
+
+    /// Waits until the other region has what was written, and notes of each whether it does. The writes stand in either case.
+    async fn wait_elsewhere(&self, written: Vec<&mut Written>, deadline: Instant) {
+        let mut last: BTreeMap<ShardId, Position> = BTreeMap::new();
+        for write in &written {
+            let position = last.entry(write.shard).or_default();
+            *position = write.position.max(*position);
+        }
+        let asked = last.iter().map(|(shard, position)| async move {
+            (*shard, self.router.elsewhere(*shard, *position, deadline).await)
+        });
+        let there: BTreeMap<ShardId, bool> = join_all(asked).await.into_iter().collect();
+        for write in written {
+            write.elsewhere = there.get(&write.shard).copied().unwrap_or(false);
+        }
     }
 
     /// The command that adds one memory, with its vector made.
-    fn add_command(caller: &Caller, request: v1::AddRequest, now: UnixMs) -> Result<Command, Error> {
+    fn add_command(caller: &Caller, request: v1::AddRequest, now: UnixMs) -> Result<(Command, bool), Error> {
         let mut hashed = request.clone();
         hashed.options = None;
         let request_hash = convert::request_hash(&hashed);
-        let key = options(request.options)?;
+        let Options { key, elsewhere } = options(request.options)?;
         let new = request.memory.ok_or_else(|| Error::invalid("memory", "is missing"))?;
         let global = convert::scope(new.scope)? == Scope::Global;
         if global && !caller.operator {
@@ -80,7 +112,8 @@ impl Writer {
         }
         let tenant = memory.tenant.clone();
         let operation = Operation::Add(memory);
-        Ok(Command { tenant, slot: None, idempotency_key: key, request_hash, now, operation })
+        let command = Command { tenant, slot: None, idempotency_key: key, request_hash, now, operation };
+        Ok((command, elsewhere))
     }
 
     pub async fn add(
@@ -89,9 +122,9 @@ impl Writer {
         request: v1::AddRequest,
         deadline: Instant,
     ) -> Result<Written, Error> {
-        let command = Writer::add_command(caller, request, time::calendar_ms())?;
+        let (command, elsewhere) = Writer::add_command(caller, request, time::calendar_ms())?;
         sim::cpu::work(cost::EMBED).await;
-        self.one(command, deadline).await
+        self.one(command, elsewhere, deadline).await
     }
 
     /// Adds each item on its own: what is wrong with one does not stop the others.
@@ -109,27 +142,32 @@ impl Writer {
             ));
         }
         let now = time::calendar_ms();
-        let checked: Vec<Result<Command, Error>> =
+        let checked: Vec<Result<(Command, bool), Error>> =
             request.items.into_iter().map(|item| Writer::add_command(caller, item, now)).collect();
         sim::cpu::work(cost::EMBED * count as u32).await;
         let mut errors: Vec<Option<Error>> = vec![];
-        let mut commands = vec![];
+        let (mut commands, mut wanted) = (vec![], vec![]);
         for item in checked {
             errors.push(item.as_ref().err().cloned());
-            commands.extend(item);
+            if let Ok((command, elsewhere)) = item {
+                commands.push(command);
+                wanted.push(elsewhere);
+            }
         }
         let (decided, map_version) = self.router.propose(commands, deadline).await;
         if let (true, Some(Err(error))) = (decided.iter().all(Result::is_err), decided.first()) {
             return Err(error.clone());
         }
+        let mut decided: Vec<Result<Written, Error>> =
+            decided.into_iter().map(|decided| written(decided, map_version)).collect();
+        let waiting = decided.iter_mut().zip(wanted).filter(|(_, elsewhere)| *elsewhere);
+        let waiting: Vec<&mut Written> = waiting.filter_map(|(written, _)| written.as_mut().ok()).collect();
+        self.wait_elsewhere(waiting, deadline).await;
         let mut decided = decided.into_iter();
         let missing = || Err(Error::Internal("the ledger gave too few outcomes".into()));
         Ok(errors
             .into_iter()
-            .map(|error| match error {
-                Some(error) => Err(error),
-                None => decided.next().map_or_else(missing, |decided| written(decided, map_version)),
-            })
+            .map(|error| error.map_or_else(|| decided.next().unwrap_or_else(missing), Err))
             .collect())
     }
 
@@ -141,7 +179,7 @@ impl Writer {
     ) -> Result<Written, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let idempotency_key = options(write_options)?;
+        let Options { key: idempotency_key, elsewhere } = options(write_options)?;
         let id = convert::parse_id("id", &request.id)?;
         let mut patch = convert::patch(&mut request)?;
         if let (Some(text), None) = (&patch.text, &patch.vector) {
@@ -152,7 +190,7 @@ impl Writer {
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
         let command = Command { tenant, slot: None, idempotency_key, request_hash, now, operation };
-        self.one(command, deadline).await
+        self.one(command, elsewhere, deadline).await
     }
 
     pub async fn delete(
@@ -163,13 +201,13 @@ impl Writer {
     ) -> Result<Written, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let idempotency_key = options(write_options)?;
+        let Options { key: idempotency_key, elsewhere } = options(write_options)?;
         let id = convert::parse_id("id", &request.id)?;
         let operation = Operation::Delete { id, expected_version: request.expected_version };
         let tenant = caller.tenant.to_string();
         let now = time::calendar_ms();
         let command = Command { tenant, slot: None, idempotency_key, request_hash, now, operation };
-        self.one(command, deadline).await
+        self.one(command, elsewhere, deadline).await
     }
 
     pub async fn upsert_edges(
@@ -180,11 +218,11 @@ impl Writer {
     ) -> Result<Vec<Written>, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let key = options(write_options)?;
+        let options = options(write_options)?;
         let edges = convert::edges(request.edges)?;
         let sources: Vec<MemoryId> = edges.iter().map(|edge| edge.source).collect();
         let parts = self.by_slot(&caller.tenant, &sources, edges, deadline).await?;
-        self.edges(caller, (key, request_hash), parts, Operation::UpsertEdges, deadline).await
+        self.edges(caller, (options, request_hash), parts, Operation::UpsertEdges, deadline).await
     }
 
     pub async fn delete_edges(
@@ -195,12 +233,12 @@ impl Writer {
     ) -> Result<Vec<Written>, Error> {
         let write_options = request.options.take();
         let request_hash = convert::request_hash(&request);
-        let key = options(write_options)?;
+        let options = options(write_options)?;
         let edges = convert::edges(request.edges)?;
         let sources: Vec<MemoryId> = edges.iter().map(|edge| edge.source).collect();
         let keys = edges.into_iter().map(|edge| (edge.source, edge.relation, edge.target)).collect();
         let parts = self.by_slot(&caller.tenant, &sources, keys, deadline).await?;
-        self.edges(caller, (key, request_hash), parts, Operation::DeleteEdges, deadline).await
+        self.edges(caller, (options, request_hash), parts, Operation::DeleteEdges, deadline).await
     }
 
     /// Items by the slots of their sources; in a cluster of one shard all together, without a slot.
@@ -227,12 +265,12 @@ impl Writer {
     async fn edges<T>(
         &self,
         caller: &Caller,
-        (key, request_hash): (String, [u8; 16]),
+        (options, request_hash): (Options, [u8; 16]),
         parts: BTreeMap<Option<Slot>, Vec<T>>,
         operation: impl Fn(Vec<T>) -> Operation,
         deadline: Instant,
     ) -> Result<Vec<Written>, Error> {
-        let now = time::calendar_ms();
+        let (now, key) = (time::calendar_ms(), options.key);
         let command = |(slot, items): (Option<Slot>, Vec<T>)| Command {
             tenant: caller.tenant.to_string(),
             slot,
@@ -247,8 +285,11 @@ impl Writer {
         };
         let commands = parts.into_iter().map(command).collect();
         let (decided, map_version) = self.router.propose(commands, deadline).await;
-        let written: Vec<Written> =
+        let mut written: Vec<Written> =
             decided.into_iter().map(|decided| written(decided, map_version)).collect::<Result<_, _>>()?;
+        if options.elsewhere {
+            self.wait_elsewhere(written.iter_mut().collect(), deadline).await;
+        }
         match written.is_empty() {
             true => Err(Error::Internal("the ledger gave no outcome".into())),
             false => Ok(written),

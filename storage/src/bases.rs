@@ -230,6 +230,19 @@ impl Bases {
         Ok(base)
     }
 
+    /// Drops the bases of positions above `index`.
+    pub fn forget_above(&self, index: u64) -> Result<(), StorageError> {
+        let _changing = lock(&self.changing);
+        let mut held = self.held();
+        held.retain(|base| base.index <= index);
+        if held.len() < lock(&self.held).len() {
+            facts::put(&*self.disk, &self.dir, MANIFEST, &codec::encode(&held))?;
+            *lock(&self.held) = held;
+            self.remove_unnamed()?;
+        }
+        Ok(())
+    }
+
     /// Replaces the shard's state by a base.
     pub fn restore(&self, base: &Base, shard: &Shard) -> Result<(), StorageError> {
         let mut reader = Reader::open(&*self.disk, &self.path(&base.file))?;

@@ -20,6 +20,9 @@ pub enum Cluster {
         /// What it may be given: any of ledger, records, graph, vector, or cache alone; else all with replicas.
         #[arg(long, value_delimiter = ',')]
         roles: Vec<String>,
+        /// Of a cluster of several regions: which one it is in; else the one that writes.
+        #[arg(long, default_value = "")]
+        region: String,
     },
     /// Gives a node's shards to others; waits for the end.
     Drain { id: u64 },
@@ -37,8 +40,8 @@ pub async fn run(to: &To, what: Cluster) -> Done {
     let client = to.connect()?;
     match what {
         Cluster::Status => show(to, &status(&client).await?),
-        Cluster::Join { id, addr, roles } => {
-            let node = v1::ClusterNode { id, address: addr, roles, ..Default::default() };
+        Cluster::Join { id, addr, roles, region } => {
+            let node = v1::ClusterNode { id, address: addr, roles, region, ..Default::default() };
             show(to, &change(&client, Change::Join(node)).await?);
         }
         Cluster::Drain { id } => {
@@ -79,12 +82,12 @@ async fn wait_for_pin(to: &To, client: &Client, tenant: &str) -> Done {
     .await
 }
 
-async fn status(client: &Client) -> Result<v1::ClusterResponse, Failure> {
+pub(super) async fn status(client: &Client) -> Result<v1::ClusterResponse, Failure> {
     let answer = client.admin().cluster(client.request(v1::ClusterRequest {})).await;
     Ok(answer.map_err(|s| client.explain(s))?.into_inner())
 }
 
-async fn change(client: &Client, change: Change) -> Result<v1::ClusterResponse, Failure> {
+pub(super) async fn change(client: &Client, change: Change) -> Result<v1::ClusterResponse, Failure> {
     let request = v1::ChangeClusterRequest { change: Some(change) };
     let answer = client.admin().change_cluster(client.request(request)).await;
     Ok(answer.map_err(|s| client.explain(s))?.into_inner())
@@ -114,10 +117,10 @@ async fn wait(to: &To, client: &Client, left: impl Fn(&v1::ClusterResponse) -> O
 
 fn show(to: &To, cluster: &v1::ClusterResponse) {
     if to.json {
-        let node = |n: &v1::ClusterNode| json!({ "id": n.id, "address": n.address, "state": n.state, "roles": n.roles, "shards": n.shards });
+        let node = |n: &v1::ClusterNode| json!({ "id": n.id, "address": n.address, "state": n.state, "roles": n.roles, "region": n.region, "shards": n.shards });
         let learner = |l: &v1::ClusterLearner| json!({ "node": l.node, "state": l.state });
         let shard = |s: &v1::ClusterShard| {
-            json!({ "shard": s.shard, "members": s.members, "slots": s.slots, "joining": s.joining, "leaving": s.leaving,
+            json!({ "shard": s.shard, "members": s.members, "slots": s.slots, "joining": s.joining, "leaving": s.leaving, "epoch": s.epoch,
             "learners": s.learners.iter().map(learner).collect::<Vec<_>>() })
         };
         let resize = cluster.resize.as_ref().map(
@@ -135,9 +138,10 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
     println!("map version {}", cluster.version);
     for node in &cluster.nodes {
         println!(
-            "node {:3}  {:22} {:9} {:3} replicas  {}",
+            "node {:3}  {:22} {:8} {:9} {:3} replicas  {}",
             node.id,
             node.address,
+            node.region,
             node.state,
             node.shards.len(),
             node.roles.join(",")

@@ -40,6 +40,9 @@ pub struct Add {
     /// Makes a retry safe: the same key adds once.
     #[arg(long, default_value = "")]
     idempotency_key: String,
+    /// Waits until the other region has it too.
+    #[arg(long)]
+    durable_elsewhere: bool,
 }
 
 #[derive(Args)]
@@ -165,9 +168,17 @@ pub async fn add(to: &To, add: Add) -> Done {
         event_time: add.when.as_deref().map(parse_time).transpose()?.unwrap_or(0),
         ..Default::default()
     };
-    let options = Some(v1::WriteOptions { idempotency_key: add.idempotency_key, durability: 0 });
+    let durability = if add.durable_elsewhere { v1::Durability::Region } else { v1::Durability::Quorum };
+    let options =
+        Some(v1::WriteOptions { idempotency_key: add.idempotency_key, durability: durability.into() });
     let request = client.request(v1::AddRequest { memory: Some(memory), options });
     let added = client.memories().add(request).await.map_err(|s| client.explain(s))?.into_inner();
+    let there = added.info.is_some_and(|info| info.durability == v1::Durability::Region as i32);
+    if add.durable_elsewhere && !there {
+        eprintln!(
+            "the other region does not have it yet: it is there once the lag in `loci region status` is over"
+        );
+    }
     done(to, "added", &added.id, added.version)
 }
 

@@ -11,6 +11,7 @@ mod jsonl;
 mod keys;
 mod memories;
 mod operate;
+mod region;
 mod serve;
 mod split;
 mod time;
@@ -75,6 +76,9 @@ enum Command {
     /// Nodes and shards: showing and changing them. Needs an operator's key.
     #[command(subcommand)]
     Cluster(cluster::Cluster),
+    /// Regions: which one writes, how far the other one is, failover and failback. Needs an operator's key.
+    #[command(subcommand)]
+    Region(region::Region),
     /// Months of memories: what each holds, and dropping one. Needs an operator's key.
     #[command(subcommand)]
     Partitions(operate::Partitions),
@@ -114,6 +118,7 @@ pub fn main() -> ExitCode {
             Command::Link(link) => graph::link(&to, link).await,
             Command::Graph(walk) => graph::graph(&to, walk).await,
             Command::Cluster(what) => cluster::run(&to, what).await,
+            Command::Region(what) => region::run(&to, what).await,
             Command::Partitions(what) => operate::partitions(&to, what).await,
             Command::Inspect { file } => operate::inspect(&file),
             Command::Watch => memories::watch(&to).await,

@@ -121,6 +121,8 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
             shards: 1,
             replicas: replicas.clone(),
             via: BTreeMap::new(),
+            regions: None,
+            region: None,
             tuning: Default::default(),
         };
         fs::create_dir_all(&dir).map_err(|e| Failure(format!("{}: {e}", dir.display())))?;

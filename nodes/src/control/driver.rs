@@ -13,6 +13,7 @@
 //! alone ([`crate::roles`]) stay learners, and go by the same way.
 
 use super::map::{ClusterMap, Handover, Learner, Move, NodeId, ShardId};
+use super::regions::{Regions, RegionsConfig};
 use super::{Control, TENANT};
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups, name_of};
@@ -43,8 +44,8 @@ pub struct Driver {
     pub control: Control,
     pub router: Router,
     pub groups: Groups,
-    /// The nodes of a new cluster, and how many shards it is to have.
-    pub first: (BTreeMap<u64, String>, u32),
+    /// The nodes of a new cluster, how many shards it is to have, and its regions.
+    pub first: (BTreeMap<u64, String>, u32, Option<RegionsConfig>),
 }
 
 fn soon() -> Instant {
@@ -102,8 +103,9 @@ impl Driver {
     async fn map(&self) -> Result<std::sync::Arc<ClusterMap>, Error> {
         match self.control.read(soon()).await {
             Err(Error::Unavailable(_)) if self.control.map().version == 0 => {
-                let (nodes, shards) = &self.first;
-                if self.control.found(ClusterMap::found(nodes, *shards)?, soon()).await? {
+                let (nodes, shards, regions) = &self.first;
+                let map = ClusterMap::found_in(nodes, *shards, regions.as_ref())?;
+                if self.control.found(map, soon()).await? {
                     sim::info!("the cluster is founded: {} nodes, {shards} shards", nodes.len());
                 }
                 self.control.read(soon()).await
@@ -114,6 +116,9 @@ impl Driver {
 
     /// Takes the next step of what slots are to do.
     async fn slots(&self, map: &ClusterMap) -> Result<bool, Error> {
+        if map.regions.as_ref().is_some_and(Regions::holds_still) {
+            return Ok(false);
+        }
         if let Some((shard, entry)) = map.shards.iter().find(|(_, entry)| !entry.founded) {
             self.step(map, *shard, MoveStep::Own { slots: entry.slots.clone() }).await?;
             self.control.update(|map| Ok(map.founded(*shard)), soon()).await?;
@@ -245,6 +250,9 @@ impl Driver {
 
     /// Takes the next step of what replicas are to do.
     async fn replicas(&self, map: &ClusterMap) -> Result<bool, Error> {
+        if map.regions.as_ref().is_some_and(Regions::holds_still) {
+            return Ok(false);
+        }
         let next = self.planned(map, ClusterMap::plan_handover).await?;
         let mut last = Ok(false);
         for (shard, entry) in &next.shards {
@@ -332,7 +340,7 @@ impl Driver {
         let peers = self.router.peers();
         for addr in &map.addrs(shard) {
             let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-            let request = peers.request(Body { body: body.clone(), group: shard }, STEP);
+            let request = peers.request(Body { body: body.clone(), group: shard, epoch: 0 }, STEP);
             match time::timeout(STEP, client.reconfigure(request)).await {
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(status)) => last = Error::Unavailable(status.message().to_string()),

@@ -3,38 +3,40 @@
 //! A replica that is closed is gone with its data: the map takes a shard from a node only when the shard's ledger no longer counts on it
 //! ([`super::driver`]). A node that comes back with an empty disk knows from the map that its shards are not new, so it does not vote before it
 //! has what it may have acknowledged ([`crate::ledger::recovery`]).
+//!
+//! Where another region goes on, the map names a newer epoch than the replica's: it is closed, and opened again in that one
+//! ([`crate::ledger::epochs`]). Before that the control group asks for what it has ([`Keeper::halt`]).
 
 use super::Control;
-use super::map::{ClusterMap, Learner, NodeEntry, ShardId};
+use super::map::{ClusterMap, Learner, NodeEntry, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, Settings, Start, name_of};
+use crate::ledger::epochs::{Plan, Report, Way};
 use sim::disk::Disk;
-use sim::time::{Duration, Instant};
+use sim::sync::Semaphore;
+use sim::time::{self, Duration, Instant};
 use std::io;
+use std::sync::Arc;
 
-/// How long telling of a new address may take.
-const MOVED: Duration = Duration::from_secs(5);
+/// How long telling the control group of something may take.
+const TELL: Duration = Duration::from_secs(5);
+/// How long those who read a closed replica may take to let go of it.
+const LET_GO: Duration = Duration::from_secs(20);
 
-/// Opens what the map, as this node knows it, gives to it.
-pub async fn open_all(settings: &Settings, groups: &Groups, map: &ClusterMap) -> Result<(), Error> {
-    for shard in map.kept_by(settings.id) {
-        if groups.get(shard).is_some() {
-            continue;
-        }
-        let Some(start) = start(map, shard, settings.id) else { continue };
-        let replica = Replica::open(settings, shard, start).await?;
-        sim::info!("{} opened at {}", name_of(shard), replica.ledger.shard.applied().0.index);
-        groups.insert(shard, replica);
-    }
-    Ok(())
+#[derive(Clone)]
+pub struct Keeper {
+    settings: Settings,
+    groups: Groups,
+    control: Control,
+    /// Held by whoever opens and closes.
+    changing: Arc<Semaphore>,
 }
 
 fn start(map: &ClusterMap, shard: ShardId, node: u64) -> Option<Start> {
     let entry = map.shards.get(&shard)?;
-    let addr = |id: &u64| Some((*id, map.nodes.get(id)?.addr.clone()));
     Some(match entry.members.contains(&node) {
         true if entry.founded => Start::Rejoin { voters: entry.members.len() },
-        true => Start::Found(entry.members.iter().filter_map(addr).collect()),
+        true => Start::Found(addrs(map, entry)),
         false if entry.learners.get(&node).is_some_and(|learner| *learner != Learner::Joining) => {
             Start::Learner
         }
@@ -42,45 +44,165 @@ fn start(map: &ClusterMap, shard: ShardId, node: u64) -> Option<Start> {
     })
 }
 
-/// Follows the map for ever. What cannot be opened ends the process, as it does at the start.
-pub async fn keep(settings: Settings, groups: Groups, control: Control) {
-    let mut maps = control.watch();
-    loop {
-        let map = maps.borrow_and_update().clone();
-        if map.version > 0 {
-            if let Err(error) = open_all(&settings, &groups, &map).await {
+fn addrs(map: &ClusterMap, entry: &ShardEntry) -> std::collections::BTreeMap<u64, String> {
+    let addr = |id: &u64| Some((*id, map.nodes.get(id)?.addr.clone()));
+    entry.members.iter().filter_map(addr).collect()
+}
+
+impl Keeper {
+    pub fn new(settings: Settings, groups: Groups, control: Control) -> Keeper {
+        Keeper { settings, groups, control, changing: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// How a replica is to be opened, by the map.
+    fn plan(&self, map: &ClusterMap, entry: &ShardEntry) -> Plan {
+        let way = match entry.chosen == Some(self.settings.id) {
+            true => Way::Begin(addrs(map, entry)),
+            false => Way::Return,
+        };
+        Plan { epoch: entry.epoch, first: entry.first_epoch, ends: entry.ends.clone(), way }
+    }
+
+    /// Opens what the map, as this node knows it, gives to it.
+    pub async fn open_all(&self, map: &ClusterMap) -> Result<(), Error> {
+        let Ok(_changing) = self.changing.acquire().await else { return Ok(()) };
+        self.settings.rights.follow_map(map, self.settings.id);
+        for shard in map.kept_by(self.settings.id) {
+            let Some(entry) = map.shards.get(&shard) else { continue };
+            let plan = self.plan(map, entry);
+            if let Some(replica) = self.groups.get(shard) {
+                // It may have halted for an epoch that the map does not show yet.
+                let begins = matches!(plan.way, Way::Begin(_)) && !replica.ledger.has_begun();
+                if replica.ledger.epoch() > plan.epoch || (replica.ledger.epoch() == plan.epoch && !begins) {
+                    continue;
+                }
+                self.close(replica).await?;
+            }
+            let Some(start) = start(map, shard, self.settings.id) else { continue };
+            self.open(shard, start, plan).await?;
+        }
+        Ok(())
+    }
+
+    async fn open(&self, shard: ShardId, start: Start, plan: Plan) -> Result<(), Error> {
+        let begins = matches!(plan.way, Way::Begin(_));
+        let replica = Replica::open(&self.settings, shard, start, plan).await?;
+        let (index, epoch) = (replica.ledger.shard.applied().0.index, replica.ledger.epoch());
+        sim::info!("{} opened at {index} in epoch {epoch}", name_of(shard));
+        if begins {
+            // Nobody else can lead it yet.
+            let _ = replica.ledger.raft.trigger().elect(true).await;
+        }
+        self.groups.insert(shard, replica);
+        Ok(())
+    }
+
+    /// Closes a replica and keeps its data.
+    async fn close(&self, replica: Replica) -> Result<(), Error> {
+        let group = replica.ledger.group;
+        self.groups.remove(group);
+        replica.ledger.stop().await;
+        let shard = Arc::downgrade(&replica.ledger.shard);
+        drop(replica);
+        let until = Instant::now() + LET_GO;
+        while shard.strong_count() > 0 {
+            if Instant::now() >= until {
+                return Err(Error::Internal(format!(
+                    "{} is still read {LET_GO:?} after its end",
+                    name_of(group)
+                )));
+            }
+            time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+
+    /// Ends this replica's part in all epochs before `epoch`: it takes no message of them any more. What it has; `None`: it has
+    /// forgotten what others may count on.
+    pub async fn halt(&self, shard: ShardId, epoch: u64) -> Result<Option<Report>, Error> {
+        let Ok(_changing) = self.changing.acquire().await else { return Ok(None) };
+        let missing = || Error::NotHere(format!("this node has no replica of {}", name_of(shard)));
+        let replica = self.groups.get(shard).ok_or_else(missing)?;
+        if replica.ledger.epoch() < epoch {
+            let plan = Plan { epoch, first: replica.ledger.held.first, way: Way::Halt, ..Plan::default() };
+            sim::info!("{} halts for epoch {epoch}", name_of(shard));
+            self.close(replica).await?;
+            if let Err(error) = self.open(shard, Start::Learner, plan).await {
                 sim::task::abort(&format!("{error}; this process ends, and its next start tries again"))
                     .await;
             }
-            let other = |node: &NodeEntry| (&node.addr, &node.roles) != (&settings.here, &settings.roles);
-            if map.nodes.get(&settings.id).is_some_and(other) {
-                // It was given another address or other roles since.
-                let told = |map: &ClusterMap| Ok(map.told(settings.id, &settings.here, &settings.roles));
-                if let Err(error) = control.update(told, Instant::now() + MOVED).await {
-                    sim::warn!("the cluster map has an old address or old roles of this node: {error}");
-                }
-            }
-            let kept = map.kept_by(settings.id);
-            let gone = groups.shards().into_iter().filter(|replica| !kept.contains(&replica.ledger.group));
-            for replica in gone.collect::<Vec<_>>() {
-                close(&groups, replica).await;
-            }
         }
-        if maps.changed().await.is_err() {
-            return;
+        let replica = self.groups.get(shard).ok_or_else(missing)?;
+        match replica.ledger.epoch() == epoch {
+            true => Ok(replica.ledger.held.report.clone()),
+            false => Err(Error::Unavailable(format!("{} is in a later epoch", name_of(shard)))),
         }
     }
-}
 
-async fn close(groups: &Groups, replica: Replica) {
-    let group = replica.ledger.group;
-    groups.remove(group);
-    replica.ledger.stop().await;
-    let disk = replica.disk.clone();
-    drop(replica);
-    match sim::task::blocking(move || remove_all(&*disk, "", 0)).await {
-        Ok(()) => sim::info!("{} is no longer here; its files are removed", name_of(group)),
-        Err(error) => sim::warn!("{} is no longer here, but its files stay: {error}", name_of(group)),
+    /// Follows the map for ever. What cannot be opened ends the process, as it does at the start.
+    pub async fn keep(self) {
+        let mut maps = self.control.watch();
+        loop {
+            let map = maps.borrow_and_update().clone();
+            if map.version > 0 {
+                if let Err(error) = self.open_all(&map).await {
+                    sim::task::abort(&format!("{error}; this process ends, and its next start tries again"))
+                        .await;
+                }
+                self.tell(&map).await;
+                let kept = map.kept_by(self.settings.id);
+                let gone = self.groups.shards().into_iter();
+                for replica in
+                    gone.filter(|replica| !kept.contains(&replica.ledger.group)).collect::<Vec<_>>()
+                {
+                    self.remove(replica).await;
+                }
+            }
+            if maps.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Tells the control group what only this node knows.
+    async fn tell(&self, map: &ClusterMap) {
+        let settings = &self.settings;
+        let other = |node: &NodeEntry| (&node.addr, &node.roles) != (&settings.here, &settings.roles);
+        if map.nodes.get(&settings.id).is_some_and(other) {
+            // It was given another address or other roles since.
+            let told = |map: &ClusterMap| Ok(map.told(settings.id, &settings.here, &settings.roles));
+            if let Err(error) = self.control.update(told, Instant::now() + TELL).await {
+                sim::warn!("the cluster map has an old address or old roles of this node: {error}");
+            }
+        }
+        for replica in self.groups.shards() {
+            let shard = replica.ledger.group;
+            for (epoch, found) in replica.ledger.held.old_disks() {
+                if map.old_disk(shard, epoch, settings.id, found) == *map {
+                    continue;
+                }
+                let told = |map: &ClusterMap| Ok(map.old_disk(shard, epoch, settings.id, found));
+                if let Err(error) = self.control.update(told, Instant::now() + TELL).await {
+                    sim::warn!(
+                        "what {} lost with epoch {epoch} is not reported yet: {error}",
+                        name_of(shard)
+                    );
+                }
+            }
+        }
+    }
+
+    async fn remove(&self, replica: Replica) {
+        let Ok(_changing) = self.changing.acquire().await else { return };
+        let group = replica.ledger.group;
+        self.groups.remove(group);
+        replica.ledger.stop().await;
+        let disk = replica.disk.clone();
+        drop(replica);
+        match sim::task::blocking(move || remove_all(&*disk, "", 0)).await {
+            Ok(()) => sim::info!("{} is no longer here; its files are removed", name_of(group)),
+            Err(error) => sim::warn!("{} is no longer here, but its files stay: {error}", name_of(group)),
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```text
 //!  holder                    grantor (leads the control group)         record (in the control group's ledger)
 //!  ask, stamped a ─────────► asked at g: runs_out = g + outlasts(D)
-//!                            propose Renew ──────────────────────────► applied, if it is this term and this epoch
+//!                            propose Renew, or read the record ──────► if it is this term and this epoch
 //!  until = a + D  ◄───────── answer: D, the ceiling, and the stamp ◄──┘
 //!  may_append ──► fences: each with a lease that the holder passed on ──► outcome: acknowledged, or UNKNOWN
 //! ```
@@ -42,6 +42,9 @@
 //! When a lease runs out stands in the memory of one leader, since no other clock could read it. A new leader writes down its **term** first: from then on
 //! the record refuses what others before it proposed, also what they propose later because they were paused or cut off. What they did
 //! get written was asked for earlier, so the new leader waits `W` from then on ([`Grantor::leads`]) before it grants anything.
+//!
+//! A renewal that needs no higher ceiling changes nothing in the record, so it is not written: the leader reads the record after the question, confirmed
+//! by a majority. If its own term stands there, the next leader's begins later, and waits for longer than this renewal lasts.
 //!
 //! A leader counts `W` from the question, before the renewal is written, and never proposes a renewal of an epoch after it proposed the next: so
 //! the order in which its proposals arrive does not matter.
@@ -225,6 +228,8 @@ pub struct Next {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GrantorEvent {
     Asked(Ask),
+    /// The present epoch is to run out; the next one is not granted before it is wanted.
+    Prepared(HolderId),
     /// The next epoch is to go to this holder. To be repeated until the record says so.
     Wanted(HolderId),
     /// It is not wanted any more: the holder is back.
@@ -237,6 +242,8 @@ pub enum GrantorEvent {
 pub enum GrantorEffect {
     /// Write `entry` into the ledger; send `then` once it is applied, and not if it is refused.
     Propose { entry: Entry, then: Option<Answer> },
+    /// Read the record, confirmed by a majority after this; send the answer if it stands in this leader's term and in this epoch.
+    Confirm { then: Answer },
     /// Nothing can be granted before this reading of the clock.
     Wait { until: Ms },
     /// Tell this holder that it has no lease here, or loses it: the record's epoch and holder.
@@ -255,6 +262,10 @@ impl Grantor {
         let mut state = self.clone();
         let effect = match event {
             GrantorEvent::Asked(ask) => state.asked(settings, ask, now),
+            GrantorEvent::Prepared(holder) => {
+                state.next.get_or_insert(Next { holder, proposed: false });
+                (now < state.runs_out).then_some(GrantorEffect::Wait { until: state.runs_out })
+            }
             GrantorEvent::Wanted(holder) => state.wanted(holder, now),
             GrantorEvent::Withdrawn => {
                 state.next = state.next.filter(|next| next.proposed);
@@ -271,9 +282,14 @@ impl Grantor {
             return Some(GrantorEffect::Refuse { to: ask.from, epoch, holder });
         }
         self.runs_out = self.runs_out.max(now.saturating_add(settings.wait_ms()));
+        let answer =
+            |ceiling| Answer { to: ask.from, stamp: ask.stamp, epoch, span_ms: settings.span_ms, ceiling };
+        if self.record.ceiling >= ask.reached.saturating_add(settings.room / 2 + 1) {
+            return Some(GrantorEffect::Confirm { then: answer(self.record.ceiling) });
+        }
         let ceiling = self.record.ceiling.max(ask.reached.saturating_add(settings.room));
         let entry = Entry::Renew { term, epoch, ceiling };
-        let answer = Answer { to: ask.from, stamp: ask.stamp, epoch, span_ms: settings.span_ms, ceiling };
+        let answer = answer(ceiling);
         Some(GrantorEffect::Propose { entry, then: Some(answer) })
     }
 
@@ -550,6 +566,10 @@ mod tests {
         let (mut grantor, effects) = grantor.on(settings, event, now);
         let (mut answer, mut wrote) = (None, false);
         for effect in effects {
+            if let GrantorEffect::Confirm { then } = effect {
+                answer = Some(then);
+                continue;
+            }
             let GrantorEffect::Propose { entry, then } = effect else { continue };
             if let Some(record) = grantor.record.apply(&entry) {
                 (answer, wrote) = (then, true);

@@ -4,6 +4,7 @@
 //! Long operations stand in the map itself, as a plan and how far it is: whoever leads the control group goes on with them.
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
+use super::regions::{End, Regions, RegionsConfig};
 use crate::auth::check_tenant;
 use crate::error::Error;
 use crate::roles::{self, Role, Roles};
@@ -43,6 +44,9 @@ pub struct ClusterMap {
     /// A move of a tenant's own slots, to where it is pinned or back.
     #[serde(default)]
     pub pinning: Option<Move>,
+    /// Where there are several ([`super::regions`]).
+    #[serde(default)]
+    pub regions: Option<Regions>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -54,11 +58,14 @@ pub struct NodeEntry {
     pub roles: Roles,
     #[serde(default)]
     pub liveness: Liveness,
+    /// Empty in a cluster that has one.
+    #[serde(default)]
+    pub region: String,
 }
 
 impl NodeEntry {
     fn new(addr: String, roles: Roles) -> NodeEntry {
-        NodeEntry { addr, state: NodeState::Member, roles, liveness: Liveness::Up }
+        NodeEntry { addr, state: NodeState::Member, roles, liveness: Liveness::Up, region: String::new() }
     }
 
     /// Whether it may keep the replicas for this that it has.
@@ -71,8 +78,10 @@ impl NodeEntry {
         self.liveness == Liveness::Up && self.keeps(role)
     }
 
-    fn any_view(&self, allowed: impl Fn(&NodeEntry, Role) -> bool) -> bool {
-        self.roles.iter().any(|role| role.is_view() && allowed(self, *role))
+    /// Whether it may have a replica that does not vote: for a view, or, away from where writes go, for the ledger too.
+    fn follows(&self, primary: &str, allowed: impl Fn(&NodeEntry, Role) -> bool) -> bool {
+        let replica = |role: Role| role.is_view() || (role == Role::Ledger && self.region != primary);
+        self.roles.iter().any(|role| replica(*role) && allowed(self, *role))
     }
 }
 
@@ -111,12 +120,26 @@ pub struct ShardEntry {
     /// Replicas that do not vote, for the views of their nodes' roles.
     #[serde(default)]
     pub learners: BTreeMap<NodeId, Learner>,
+    /// Who began the epoch, if it is not the shard's first.
+    #[serde(default)]
+    pub chosen: Option<NodeId>,
+    /// The epoch in which it was founded.
+    #[serde(default = "one")]
+    pub first_epoch: u64,
+    /// How the epochs before ended.
+    #[serde(default)]
+    pub ends: BTreeMap<u64, End>,
+}
+
+fn one() -> u64 {
+    1
 }
 
 impl ShardEntry {
-    fn new(members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
-        let (founded, handover, learners) = Default::default();
-        ShardEntry { epoch: 1, members, slots, founded, handover, learners }
+    fn new(epoch: u64, members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
+        let (founded, handover, learners, chosen, ends) = Default::default();
+        let first_epoch = epoch;
+        ShardEntry { epoch, members, slots, founded, handover, learners, chosen, first_epoch, ends }
     }
 }
 
@@ -161,17 +184,29 @@ pub struct Move {
 impl ClusterMap {
     /// The first map: `count` shards over `nodes`.
     pub fn found(nodes: &BTreeMap<NodeId, String>, count: u32) -> Result<ClusterMap, Error> {
+        ClusterMap::found_in(nodes, count, None)
+    }
+
+    /// The same in several regions.
+    pub fn found_in(
+        nodes: &BTreeMap<NodeId, String>,
+        count: u32,
+        regions: Option<&RegionsConfig>,
+    ) -> Result<ClusterMap, Error> {
         if nodes.is_empty() || !(1..=SHARDS_MAX).contains(&count) {
             return Err(Error::invalid("shards", format!("at least one node, and 1 to {SHARDS_MAX} shards")));
         }
         let entry = |(id, addr): (&NodeId, &String)| (*id, NodeEntry::new(addr.clone(), roles::all()));
         let mut map =
             ClusterMap { version: 1, nodes: nodes.iter().map(entry).collect(), ..ClusterMap::default() };
+        if let Some(config) = regions {
+            map.found_regions(config);
+        }
         for shard in 0..count {
             let share = |shard: u32| (u32::from(SLOTS) * shard / count) as Slot;
             let slots = (share(shard)..share(shard + 1)).collect();
             let members = map.fresh_members();
-            map.shards.insert(shard, ShardEntry::new(members, slots));
+            map.shards.insert(shard, ShardEntry::new(map.epoch(), members, slots));
         }
         map.next_shard = count;
         Ok(map)
@@ -241,26 +276,26 @@ impl ClusterMap {
         self.shards.iter().filter(|(_, shard)| keeps(shard)).map(|(id, _)| *id).collect()
     }
 
-    /// How many replicas each node has that may be given more for a role.
-    fn loads(&self, role: Role) -> BTreeMap<NodeId, usize> {
-        let nodes = self.nodes.iter().filter(|(_, node)| node.may(role));
+    /// How many replicas each node of a region has that may be given more for a role.
+    fn loads(&self, role: Role, region: &str) -> BTreeMap<NodeId, usize> {
+        let nodes = self.nodes.iter().filter(|(_, node)| node.may(role) && node.region == region);
         nodes.map(|(id, _)| (*id, self.kept_by(*id).len())).collect()
     }
 
-    /// The nodes that may be given more for a role, those with the fewest replicas first.
-    fn least_loaded(&self, role: Role) -> impl Iterator<Item = NodeId> {
+    /// The nodes of a region that may be given more for a role, those with the fewest replicas first.
+    fn least_loaded(&self, role: Role, region: &str) -> impl Iterator<Item = NodeId> + use<> {
         let mut loads: Vec<(usize, NodeId)> =
-            self.loads(role).into_iter().map(|(id, load)| (load, id)).collect();
+            self.loads(role, region).into_iter().map(|(id, load)| (load, id)).collect();
         loads.sort_unstable();
         loads.into_iter().map(|(_, id)| id)
     }
 
-    /// The nodes with the fewest replicas.
+    /// The nodes with the fewest replicas, where writes go.
     fn fresh_members(&self) -> BTreeSet<NodeId> {
-        self.least_loaded(Role::Ledger).take(Role::Ledger.policy().replicas).collect()
+        self.least_loaded(Role::Ledger, self.primary()).take(Role::Ledger.policy().replicas).collect()
     }
 
-    fn changed(&self, change: impl FnOnce(&mut ClusterMap)) -> ClusterMap {
+    pub(super) fn changed(&self, change: impl FnOnce(&mut ClusterMap)) -> ClusterMap {
         let mut map = self.clone();
         change(&mut map);
         if map != *self {
@@ -271,6 +306,14 @@ impl ClusterMap {
 
     /// Takes a node in; if it is there, its address and roles are brought up to date, and it is drained no longer.
     pub fn join(&self, id: NodeId, addr: &str, roles: &Roles) -> Result<ClusterMap, Error> {
+        self.join_in(id, addr, roles, self.primary())
+    }
+
+    /// Takes a node of a region in.
+    pub fn join_in(&self, id: NodeId, addr: &str, roles: &Roles, region: &str) -> Result<ClusterMap, Error> {
+        if !self.regions.as_ref().map_or(region.is_empty(), |r| r.names.iter().any(|name| name == region)) {
+            return Err(Error::invalid("region", format!("there is none that is called '{region}'")));
+        }
         if roles.is_empty() {
             return Err(Error::invalid("roles", "are empty: this node would be given nothing"));
         }
@@ -281,8 +324,13 @@ impl ClusterMap {
                 format!("{addr} is node {other}'s; every node needs its own"),
             ));
         }
-        let liveness = self.nodes.get(&id).map(|node| node.liveness).unwrap_or_default();
-        let entry = NodeEntry { liveness, ..NodeEntry::new(addr.into(), roles.clone()) };
+        let held = self.nodes.get(&id);
+        if held.is_some_and(|node| node.region != region && !self.kept_by(id).is_empty()) {
+            let problem = format!("node {id} has replicas for another region; drain and remove it first");
+            return Err(Error::invalid("region", problem));
+        }
+        let (liveness, region) = (held.map(|node| node.liveness).unwrap_or_default(), region.to_string());
+        let entry = NodeEntry { liveness, region, ..NodeEntry::new(addr.into(), roles.clone()) };
         Ok(self.changed(|map| drop(map.nodes.insert(id, entry))))
     }
 
@@ -307,9 +355,10 @@ impl ClusterMap {
     /// Gives a node's shards to others, one after the other.
     pub fn drain(&self, id: NodeId) -> Result<ClusterMap, Error> {
         let Some(node) = self.nodes.get(&id) else { return Err(Error::NotFound(format!("node {id}"))) };
-        let rest = |role| self.loads(role).keys().filter(|other| **other != id).count();
+        let rest = |role| self.loads(role, &node.region).keys().filter(|other| **other != id).count();
         let (voters, votes) = (rest(Role::Ledger), node.roles.contains(&Role::Ledger));
-        let short = self.shards.iter().find(|(_, entry)| votes && entry.members.len() > voters);
+        let short =
+            self.shards.iter().find(|(_, e)| votes && e.members.contains(&id) && e.members.len() > voters);
         if let Some((shard, entry)) = short {
             let problem = format!(
                 "shard {shard} has {} replicas that vote, and {voters} nodes would be left",
@@ -364,7 +413,7 @@ impl ClusterMap {
             while map.shards.len() < shards as usize {
                 let (members, slots, id) = (map.fresh_members(), SlotSet::default(), map.next_shard);
                 map.next_shard += 1;
-                map.shards.insert(id, ShardEntry::new(members, slots));
+                map.shards.insert(id, ShardEntry::new(map.epoch(), members, slots));
             }
             let slots_to_move = map.surplus(shards).values().sum();
             map.resize = Some(Resize { shards, slots_moved: 0, slots_to_move, moving: None });
@@ -530,19 +579,28 @@ impl ClusterMap {
     /// Plans the next handover: away from nodes that are drained, lost, or may not vote, then to shards that lack replicas.
     pub fn plan_handover(&self) -> ClusterMap {
         let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.keeps(Role::Ledger));
+        if self.regions.as_ref().is_some_and(Regions::holds_still) {
+            return self.clone();
+        }
+        let primary = self.primary();
         self.changed(|map| {
             for (id, shard) in &self.shards {
                 if shard.handover.is_some() {
                     continue;
                 }
                 let from = shard.members.iter().copied().find(draining);
-                let lacks =
-                    shard.members.len() < Role::Ledger.policy().replicas.min(self.loads(Role::Ledger).len());
+                let nodes = self.loads(Role::Ledger, primary).len();
+                let lacks = shard.members.len() < Role::Ledger.policy().replicas.min(nodes);
                 if from.is_none() && !lacks {
                     continue;
                 }
-                let free = map.least_loaded(Role::Ledger).find(|node| !shard.members.contains(node));
-                let Some(to) = free else { continue };
+                // Who follows it already has nearly everything.
+                let mut free: Vec<NodeId> = map
+                    .least_loaded(Role::Ledger, primary)
+                    .filter(|node| !shard.members.contains(node))
+                    .collect();
+                free.sort_by_key(|node| !shard.learners.contains_key(node));
+                let Some(&to) = free.first() else { continue };
                 map.shards.entry(*id).and_modify(|shard| shard.handover = Some(Handover { from, to }));
             }
         })
@@ -577,30 +635,53 @@ impl ClusterMap {
         })
     }
 
-    /// Plans learners: of each view as many replicas as its policy has, voters included, where there are as many nodes; none for nodes
-    /// that are drained, or gone, or have no view any more.
+    /// Plans learners: of each view as many replicas as its policy has, voters included, where there are as many nodes; in a region that keeps
+    /// replicas but takes no writes, as many of the ledger too. None for nodes that are drained, or gone, or have no view any more.
     pub fn plan_learners(&self) -> ClusterMap {
+        if self.regions.as_ref().is_some_and(Regions::holds_still) {
+            return self.clone();
+        }
+        let primary = self.primary();
         self.changed(|map| {
             for (id, shard) in
                 self.shards.iter().filter(|(_, shard)| shard.founded && shard.handover.is_none())
             {
                 let mut planned = shard.clone();
-                for role in Role::ALL.into_iter().filter(|role| role.is_view()) {
-                    let holds =
-                        |node: &NodeId| planned.members.contains(node) || planned.learners.contains_key(node);
-                    let held = map.nodes.iter().filter(|(id, node)| node.keeps(role) && holds(id)).count();
-                    let free: Vec<NodeId> = map.least_loaded(role).filter(|node| !holds(node)).collect();
-                    let lacking = role.policy().replicas.saturating_sub(held);
-                    planned
-                        .learners
-                        .extend(free.into_iter().take(lacking).map(|node| (node, Learner::Joining)));
+                let mut spare = BTreeSet::new();
+                for region in self.serving() {
+                    let away = region != primary;
+                    let roles = Role::ALL
+                        .into_iter()
+                        .filter(|role| role.is_view() || (away && *role == Role::Ledger));
+                    for role in roles {
+                        let holds = |node: &NodeId| {
+                            planned.members.contains(node) || planned.learners.contains_key(node)
+                        };
+                        let keeps = |id: &NodeId, node: &NodeEntry| {
+                            node.keeps(role) && node.region == region && holds(id)
+                        };
+                        let held = map.nodes.iter().filter(|(id, node)| keeps(id, node)).count();
+                        let free: Vec<NodeId> =
+                            map.least_loaded(role, region).filter(|node| !holds(node)).collect();
+                        let lacking = role.policy().replicas.saturating_sub(held);
+                        if away && free.len() < lacking {
+                            spare.insert(region);
+                        }
+                        planned
+                            .learners
+                            .extend(free.into_iter().take(lacking).map(|node| (node, Learner::Joining)));
+                    }
                 }
                 // Whoever takes its place answers before it goes.
                 let settled = planned.learners.values().all(|learner| *learner != Learner::Joining);
                 for (node, learner) in &mut planned.learners {
                     let joins = *learner == Learner::Joining;
                     let allowed = if joins { NodeEntry::may } else { NodeEntry::keeps };
-                    let stays = self.nodes.get(node).is_some_and(|node| node.any_view(allowed));
+                    let stays = self.nodes.get(node).is_some_and(|node| {
+                        // A region that is away as a whole comes back with what it had: nobody there could take its place.
+                        let away = node.state == NodeState::Member && spare.contains(node.region.as_str());
+                        node.follows(primary, allowed) || away
+                    });
                     if !stays && (settled || joins) {
                         *learner = Learner::Leaving;
                     }

@@ -12,7 +12,7 @@
 //! **The map is a record.** The control group is a group like every shard: openraft, a log, views, snapshots, repair of damaged disks. In it
 //! lies one memory, whose text is the [`map::ClusterMap`] and whose version orders its changes: each is made from the map that was read, and
 //! written with the version that it was made from ([`Control::update`]), so that of two who change it at once one reads again. Its history is
-//! the account of every change.
+//! the account of every change. Where there are several regions, a second memory beside it says who may write ([`lease::Record`], [`grants`]).
 //!
 //! **What can go wrong.** *The control group has no leader, or this node is cut off from it*: nodes go on with the map that they have, which
 //! is on their disks; nothing can change meanwhile. *A map is old*: whoever routes by it is refused by the replicas themselves
@@ -20,10 +20,14 @@
 //! leader of the control group goes on; *two drivers run*: their steps are the same, and each change is made once.
 
 pub mod driver;
+pub mod failover;
+pub mod grants;
 pub mod keeper;
 pub mod lease;
 pub mod liveness;
 pub mod map;
+pub mod regions;
+pub mod rights;
 
 use crate::convert;
 use crate::error::Error;
@@ -35,6 +39,8 @@ use crate::reach::Reach;
 use crate::remote::Remote;
 use crate::views::{Ask, Found, Freshness, Query, unexpected};
 use map::ClusterMap;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sim::disk::Disk;
 use sim::sync::watch;
 use sim::time::{self, Duration, Instant};
@@ -47,6 +53,8 @@ use storage::slots::SlotSet;
 /// The tenant that the map's record belongs to; only the control group knows it.
 const TENANT: &str = "cluster";
 const RECORD: MemoryId = *b"the cluster map!";
+/// The record of the right to write, in a cluster of several regions.
+const LEASE: MemoryId = *b"the region lease";
 /// The directory and the fact in which a node keeps the last map that it saw.
 const DIR: &str = "cluster";
 const FACT: &str = "map";
@@ -86,7 +94,8 @@ impl Control {
         };
         let map: ClusterMap = held.unwrap_or_default();
         let others = voters.into_iter().filter(|addr| *addr != here).collect();
-        let reach = Reach { groups, group: CONTROL, needs: &[], remote: Remote::new(peers, CONTROL, others) };
+        let remote = Remote::new(peers, CONTROL, others, usize::MAX);
+        let reach = Reach { groups, group: CONTROL, needs: &[], remote };
         Ok(Control { reach, disk, map: watch::channel(Arc::new(map)).0 })
     }
 
@@ -119,22 +128,74 @@ impl Control {
         self.map()
     }
 
-    /// The record and its version; `None`: the cluster is not founded yet.
+    /// The map's record and its version; `None`: the cluster is not founded yet.
     async fn record(
         &self,
         freshness: Freshness,
         deadline: Instant,
     ) -> Result<Option<(ClusterMap, u64)>, Error> {
-        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
+        self.read_record(RECORD, freshness, deadline).await
+    }
+
+    async fn read_record<T: DeserializeOwned>(
+        &self,
+        id: MemoryId,
+        freshness: Freshness,
+        deadline: Instant,
+    ) -> Result<Option<(T, u64)>, Error> {
+        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id, now: 0 };
         let query = Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() };
         let Found::Memory(found) = self.reach.query(query, deadline).await?.found else {
             return Err(unexpected());
         };
         let Some(memory) = found else { return Ok(None) };
-        let map = serde_json::from_str(&memory.text).map_err(|e| {
-            Error::Internal(format!("the cluster map is written in a way that this build does not know: {e}"))
+        let record = serde_json::from_str(&memory.text).map_err(|e| {
+            Error::Internal(format!(
+                "the control group's record is written in a way that this build does not know: {e}"
+            ))
         })?;
-        Ok(Some((map, memory.version)))
+        Ok(Some((record, memory.version)))
+    }
+
+    /// The record of the right to write, confirmed by a majority after this call.
+    pub async fn lease(&self, deadline: Instant) -> Result<(lease::Record, u64), Error> {
+        let read = self.read_record(LEASE, Freshness::Strong, deadline).await?;
+        read.ok_or_else(|| Error::Unavailable("no region has a right to write yet".into()))
+    }
+
+    /// Writes an entry of the right to write; the record as it is then. `None`: it is another leader's, or late.
+    pub async fn enter(
+        &self,
+        entry: &lease::Entry,
+        deadline: Instant,
+    ) -> Result<Option<lease::Record>, Error> {
+        loop {
+            let (record, version) = self.lease(deadline).await?;
+            let Some(next) = record.apply(entry) else { return Ok(None) };
+            match self.write(LEASE, &next, version, deadline).await? {
+                true => return Ok(Some(next)),
+                false => continue,
+            }
+        }
+    }
+
+    /// Whether a record of that version was replaced.
+    async fn write<T: Serialize>(
+        &self,
+        id: MemoryId,
+        record: &T,
+        version: u64,
+        deadline: Instant,
+    ) -> Result<bool, Error> {
+        let patch = Patch { text: Some(text_of(record)?), ..Patch::default() };
+        let operation = Operation::Update { id, expected_version: Some(version), patch };
+        match self.propose(operation, deadline).await? {
+            Outcome::Done { .. } => Ok(true),
+            Outcome::VersionMismatch { .. } => Ok(false),
+            outcome => {
+                Err(Error::Internal(format!("the control group's record was not changed: {outcome:?}")))
+            }
+        }
     }
 
     /// Reads the map as it is now.
@@ -185,14 +246,8 @@ impl Control {
                 return Ok(self.learn(map).await);
             }
             next.check().map_err(Error::Internal)?;
-            let patch = Patch { text: Some(text_of(&next)?), ..Patch::default() };
-            let operation = Operation::Update { id: RECORD, expected_version: Some(version), patch };
-            match self.propose(operation, deadline).await? {
-                Outcome::Done { .. } => return Ok(self.learn(next).await),
-                Outcome::VersionMismatch { .. } => {}
-                outcome => {
-                    return Err(Error::Internal(format!("the cluster map was not changed: {outcome:?}")));
-                }
+            if self.write(RECORD, &next, version, deadline).await? {
+                return Ok(self.learn(next).await);
             }
         }
     }
@@ -200,10 +255,20 @@ impl Control {
     /// Writes the first map, if there is none; whether there was none.
     pub async fn found(&self, map: ClusterMap, deadline: Instant) -> Result<bool, Error> {
         map.check().map_err(Error::Internal)?;
-        let now = time::calendar_ms();
-        let new =
-            v1::NewMemory { scope: v1::Scope::Shared.into(), text: text_of(&map)?, ..Default::default() };
-        let memory = Memory { id: RECORD, ..convert::new_memory(TENANT, new, "", now)? };
+        if let Some(regions) = &map.regions {
+            // First this: a cluster that has a map has it.
+            let holder = regions.holder(&regions.primary);
+            let record = lease::Record { epoch: regions.epoch, holder, ..lease::Record::default() };
+            self.add(LEASE, &record, deadline).await?;
+        }
+        self.add(RECORD, &map, deadline).await
+    }
+
+    /// Whether there was no such record.
+    async fn add<T: Serialize>(&self, id: MemoryId, record: &T, deadline: Instant) -> Result<bool, Error> {
+        let (now, text) = (time::calendar_ms(), text_of(record)?);
+        let new = v1::NewMemory { scope: v1::Scope::Shared.into(), text, ..Default::default() };
+        let memory = Memory { id, ..convert::new_memory(TENANT, new, "", now)? };
         let outcome = self.propose(Operation::Add(memory), deadline).await?;
         Ok(matches!(outcome, Outcome::Done { .. }))
     }
@@ -233,8 +298,8 @@ impl Control {
     }
 }
 
-fn text_of(map: &ClusterMap) -> Result<String, Error> {
-    serde_json::to_string(map).map_err(|e| Error::Internal(format!("cluster map: {e}")))
+fn text_of<T: Serialize>(record: &T) -> Result<String, Error> {
+    serde_json::to_string(record).map_err(|e| Error::Internal(format!("the control group's record: {e}")))
 }
 
 /// Whether another replica of the control group has the map: then this one, if its disk is empty, has lost what it had.
@@ -242,7 +307,8 @@ pub async fn founded_elsewhere(peers: &Peers, others: &[String]) -> bool {
     let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
     let query = Query { freshness: Freshness::Any, wait_ms: 500, ask, needs: SlotSet::default() };
     for addr in others {
-        let body = crate::proto::internal::Body { body: codec::encode(&query).into(), group: CONTROL };
+        let body =
+            crate::proto::internal::Body { body: codec::encode(&query).into(), group: CONTROL, epoch: 0 };
         let Ok(mut client) = peers.client(addr) else { continue };
         let limit = Duration::from_millis(500);
         let Ok(Ok(reply)) = time::timeout(limit, client.query(peers.request(body, limit))).await else {

@@ -4,16 +4,17 @@ use super::context;
 use crate::cache::CacheView;
 use crate::control::Control;
 use crate::control::map::{ClusterMap, Learner, Liveness, NodeEntry, NodeState, ShardEntry, ShardId};
+use crate::control::regions::{End, OldDisk, RegionChange, Regions, Step};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
-use crate::ledger::{FIRST_EPOCH, log_store::position_index, recovery};
+use crate::ledger::{log_store::position_index, recovery};
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
 use crate::roles::{self, Role, Roles};
 use crate::writer::Writer;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::Instant;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use storage::StorageError;
 use storage::model::Month;
 use tonic::{Request, Response, Status};
@@ -23,6 +24,8 @@ pub struct AdminService {
     pub control: Control,
     /// Of a node with the edge's roles.
     pub edge: Option<(Writer, Reader)>,
+    /// Of who leads the control group: what a change of the primary region waits for.
+    pub waits_for: Arc<Mutex<String>>,
 }
 
 /// What a node knows of itself.
@@ -108,7 +111,8 @@ async fn shard_status(
         leader: leader.as_ref().map_or(String::new(), |(_, addr)| addr.clone()),
         is_leader: ledger.raft.is_leader(),
         term: metrics.current_term,
-        epoch: FIRST_EPOCH,
+        epoch: ledger.epoch(),
+        lag_ms: ledger.lag.get().map(|lag| lag.as_millis() as u64),
         last_index: metrics.last_log_index.map_or(0, position_index),
         committed_index: committed,
         views: roles.map(view).collect(),
@@ -171,7 +175,7 @@ impl admin_service_server::AdminService for AdminService {
         let v1::DropPartitionRequest { month, options } = request.into_inner();
         let parsed = Month::parse(&month)
             .ok_or_else(|| Error::invalid("month", format!("'{month}' is no month; write it as 2026-11")))?;
-        let key = crate::writer::options(options)?;
+        let crate::writer::Options { key, .. } = crate::writer::options(options)?;
         let written = self.edge()?.0.drop_month(parsed, key, deadline).await.map_err(|e| match e {
             Error::NotFound(_) => Error::NotFound(format!("partition {month}")),
             other => other,
@@ -187,7 +191,11 @@ impl admin_service_server::AdminService for AdminService {
     ) -> Result<Response<v1::ClusterResponse>, Status> {
         operator(&request)?;
         let (_, deadline) = context(&request)?;
-        Ok(Response::new(cluster(&*self.control.read(deadline).await?)))
+        let mut cluster = cluster(&*self.control.read(deadline).await?);
+        if let Some(change) = cluster.regions.as_mut().and_then(|regions| regions.change.as_mut()) {
+            change.waits_for = self.waits_for.lock().unwrap_or_else(|p| p.into_inner()).clone();
+        }
+        Ok(Response::new(cluster))
     }
 
     async fn change_cluster(
@@ -203,12 +211,22 @@ impl admin_service_server::AdminService for AdminService {
                 Change::Join(node) if node.id == 0 || node.address.is_empty() => {
                     Err(Error::invalid("join", "needs a node's id (not 0) and its address"))
                 }
-                Change::Join(node) => map.join(node.id, &node.address, &roles_of(node)?),
+                Change::Join(node) => {
+                    let region = if node.region.is_empty() { map.primary() } else { &node.region };
+                    map.join_in(node.id, &node.address, &roles_of(node)?, region)
+                }
                 Change::Drain(node) => map.drain(*node),
                 Change::Remove(node) => map.remove(*node),
                 Change::Shards(shards) => map.begin_resize(*shards),
                 Change::Pin(pin) => map.pin(&pin.tenant, pin.shard),
                 Change::Unpin(tenant) => Ok(map.unpin(tenant)),
+                Change::Region(wish) => map.begin_region_change(
+                    &wish.to,
+                    wish.planned,
+                    wish.accept_data_loss,
+                    (Step::Granting, "an operator's order"),
+                    sim::time::calendar_ms(),
+                ),
             },
             deadline,
         );
@@ -229,6 +247,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         .into(),
         shards: map.kept_by(*id).into_iter().collect(),
         roles: roles::names(&node.roles),
+        region: node.region.clone(),
     };
     let learner = |(node, learner): (&u64, &Learner)| v1::ClusterLearner {
         node: *node,
@@ -246,6 +265,8 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         slots: shard.slots.everybody().to_string(),
         joining: shard.handover.map_or(0, |handover| handover.to),
         leaving: shard.handover.and_then(|handover| handover.from).unwrap_or(0),
+        epoch: shard.epoch,
+        ends: shard.ends.iter().map(end_of).collect(),
     };
     let pin = |tenant: &String| v1::ClusterPin {
         tenant: tenant.clone(),
@@ -262,6 +283,47 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
             slots_to_move: resize.slots_to_move as u32,
         }),
         pins: map.apart().into_iter().map(pin).collect(),
+        regions: map.regions.as_ref().map(regions_of),
+    }
+}
+
+fn end_of((epoch, end): (&u64, &End)) -> v1::EpochEnd {
+    let old_disk = |(node, old): (&u64, &OldDisk)| v1::OldDisk {
+        node: *node,
+        kept_index: old.kept,
+        last_index: old.last,
+        commands: old.commands,
+    };
+    v1::EpochEnd {
+        epoch: *epoch,
+        certain_index: end.certain,
+        last_index: end.last,
+        ceiling_index: end.ceiling,
+        old_disks: end.old_disks.iter().map(old_disk).collect(),
+    }
+}
+
+fn regions_of(regions: &Regions) -> v1::ClusterRegions {
+    let change = |change: &RegionChange| v1::RegionChange {
+        from: change.from.clone(),
+        to: change.to.clone(),
+        planned: change.planned,
+        step: change.step().name().into(),
+        steps: change
+            .steps
+            .iter()
+            .map(|(step, at_ms)| v1::RegionStep { step: step.name().into(), at_ms: *at_ms })
+            .collect(),
+        cause: change.cause.clone(),
+        epoch: change.epoch,
+        waits_for: String::new(),
+    };
+    v1::ClusterRegions {
+        primary: regions.primary.clone(),
+        witness: regions.witness.clone().unwrap_or_default(),
+        epoch: regions.epoch,
+        change: regions.change.as_ref().map(change),
+        past: regions.past.iter().map(change).collect(),
     }
 }
 

@@ -46,7 +46,11 @@ pub(super) fn info(written: &Written) -> Option<v1::WriteInfo> {
 pub(super) fn info_of_all(written: &[Written]) -> Option<v1::WriteInfo> {
     Some(v1::WriteInfo {
         token: Some(token_of(written)),
-        durability: v1::Durability::Quorum as i32,
+        durability: match written.iter().all(|write| write.elsewhere) {
+            true => v1::Durability::Region,
+            false => v1::Durability::Quorum,
+        }
+        .into(),
         item: written.last()?.position.item,
     })
 }

@@ -16,7 +16,12 @@
 //! - *A log write or fsync fails.* The process ends and recovers from what its disk really holds ([`log_store`]).
 //! - *A replica is far behind.* It gets a snapshot ([`storage::bases`]).
 //! - *A disk has rotted.* See [`recovery`].
+//! - *The region is given up.* The leader and each voter append only while the region has the right to write ([`crate::control::rights`]), and the leader looks
+//!   again before it acknowledges: what it cannot be sure of is OUTCOME_UNKNOWN. See [`epochs`] for what becomes of the replicas, and [`elsewhere`] for
+//!   what the other region has.
 
+pub mod elsewhere;
+pub mod epochs;
 pub mod log_store;
 pub mod network;
 pub mod recovery;
@@ -24,6 +29,9 @@ pub mod service;
 pub mod state_machine;
 pub mod types;
 
+use crate::control::lease;
+use crate::control::regions::End;
+use crate::control::rights::Rights;
 use crate::error::Error;
 use crate::groups::{GroupId, name_of};
 use crate::peers::Peers;
@@ -34,7 +42,7 @@ use openraft::error::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::{BasicNode, Config, ReadPolicy, SnapshotPolicy};
 use recovery::{Keeper, Opened};
 use sim::disk::Disk;
-use sim::sync::{Semaphore, mpsc, oneshot};
+use sim::sync::{Notify, Semaphore, mpsc, oneshot};
 use sim::time::{Duration, Instant};
 use state_machine::StateMachine;
 use std::collections::BTreeMap;
@@ -46,8 +54,6 @@ use storage::log::LogOptions;
 use storage::model::{Batch, Command, Outcome, Position};
 use types::{Data, Raft};
 
-/// The first epoch of a shard.
-pub const FIRST_EPOCH: u64 = 1;
 /// Commands in one entry at most.
 const BATCH_COMMANDS_MAX: usize = 512;
 /// Entries under way at once.
@@ -116,8 +122,16 @@ pub struct Ledger {
     queue: mpsc::Sender<Waiting>,
     repairing: Arc<AtomicBool>,
     stopping: Arc<AtomicBool>,
+    /// Told when it stops: nobody holds on to the views any longer than they must.
+    stopped: Arc<Notify>,
     /// Unheard by a majority for so long, this replica no longer takes writes as a leader.
     deposed_after: Duration,
+    /// The epoch, and what this replica has of those before.
+    pub held: Arc<epochs::Held>,
+    /// How those ended.
+    ends: Arc<BTreeMap<u64, End>>,
+    pub rights: Rights,
+    pub lag: elsewhere::Lag,
 }
 
 /// What the leader said of a proposal that it did not take.
@@ -147,9 +161,10 @@ impl Ledger {
         opened: Opened,
         peers: Peers,
         options: LedgerOptions,
+        (rights, ends): (Rights, BTreeMap<u64, End>),
     ) -> Result<Ledger, Error> {
         let config = Config {
-            cluster_name: format!("{}-epoch-{FIRST_EPOCH}", name_of(group)),
+            cluster_name: format!("{}-epoch-{}", name_of(group), opened.held.epoch),
             heartbeat_interval: options.heartbeat.as_millis() as u64,
             election_timeout_min: options.election_min.as_millis() as u64,
             election_timeout_max: options.election_max.as_millis() as u64,
@@ -166,14 +181,14 @@ impl Ledger {
             ..Config::default()
         };
         let config = Arc::new(config.validate().map_err(|e| internal("ledger options", e))?);
-        let Opened { log, shard, bases } = opened;
+        let Opened { log, shard, bases, held } = opened;
         let repair = log.repair().map_err(|e| internal("ledger", e))?;
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
         let store = log_store::LogStore::new(log.clone());
         let keeper = Keeper { log: log.clone(), bases, base_bytes_min: options.base_bytes_min };
-        let machine = StateMachine::new(shard.clone(), keeper, FIRST_EPOCH).await;
+        let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
-        let network = Network { peers: peers.clone(), disk, group };
+        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(sim::planted!("vote-with-a-damaged-log"));
@@ -193,11 +208,32 @@ impl Ledger {
             }
         }
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
-        sim::task::spawn(batcher(raft.clone(), waiting));
+        sim::task::spawn(batcher(raft.clone(), (rights.clone(), held.epoch), waiting));
         let stopping = Arc::new(AtomicBool::new(false));
         sim::task::spawn(watch_over(group, raft.clone(), stopping.clone()));
         let deposed_after = options.election_max;
-        let ledger = Ledger { group, raft, shard, peers, queue, repairing, stopping, deposed_after };
+        let (held, ends, lag) = (Arc::new(held), Arc::new(ends), elsewhere::Lag::default());
+        let ledger = Ledger {
+            group,
+            raft,
+            shard,
+            peers,
+            queue,
+            repairing,
+            stopping,
+            stopped: Arc::default(),
+            deposed_after,
+            held,
+            ends,
+            rights,
+            lag,
+        };
+        if !ledger.has_begun() {
+            // It may have voted in an epoch that is over, among nodes that no longer do.
+            ledger.raft.runtime_config().elect(false);
+            sim::task::spawn(ledger.clone().wait_for_the_epoch());
+        }
+        sim::task::spawn(ledger.clone().watch_lag());
         sim::task::spawn(ledger.clone().give_way_when_unheard());
         sim::task::spawn(ledger.clone().beat(options.heartbeat));
         if repair.is_some() {
@@ -226,8 +262,17 @@ impl Ledger {
     /// Ends this replica's part in the group.
     pub async fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
+        self.stopped.notify_waiters();
         if let Err(error) = self.raft.shutdown().await {
             sim::warn!("the ledger did not stop cleanly: {error}");
+        }
+    }
+
+    /// Sleeps, but not beyond this replica's end.
+    async fn rest_until(&self, moment: Instant) {
+        sim::select! {
+            () = self.stopped.notified() => {}
+            () = sim::time::sleep_until(moment) => {}
         }
     }
 
@@ -238,13 +283,68 @@ impl Ledger {
 
     fn vote_again(&self) {
         self.repairing.store(false, Ordering::SeqCst);
-        self.raft.runtime_config().elect(true);
+        self.raft.runtime_config().elect(self.has_begun());
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.held.epoch
+    }
+
+    pub fn term(&self) -> u64 {
+        self.raft.server_metrics().borrow_watched().vote.leader_id.term
+    }
+
+    /// The greatest index that this replica has.
+    pub fn reached(&self) -> u64 {
+        let last = self.raft.metrics().borrow_watched().last_log_index;
+        last.map_or(0, log_store::position_index)
+    }
+
+    /// Whether who votes here was decided in this epoch.
+    pub fn has_begun(&self) -> bool {
+        let metrics = self.raft.server_metrics();
+        let seen = metrics.borrow_watched();
+        let decided = seen.membership_config.log_id().as_ref().map(|id| id.leader_id.term);
+        self.held.epoch == self.held.first
+            || decided.is_some_and(|term| term >= epochs::term_of(self.held.epoch))
+    }
+
+    async fn wait_for_the_epoch(self) {
+        let mut metrics = self.raft.server_metrics();
+        while !self.has_begun() {
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+        self.raft.runtime_config().elect(!self.is_repairing());
+    }
+
+    /// What of the ledger a position names: itself, if it is still there; what it names may be lost if its epoch is over.
+    pub fn surviving(&self, position: Position) -> Result<Position, Error> {
+        let lost = || Error::LostInFailover { epoch: position.epoch, index: position.index };
+        let ended = self.ends.range(position.epoch..self.held.epoch).next();
+        match ended {
+            Some((_, end))
+                if position.index > end.certain
+                    && !sim::planted!("believe-tokens-of-an-epoch-that-is-over") =>
+            {
+                Err(lost())
+            }
+            _ => Ok(position),
+        }
     }
 
     /// Whether this replica has a vote.
     pub fn votes(&self) -> bool {
         let metrics = self.raft.server_metrics().borrow_watched().clone();
         metrics.membership_config.membership().voter_ids().any(|id| id == *self.raft.node_id())
+    }
+
+    /// All members of the group, and their addresses.
+    pub fn member_addrs(&self) -> Vec<(u64, String)> {
+        let metrics = self.raft.server_metrics();
+        let seen = metrics.borrow_watched();
+        seen.membership_config.membership().nodes().map(|(id, node)| (*id, node.addr.clone())).collect()
     }
 
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.
@@ -266,7 +366,7 @@ impl Ledger {
     /// Sends heartbeats while this replica leads, in the same moments as the node's other groups.
     async fn beat(self, interval: Duration) {
         while !self.stopping.load(Ordering::SeqCst) {
-            sim::time::sleep_until(self.peers.links.next_beat(interval)).await;
+            self.rest_until(self.peers.links.next_beat(interval)).await;
             if self.raft.is_leader() && self.raft.trigger().heartbeat().await.is_err() {
                 return;
             }
@@ -277,7 +377,7 @@ impl Ledger {
     /// take over.
     async fn give_way_when_unheard(self) {
         while !self.stopping.load(Ordering::SeqCst) {
-            sim::time::sleep(self.deposed_after).await;
+            self.rest_until(Instant::now() + self.deposed_after).await;
             if self.raft.is_leader() && self.is_unheard() {
                 sim::trace::probe("ledger: an unheard leader gave way");
                 sim::warn!("no majority answers this leader: it lets another one take over");
@@ -292,6 +392,13 @@ impl Ledger {
             let leader = self.leader().filter(|(id, _)| id != self.raft.node_id());
             return Proposed::NotLeader(leader.map(|(_, addr)| addr));
         }
+        // What is appended next lies at most so far behind what there is.
+        let ahead = (BATCHES_IN_FLIGHT + 1) as u64;
+        if let Err(refusal) = self.rights.may_append(self.held.epoch, self.reached() + ahead) {
+            sim::debug!("{}: a write is not taken: {refusal}", name_of(self.group));
+            return Proposed::NotLeader(None);
+        }
+        sim::rand::buggify_wait("between the lease and the append", 0.02, Duration::from_secs(8)).await;
         // It is on its way out: what it took would wait for ever.
         if self.is_unheard() {
             return Proposed::NotLeader(None);
@@ -322,8 +429,12 @@ impl Ledger {
         }
         match self.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
             Ok((read, _)) => {
+                // A majority may be cut off with this leader from a region that went on.
+                let right = self.rights.holds(self.held.epoch);
+                right.map_err(|refusal| Error::Unavailable(format!("this region may not say: {refusal}")))?;
                 let index = log_store::position_index(read.log_id().index);
-                Ok(Position { epoch: FIRST_EPOCH, index, item: u32::MAX })
+                let epoch = epochs::epoch_of(self.held.first, read.log_id().leader_id.term);
+                Ok(Position { epoch, index, item: u32::MAX })
             }
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
                 Err(Error::Unavailable("this replica does not lead".into()))
@@ -411,7 +522,7 @@ pub async fn propose_via<F: Future<Output = Proposed>>(
             Some(addr) => {
                 let body =
                     encoded.get_or_insert_with(|| bytes::Bytes::from(codec::encode(&commands))).clone();
-                propose_at(peers, &addr, Body { body, group }, left).await
+                propose_at(peers, &addr, Body { body, group, epoch: 0 }, left).await
             }
         };
         match proposed {
@@ -490,7 +601,7 @@ async fn watch_over(group: GroupId, raft: Raft, stopping: Arc<AtomicBool>) {
 }
 
 /// Gathers waiting commands into entries, a few of which are under way at once.
-async fn batcher(raft: Raft, mut waiting: mpsc::Receiver<Waiting>) {
+async fn batcher(raft: Raft, right: (Rights, u64), mut waiting: mpsc::Receiver<Waiting>) {
     let places = Arc::new(Semaphore::new(BATCHES_IN_FLIGHT));
     while let Some(first) = waiting.recv().await {
         let Ok(place) = places.clone().acquire_owned().await else { return };
@@ -501,15 +612,15 @@ async fn batcher(raft: Raft, mut waiting: mpsc::Receiver<Waiting>) {
             count += next.commands.len();
             callers.push(next);
         }
-        let raft = raft.clone();
+        let (raft, right) = (raft.clone(), right.clone());
         sim::task::spawn(async move {
-            submit(raft, callers).await;
+            submit(raft, right, callers).await;
             drop(place);
         });
     }
 }
 
-async fn submit(raft: Raft, callers: Vec<Waiting>) {
+async fn submit(raft: Raft, (rights, epoch): (Rights, u64), callers: Vec<Waiting>) {
     let mut replies = Vec::with_capacity(callers.len());
     let mut commands = Vec::new();
     for caller in callers {
@@ -518,7 +629,14 @@ async fn submit(raft: Raft, callers: Vec<Waiting>) {
     }
     let data = Data(codec::encode(&Batch { commands }).into());
     let result = match raft.client_write(data).await {
-        Ok(response) => Ok(response.data.0),
+        Ok(response) => match rights.outcome(epoch, log_store::position_index(response.log_id.index)) {
+            lease::Outcome::Acknowledged => Ok(response.data.0),
+            lease::Outcome::Unknown => {
+                sim::trace::probe("ledger: the right to write ran out under a write");
+                let cause = "the region's right to write ran out meanwhile";
+                Err(Error::OutcomeUnknown(cause.into()))
+            }
+        },
         Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
             Err(Error::Unavailable("this replica does not lead".into()))
         }

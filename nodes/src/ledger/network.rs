@@ -29,6 +29,7 @@ pub struct Network {
     pub peers: Peers,
     pub disk: Arc<dyn Disk>,
     pub group: GroupId,
+    pub epoch: u64,
 }
 
 /// One peer.
@@ -58,9 +59,10 @@ impl Peer {
         request: &Q,
         ttl: Duration,
     ) -> Result<A, Error> {
-        let Network { peers, group, .. } = &self.network;
+        let Network { peers, group, epoch, .. } = &self.network;
         let body = codec::encode_serde(request).into();
-        let answer = peers.tell(&self.addr, (*group, method), body, ttl).await.map_err(unreachable)?;
+        let answer =
+            peers.tell(&self.addr, (*group, *epoch, method), body, ttl).await.map_err(unreachable)?;
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }
 }
@@ -128,8 +130,8 @@ impl RaftNetworkV2<Types> for Peer {
                 }
                 file => file.map_err(unreachable)?,
             };
-            let group = self.network.group;
-            let first = futures::stream::iter([Body { body: head.into(), group }]);
+            let (group, epoch) = (self.network.group, self.network.epoch);
+            let first = futures::stream::iter([Body { body: head.into(), group, epoch }]);
             let rest = futures::stream::unfold(Some(file), move |file| async move {
                 let mut file = file?;
                 let (file, chunk) = sim::task::blocking(move || {
@@ -138,7 +140,7 @@ impl RaftNetworkV2<Types> for Peer {
                 })
                 .await;
                 // A read error ends the stream early; the receiver then refuses the snapshot as incomplete.
-                let body = Body { body: chunk.ok()??.into(), group };
+                let body = Body { body: chunk.ok()??.into(), group, epoch };
                 Some((body, Some(file)))
             });
             let stream = futures::StreamExt::chain(first, rest);

@@ -7,6 +7,7 @@
 //! | views that are damaged, or behind the purged log | made anew from a base and the log ([`storage::bases`]); a damaged base is passed over |
 //! | views that no base and log can make | the replica starts over, as below, and a peer sends a snapshot |
 //! | a log that is damaged though it was durable | cut there; this replica *does not vote* until it has everything back |
+//! | an epoch that is over | what the next one has not is taken away ([`epochs`](super::epochs)) |
 //! | both copies of a fact are damaged | an error that names the file |
 //!
 //! **Why it must not vote.** It acknowledged entries that it no longer has. Were it to vote, a candidate without them could win. A leader
@@ -15,9 +16,10 @@
 //! this replica's start, for a read position, follows until its log reaches that far, and only then votes again.
 //! A replica without peers cannot: it stops, with an error that says what is damaged.
 
+use super::Ledger;
+use super::epochs::{self, FIRST_EPOCH, Held, Plan};
 use super::log_store::{self, position_index};
 use super::state_machine::{apply_entries, decode_batch};
-use super::{FIRST_EPOCH, Ledger};
 use crate::error::Error;
 use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
@@ -49,6 +51,8 @@ pub struct Opened {
     pub log: Arc<Log>,
     pub shard: Arc<Shard>,
     pub bases: Arc<Bases>,
+    /// Its epoch, and what it has of those before.
+    pub held: Held,
 }
 
 /// Writes bases, and lets go of the log that none of them needs.
@@ -82,13 +86,13 @@ fn failed(what: &str, error: impl std::fmt::Display) -> Error {
 }
 
 /// Opens log, views and bases, and mends what can be mended here. `alone`: there are no peers to give anything back. `forgotten`: the group was
-/// there before, so a disk without anything is that of a replica that has lost it all, and must not vote. Blocks.
+/// there before, so a disk without anything is that of a replica that has lost it all, and must not vote. `id`: the node's. Blocks.
 pub fn open(
     disk: &Arc<dyn Disk>,
     log: LogOptions,
     shard: ShardOptions,
-    alone: bool,
-    forgotten: bool,
+    (alone, forgotten): (bool, bool),
+    (id, plan): (u64, &Plan),
 ) -> Result<Opened, Error> {
     // What a crash left of snapshots that were under way between peers.
     let left = disk.list("").map_err(|e| failed("data directory", e))?;
@@ -107,10 +111,32 @@ pub fn open(
         log.start_over().map_err(|e| failed("ledger", e))?;
     }
     let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
+    // What is purged was applied, even if the views can no longer say so.
+    let certain = || match Shard::open(disk.clone(), VIEWS, shard.clone()) {
+        Ok(views) => Ok(views.applied().0.index),
+        Err(error) if is_fatal_to_views(&error) => Ok(log.first_index() - 1),
+        Err(error) => Err(failed("views", error)),
+    };
+    let before = epochs::held(&log, plan.first)?;
+    let epochs::Turned { held, views_max, start_over } = epochs::turn(disk, &log, &bases, id, plan, certain)?;
+    // The last thing that is written: until then all of it is done again.
+    let done = |log: Arc<Log>, shard: Shard, bases: Arc<Bases>| -> Result<Opened, Error> {
+        if held != before || plan.first > FIRST_EPOCH {
+            epochs::keep(&log, &held)?;
+        }
+        Ok(Opened { log, shard: Arc::new(shard), bases, held: held.clone() })
+    };
     let purged = log.first_index() - 1;
     let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {
-        Ok(views) if views.applied().0.index >= purged => {
-            return Ok(Opened { log, shard: Arc::new(views), bases });
+        _ if start_over => "what is left of an old epoch lies before the log's beginning".to_string(),
+        Ok(views) if (purged..=views_max).contains(&views.applied().0.index) => {
+            return done(log, views, bases);
+        }
+        Ok(views) if views.applied().0.index > views_max => {
+            let applied = views.applied().0.index;
+            format!(
+                "the views have applied {applied} entries of an old epoch, of which the next one has {views_max}"
+            )
         }
         Ok(views) => {
             format!("the views are at {}, but the log is purged up to {purged}", views.applied().0.index)
@@ -123,12 +149,12 @@ pub fn open(
     let started = Instant::now();
     let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
     from.push(None);
-    for base in from {
+    for base in from.into_iter().filter(|_| !start_over) {
         let views = Shard::open_anew(disk.clone(), VIEWS, shard.clone()).map_err(|e| failed("views", e))?;
         let restored = base.as_ref().map_or(Ok(()), |base| bases.restore(base, &views));
         let name =
             base.map_or("the ledger's start".to_string(), |base| format!("the base at {}", base.index));
-        match restored.map_err(|e| e.to_string()).and_then(|()| replay(&log, &views, purged)) {
+        match restored.map_err(|e| e.to_string()).and_then(|()| replay(&log, &views, held.first, purged)) {
             Ok(()) => {
                 views.acquit().map_err(|e| failed("views", e))?;
                 let (position, _) = views.applied();
@@ -137,7 +163,7 @@ pub fn open(
                     position.index,
                     started.elapsed()
                 );
-                return Ok(Opened { log, shard: Arc::new(views), bases });
+                return done(log, views, bases);
             }
             Err(error) => {
                 sim::trace::probe("views: a base could not be used");
@@ -157,15 +183,15 @@ pub fn open(
     log.start_over().and_then(|()| log.remove_meta(log_store::PURGED)).map_err(|e| failed("ledger", e))?;
     let views = Shard::open_anew(disk.clone(), VIEWS, shard).map_err(|e| failed("views", e))?;
     views.acquit().map_err(|e| failed("views", e))?;
-    Ok(Opened { log, shard: Arc::new(views), bases })
+    done(log, views, bases)
 }
 
 /// Applies the log's entries from where the views are up to `to`, also purged ones.
-fn replay(log: &Log, views: &Shard, to: u64) -> Result<(), String> {
+fn replay(log: &Log, views: &Shard, first_epoch: u64, to: u64) -> Result<(), String> {
     let mut waiting = vec![];
     let mut told = Instant::now();
     let mut apply = |waiting: &mut Vec<_>| -> Result<(), String> {
-        apply_entries(views, FIRST_EPOCH, waiting).map_err(|e| e.to_string())?;
+        apply_entries(views, first_epoch, waiting).map_err(|e| e.to_string())?;
         waiting.clear();
         if told.elapsed() > Duration::from_secs(2) {
             told = Instant::now();
@@ -210,7 +236,7 @@ impl Ledger {
     pub(super) async fn repair(self, log: Arc<Log>) {
         let mut pause = Duration::from_millis(50);
         let mut told = Instant::now();
-        loop {
+        while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
             let deadline = Instant::now() + Duration::from_secs(2);
             if let Ok(position) = self.read_position(deadline).await
                 && self.follow_to(position.index, Instant::now() + Duration::from_secs(30)).await
@@ -228,7 +254,7 @@ impl Ledger {
                 told = Instant::now();
                 sim::error!("the log waits for its repair: no leader has given everything back yet");
             }
-            sim::time::sleep(pause).await;
+            self.rest_until(Instant::now() + pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
         }
     }

@@ -1,37 +1,55 @@
 //! What peers ask of this replica: openraft's messages, proposals, read positions and queries of the views.
 
-use super::Proposed;
+use super::log_store::position_index;
 use super::state_machine::SnapshotSource;
-use super::types::{SnapshotMeta, Vote};
+use super::types::{SnapshotMeta, Types, Vote};
+use super::{Ledger, Proposed};
 use crate::cache::CacheView;
 use crate::control::driver::Membership;
+use crate::control::grants::Grants;
+use crate::control::keeper::Keeper;
+use crate::control::rights::Renewed;
+use crate::control::{Control, failover};
 use crate::error::Error;
 use crate::groups::{GroupId, Groups, Replica, name_of};
+use crate::peers::Peers;
 use crate::proto::internal::{Answer, Answers, Body, Message, Messages, Method, replica_server};
 use crate::views::{Query, Touched};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, FuturesUnordered};
+use openraft::entry::RaftEntry;
+use openraft::raft::AppendEntriesRequest;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use sim::time::{Duration, Instant};
 use std::sync::atomic::Ordering;
 use storage::bases::Writer;
 use storage::codec;
+use storage::model::Position;
 use tonic::{Request, Response, Status, Streaming};
 
 pub struct ReplicaService {
     pub groups: Groups,
     /// What this node answers for shards of which it has no replica.
     pub cache: Option<CacheView>,
+    pub control: Control,
+    pub peers: Peers,
+    /// Of a node of the control group.
+    pub grants: Option<Grants>,
+    /// Of a node that may have replicas.
+    pub keeper: Option<Keeper>,
 }
 
 /// Answers that travel together at most.
 const ANSWERS_MAX: usize = 256;
+/// How long reading a newer map may take.
+const LOOK: Duration = Duration::from_secs(2);
 
 type Reply = Result<Response<Body>, Status>;
 
 fn encoded<T: bincode::Encode>(value: &T) -> Reply {
-    Ok(Response::new(Body { body: codec::encode(value).into(), group: 0 }))
+    Ok(Response::new(Body { body: codec::encode(value).into(), ..Body::default() }))
 }
 
 impl ReplicaService {
@@ -45,6 +63,16 @@ fn replica(groups: &Groups, group: GroupId) -> Result<Replica, Error> {
     groups.get(group).ok_or_else(missing)
 }
 
+/// Whether a message is of the replica's own epoch: one that has seen a newer one takes nothing of the old.
+fn of_epoch(ledger: &Ledger, epoch: u64) -> Result<(), Error> {
+    if epoch == ledger.epoch() || sim::planted!("take-messages-of-an-old-epoch") {
+        return Ok(());
+    }
+    sim::trace::probe("epoch: a message of another one refused");
+    let problem = format!("{} is in epoch {} here, not in {epoch}", name_of(ledger.group), ledger.epoch());
+    Err(Error::NotHere(problem))
+}
+
 /// What the group's replica answers to one of openraft's messages.
 async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String> {
     fn decoded<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
@@ -55,13 +83,22 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
     }
     let ledger = replica(groups, message.group).map_err(|e| e.to_string())?.ledger;
     let (raft, method) = (&ledger.raft, message.method());
+    of_epoch(&ledger, message.epoch).map_err(|e| e.to_string())?;
     // A replica that has forgotten what it acknowledged must not help anybody to lead.
     if method != Method::Append && ledger.is_repairing() {
         return Err("this replica repairs its log and does not vote yet".into());
     }
     let body = &message.body;
     match method {
-        Method::Append => encoded(raft.append_entries(decoded(body)?).await),
+        Method::Append => {
+            let append: AppendEntriesRequest<Types> = decoded(body)?;
+            // Whoever votes looks at its own clock too; who follows from elsewhere has no right that could run out.
+            if let (true, Some(last)) = (ledger.votes(), append.entries.last()) {
+                let index = position_index(last.log_id().index);
+                ledger.rights.may_append(message.epoch, index).map_err(|e| e.to_string())?;
+            }
+            encoded(raft.append_entries(append).await)
+        }
         Method::Vote => encoded(raft.vote(decoded(body)?).await),
         Method::PreVote => encoded(raft.pre_vote(decoded(body)?).await),
         Method::TransferLeader => encoded(raft.handle_transfer_leader(decoded(body)?).await),
@@ -97,6 +134,7 @@ impl replica_server::Replica for ReplicaService {
             return Err(Status::invalid_argument("a snapshot needs a head"));
         };
         let replica = self.replica(&head)?;
+        of_epoch(&replica.ledger, head.epoch)?;
         let (vote, meta): (Vote, SnapshotMeta) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
         let path = format!("snapshot-in-{}.tmp", replica.received.fetch_add(1, Ordering::Relaxed));
@@ -112,7 +150,7 @@ impl replica_server::Replica for ReplicaService {
         let snapshot = openraft::storage::Snapshot { meta, snapshot: source };
         let installed = replica.ledger.raft.install_full_snapshot(vote, snapshot).await;
         let installed = installed.map_err(|e| Status::unavailable(e.to_string()))?;
-        Ok(Response::new(Body { body: codec::encode_serde(&installed).into(), group: 0 }))
+        Ok(Response::new(Body { body: codec::encode_serde(&installed).into(), ..Body::default() }))
     }
 
     async fn propose(&self, request: Request<Body>) -> Reply {
@@ -124,8 +162,49 @@ impl replica_server::Replica for ReplicaService {
         encoded(&proposed.unwrap_or_else(|e| Proposed::Unknown(e.to_string())))
     }
 
-    async fn is_there(&self, _: Request<Body>) -> Reply {
+    async fn is_there(&self, request: Request<Body>) -> Reply {
+        let version: u64 = codec::decode(&request.get_ref().body).unwrap_or(0);
+        if version > self.control.map().version {
+            let control = self.control.clone();
+            sim::task::spawn(async move { control.at_least(version, Instant::now() + LOOK).await });
+        }
         Ok(Response::new(Body::default()))
+    }
+
+    async fn reaches(&self, request: Request<Body>) -> Reply {
+        let addrs: Vec<String> = codec::decode(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable addresses: {e}")))?;
+        encoded(&failover::reach(&self.peers, &addrs, 0).await)
+    }
+
+    async fn renew(&self, request: Request<Body>) -> Reply {
+        let ask = codec::decode_serde(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable question: {e}")))?;
+        let renewed = match &self.grants {
+            Some(grants) => grants.renew(ask).await,
+            None => Renewed::NotLeader(None),
+        };
+        Ok(Response::new(Body { body: codec::encode_serde(&renewed).into(), ..Body::default() }))
+    }
+
+    async fn halt(&self, request: Request<Body>) -> Reply {
+        let Body { group, epoch, .. } = request.into_inner();
+        let keeper = self.keeper.clone().ok_or_else(|| Status::not_found("this node keeps no replicas"))?;
+        // It goes on if the caller hangs up: half a halt helps nobody.
+        let halted = sim::task::spawn(async move { keeper.halt(group, epoch).await }).await;
+        encoded(&halted.map_err(|e| Status::internal(e.to_string()))??)
+    }
+
+    async fn has_tail(&self, request: Request<Body>) -> Reply {
+        encoded(&self.replica(request.get_ref())?.ledger.lacking_elsewhere()?)
+    }
+
+    async fn elsewhere(&self, request: Request<Body>) -> Reply {
+        let ledger = self.replica(request.get_ref())?.ledger;
+        let (position, wait_ms): (Position, u64) = codec::decode(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable position: {e}")))?;
+        let deadline = Instant::now() + Duration::from_millis(wait_ms);
+        encoded(&ledger.elsewhere_here(position, deadline).await?)
     }
 
     async fn read_index(&self, request: Request<Body>) -> Reply {

@@ -8,6 +8,7 @@
 //! lagging peer needs it, and may then show a later position than its meta. That is safe: what the peer gets twice, it skips.
 //! Beside that, a checkpoint now and then writes a base ([`storage::bases`]), from which damaged views are made anew ([`recovery`]).
 
+use super::epochs::epoch_of;
 use super::log_store::position_index;
 use super::recovery::{self, Keeper};
 use super::types::{Data, Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types};
@@ -40,7 +41,8 @@ pub enum SnapshotSource {
 pub struct StateMachine {
     shard: Arc<Shard>,
     keeper: Keeper,
-    epoch: u64,
+    /// The epoch in which the ledger began.
+    first_epoch: u64,
     /// How far openraft knows that the views are. A received snapshot's data can be further than it said, and a checkpoint must
     /// not name entries that openraft has not yet handed over.
     known: SnapshotMeta,
@@ -64,21 +66,21 @@ pub fn applied_meta(shard: &Shard) -> io::Result<SnapshotMeta> {
 }
 
 impl StateMachine {
-    /// Takes the opened views of a shard in `epoch`. What they hold is made durable first, since the log may be purged below it.
-    pub async fn new(shard: Arc<Shard>, keeper: Keeper, epoch: u64) -> io::Result<StateMachine> {
+    /// Takes the opened views of a shard whose ledger began in `first_epoch`. What they hold is made durable first, since the log may be purged below it.
+    pub async fn new(shard: Arc<Shard>, keeper: Keeper, first_epoch: u64) -> io::Result<StateMachine> {
         let views = shard.clone();
         sim::task::blocking(move || views.checkpoint()).await.map_err(io_error)?;
         let known = applied_meta(&shard)?;
         let index = known.last_log_id.map_or(0, |l| position_index(l.index));
         sim::debug!("views opened at {index}");
         let snapshot = Arc::new(Mutex::new(known.clone()));
-        Ok(StateMachine { shard, keeper, epoch, known, snapshot })
+        Ok(StateMachine { shard, keeper, first_epoch, known, snapshot })
     }
 
     async fn apply_some(&self, entries: Vec<(Entry, Option<Batch>)>) -> Vec<Vec<storage::model::Outcome>> {
         let memories: usize = entries.iter().map(|(_, b)| b.as_ref().map_or(0, |b| b.commands.len())).sum();
         sim::rand::buggify_wait("before an apply", 0.02, Duration::from_millis(200)).await;
-        let (shard, epoch) = (self.shard.clone(), self.epoch);
+        let (shard, epoch) = (self.shard.clone(), self.first_epoch);
         let views = shard.clone();
         let applied = sim::task::blocking(move || apply_entries(&shard, epoch, &entries));
         let outcomes = match applied.await {
@@ -94,7 +96,7 @@ impl StateMachine {
 /// Applies entries, and stores with them how far the ledger is applied in openraft's terms.
 pub fn apply_entries(
     shard: &Shard,
-    epoch: u64,
+    first_epoch: u64,
     entries: &[(Entry, Option<Batch>)],
 ) -> Result<Vec<Vec<storage::model::Outcome>>, StorageError> {
     let meta = applied_meta(shard)?;
@@ -110,8 +112,9 @@ pub fn apply_entries(
     let items: Vec<storage::Entry<'_>> = entries
         .iter()
         .map(|(entry, batch)| {
-            let index = position_index(entry.log_id().index);
-            storage::Entry { epoch, index, batch: batch.as_ref() }
+            let (id, batch) = (entry.log_id(), batch.as_ref());
+            let epoch = epoch_of(first_epoch, id.leader_id.term);
+            storage::Entry { epoch, index: position_index(id.index), batch }
         })
         .collect();
     shard.apply(&items, &meta)

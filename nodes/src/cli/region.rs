@@ -1,0 +1,165 @@
+//! `loci region …`: which region writes, how far the other one is, and making another one the primary. What takes long goes on in the cluster, also when
+//! this program is gone.
+
+use super::client::{Client, To};
+use super::cluster::{change, status};
+use super::time::format_time;
+use super::{Done, Failure};
+use clap::Subcommand;
+use nodes::proto::v1::{self, change_cluster_request::Change};
+use serde_json::json;
+use sim::time::{Duration, sleep};
+
+#[derive(Subcommand)]
+pub enum Region {
+    /// Which region writes, a change that is under way, those before, and what each lost.
+    Status,
+    /// Gives the primary up, reachable or not: another region goes on with what it has. Waits for the end.
+    Failover {
+        #[arg(long)]
+        to: String,
+        /// Goes on with fewer replicas there than are needed to be sure of what is durable in the region.
+        #[arg(long)]
+        accept_data_loss: bool,
+        /// Says what would be lost at most, and changes nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Makes another region the primary, without loss: both are well; writes pause for about the length of a lease. Waits for the end.
+    Failback {
+        #[arg(long)]
+        to: String,
+    },
+}
+
+pub async fn run(to: &To, what: Region) -> Done {
+    let client = to.connect()?;
+    match what {
+        Region::Status => show(to, &client, &status(&client).await?).await,
+        Region::Failover { to: region, dry_run: true, .. } => {
+            let cluster = status(&client).await?;
+            let regions = regions_of(&cluster)?;
+            if regions.primary == region {
+                println!("{region} is the primary already");
+                return Ok(());
+            }
+            let lag = lag(&client).await?;
+            let lag = lag.map_or("unknown: this node leads no shard".into(), |ms| format!("{ms} ms"));
+            println!(
+                "{} would be given up for {region}. What {region} lacks, as this node knows: {lag}",
+                regions.primary
+            );
+            Ok(())
+        }
+        Region::Failover { to: region, accept_data_loss, .. } => {
+            wish(to, &client, v1::RegionWish { to: region, planned: false, accept_data_loss }).await
+        }
+        Region::Failback { to: region } => {
+            wish(to, &client, v1::RegionWish { to: region, planned: true, accept_data_loss: false }).await
+        }
+    }
+}
+
+async fn wish(to: &To, client: &Client, wish: v1::RegionWish) -> Done {
+    let before = change(client, Change::Region(wish.clone())).await?;
+    let ended = regions_of(&before)?.past.len();
+    let mut told = String::new();
+    loop {
+        // A node that is asked may be the one that restarts; the next look asks again.
+        if let Ok(cluster) = status(client).await {
+            let regions = regions_of(&cluster)?;
+            let Some(change) = &regions.change else {
+                let last = regions.past.get(ended..).and_then(<[_]>::last);
+                if last.is_some_and(|change| change.step != "done") {
+                    return Err(Failure(format!("the change was withdrawn: {} goes on", regions.primary)));
+                }
+                return show(to, client, &cluster).await;
+            };
+            let waits =
+                if change.waits_for.is_empty() { String::new() } else { format!(": {}", change.waits_for) };
+            let now = format!("{}{waits}", change.step);
+            if now != told {
+                eprintln!("{now}");
+                told = now;
+            }
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+fn regions_of(cluster: &v1::ClusterResponse) -> Result<&v1::ClusterRegions, Failure> {
+    let one = "this cluster has one region; [regions] in the files of its first nodes would have named more";
+    cluster.regions.as_ref().ok_or_else(|| Failure(one.into()))
+}
+
+/// The greatest lag of the shards that the asked node leads, in milliseconds.
+async fn lag(client: &Client) -> Result<Option<u64>, Failure> {
+    let answer = client.admin().status(client.request(v1::StatusRequest { with_digest: false })).await;
+    let status = answer.map_err(|s| client.explain(s))?.into_inner();
+    Ok(status.shards.iter().filter_map(|shard| shard.lag_ms).max())
+}
+
+/// What of an ended epoch is lost: exactly, once an old disk was read; else at most.
+fn lost(end: &v1::EpochEnd) -> String {
+    let most = end.old_disks.iter().max_by_key(|old| old.last_index);
+    match most {
+        Some(old) if old.last_index <= old.kept_index => format!("nothing, by node {}'s disk", old.node),
+        Some(old) => format!(
+            "{} commands in entries {} to {}, in the quarantine of node {}",
+            old.commands,
+            old.kept_index + 1,
+            old.last_index,
+            old.node
+        ),
+        None if end.ceiling_index <= end.certain_index => "nothing".into(),
+        None => format!(
+            "unresolved until an old disk is read: at most what was between entries {} and {}",
+            end.certain_index + 1,
+            end.ceiling_index
+        ),
+    }
+}
+
+async fn show(to: &To, client: &Client, cluster: &v1::ClusterResponse) -> Done {
+    let regions = regions_of(cluster)?;
+    let lag = lag(client).await?;
+    if to.json {
+        let change = |c: &v1::RegionChange| {
+            let steps: Vec<_> = c.steps.iter().map(|s| json!({ "step": s.step, "at_ms": s.at_ms })).collect();
+            json!({ "from": c.from, "to": c.to, "planned": c.planned, "step": c.step, "steps": steps, "cause": c.cause, "epoch": c.epoch,
+                "waits_for": c.waits_for })
+        };
+        let end = |shard: u32, e: &v1::EpochEnd| {
+            let old = |o: &v1::OldDisk| json!({ "node": o.node, "kept": o.kept_index, "last": o.last_index, "commands": o.commands });
+            json!({ "shard": shard, "epoch": e.epoch, "certain": e.certain_index, "last": e.last_index, "ceiling": e.ceiling_index,
+                "old_disks": e.old_disks.iter().map(old).collect::<Vec<_>>() })
+        };
+        let ends: Vec<_> =
+            cluster.shards.iter().flat_map(|s| s.ends.iter().map(|e| end(s.shard, e))).collect();
+        println!(
+            "{}",
+            json!({ "primary": regions.primary, "witness": regions.witness, "epoch": regions.epoch, "lag_ms": lag,
+                "change": regions.change.as_ref().map(change), "past": regions.past.iter().map(change).collect::<Vec<_>>(), "ends": ends })
+        );
+        return Ok(());
+    }
+    println!("{} writes, in epoch {}", regions.primary, regions.epoch);
+    if let Some(lag) = lag {
+        println!(
+            "the other region lacks what was written in the last {lag} ms, of the shards that this node leads"
+        );
+    }
+    for change in regions.past.iter().chain(&regions.change) {
+        let what = if change.planned { "planned" } else { "failover" };
+        println!("{what} from {} to {}: {} ({})", change.from, change.to, change.step, change.cause);
+        for step in &change.steps {
+            println!("    {}  {}", format_time(step.at_ms), step.step);
+        }
+    }
+    for shard in &cluster.shards {
+        for end in &shard.ends {
+            println!("shard {:2}  lost with epoch {}: {}", shard.shard, end.epoch, lost(end));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,440 @@
+//! Failover and failback: whoever leads the control group watches the primary region, and carries a change of the primary out ([`super::regions`]).
+//!
+//! 1. **Detect.** The primary is silent when of some shard no majority answers. It must be so for `detect_ms`, to the leader.
+//! 2. **Validate.** For `validate_ms` more, and to every node of the control group outside the region: one that reaches it withdraws all.
+//! 3. **Grant.** The old right is renewed no more; when it has run out on every clock, the next epoch is granted. There is no way back.
+//! 4. **Check.** Every replica of the new region halts, and says what it has. All but one must ([`crate::ledger::elsewhere`]), or `--accept-data-loss`.
+//! 5. **Promote.** The one with most begins the epoch; the map says so.
+//! 6. **Verify.** Each shard takes a write, and confirms a read.
+//! 7. **Announce.** The change, with the time of each step, is in the map's history; the failback is the operator's to order.
+//!
+//! A planned change skips the first two, and waits before the grant until the old right has run out *and* the new region has all that the old one wrote: so
+//! nothing is lost, and writes pause for about the length of a lease.
+//!
+//! What can go wrong: *the leader of the control group dies*: the step is in the map, and each step may be repeated; what it had observed is observed
+//! anew, for the whole windows. *The old region comes back in the middle*: until the grant it withdraws the change; from then on it has no right,
+//! and its replicas follow. *A replica of the new region is missing*: the others are enough but for one. *The new region fails too*: the change
+//! stays where it is, says what it waits for, and goes on when there are enough replicas again.
+
+use super::Control;
+use super::grants::{Granted, Grants};
+use super::lease::HolderId;
+use super::map::{ClusterMap, NodeId, ShardId};
+use super::regions::{RegionChange, Regions, Step, choose, needed};
+use crate::error::Error;
+use crate::groups::{CONTROL, Groups};
+use crate::ledger::epochs::Report;
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use crate::router::Router;
+use crate::views::{Ask, Freshness};
+use futures::future::join_all;
+use sim::time::{self, Duration, Instant};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use storage::codec;
+use storage::slots::SlotSet;
+
+/// The pause between two looks.
+const LOOK: Duration = Duration::from_millis(500);
+/// While a change is carried out.
+const HURRY: Duration = Duration::from_millis(100);
+/// How long a node may take to say that it is there.
+const REACH_WITHIN: Duration = Duration::from_millis(800);
+/// One step's time.
+const STEP: Duration = Duration::from_secs(5);
+/// How long those that are slow to halt are waited for when the others are enough.
+const HALT_WITHIN: Duration = Duration::from_secs(2);
+/// A planned change that keeps writers waiting for so long is given up.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Clone)]
+pub struct Failover {
+    pub id: NodeId,
+    pub control: Control,
+    pub groups: Groups,
+    pub peers: Peers,
+    pub router: Router,
+    pub grants: Grants,
+    /// What a change waits for, for whoever asks.
+    pub waits_for: Arc<Mutex<String>>,
+}
+
+/// What the leader has seen so far.
+#[derive(Default)]
+struct Seen {
+    /// Since when the primary has been silent.
+    silent: Option<Instant>,
+    /// Since when it has been so to all observers.
+    validated: Option<Instant>,
+    /// Since when a planned change has waited for the new region to have everything.
+    pausing: Option<Instant>,
+}
+
+fn soon() -> Instant {
+    Instant::now() + STEP
+}
+
+/// Which of some nodes answer. `version`: of the map that they should know.
+pub async fn reach(peers: &Peers, addrs: &[String], version: u64) -> Vec<bool> {
+    let body = bytes::Bytes::from(codec::encode(&version));
+    join_all(addrs.iter().map(|addr| {
+        let body = Body { body: body.clone(), ..Body::default() };
+        async move {
+            let Ok(mut client) = peers.client(addr) else { return false };
+            let asked = client.is_there(peers.request(body, REACH_WITHIN));
+            time::timeout(REACH_WITHIN, asked).await.is_ok_and(|answer| answer.is_ok())
+        }
+    }))
+    .await
+}
+
+/// Whether of each shard a majority of those who vote is there.
+fn is_well(map: &ClusterMap, there: &BTreeSet<&String>) -> bool {
+    map.shards.keys().all(|shard| {
+        let addrs = map.addrs(*shard);
+        addrs.iter().filter(|addr| there.contains(addr)).count() * 2 > addrs.len()
+    })
+}
+
+fn well(map: &ClusterMap, addrs: &[String], reached: &[bool]) -> bool {
+    is_well(map, &addrs.iter().zip(reached).filter(|(_, there)| **there).map(|(addr, _)| addr).collect())
+}
+
+/// The nodes that vote in some shard.
+fn voters(map: &ClusterMap) -> Vec<String> {
+    let all: BTreeSet<String> = map.shards.keys().flat_map(|shard| map.addrs(*shard)).collect();
+    all.into_iter().collect()
+}
+
+impl Failover {
+    /// Watches for ever; only the leader of the control group does anything.
+    pub async fn keep(self) {
+        let mut seen = Seen::default();
+        loop {
+            let leads = self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader());
+            let known = self.control.map();
+            let Some(regions) = known.regions.as_ref().filter(|_| leads) else {
+                seen = Seen::default();
+                self.wait_for("");
+                time::sleep(LOOK).await;
+                continue;
+            };
+            let hurry = regions.change.as_ref().is_some_and(|change| change.step() >= Step::Granting);
+            let more = self.look(&mut seen).await;
+            match &more {
+                Err(error) => self.wait_for(&error.to_string()),
+                Ok(()) => self.wait_for(""),
+            }
+            time::sleep(if hurry { HURRY } else { LOOK }).await;
+        }
+    }
+
+    fn wait_for(&self, what: &str) {
+        let mut told = self.waits_for.lock().unwrap_or_else(|p| p.into_inner());
+        if *told != what {
+            if !what.is_empty() {
+                sim::warn!("the change of the primary region waits: {what}");
+            }
+            *told = what.into();
+        }
+    }
+
+    async fn look(&self, seen: &mut Seen) -> Result<(), Error> {
+        let known = self.control.map();
+        let map = match &known.regions {
+            // What is watched needs no confirmed map; what is carried out does.
+            Some(Regions { change: None, .. }) => self.control.glance(soon()).await?,
+            _ => self.control.read(soon()).await?,
+        };
+        let Some(regions) = &map.regions else { return Ok(()) };
+        match regions.change.as_ref().map(|change| (change, change.step())) {
+            None => self.detect(&map, regions, seen).await,
+            Some((_, Step::Validating)) => self.validate(&map, regions, seen).await,
+            Some((change, Step::Granting)) => self.grant(&map, regions, change, seen).await,
+            Some((change, Step::Promoting)) => self.promote(&map, change).await,
+            Some((_, _)) => self.verify(&map).await,
+        }
+    }
+
+    async fn detect(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
+        seen.validated = None;
+        let addrs = voters(map);
+        let reached = reach(&self.peers, &addrs, 0).await;
+        if well(map, &addrs, &reached) {
+            seen.silent = None;
+            return Ok(());
+        }
+        let since = *seen.silent.get_or_insert_with(Instant::now);
+        if !regions.policy.automatic || since.elapsed() < Duration::from_millis(regions.policy.detect_ms) {
+            return Ok(());
+        }
+        let Some(to) = regions.serving().find(|name| **name != regions.primary) else { return Ok(()) };
+        let cause = format!("no majority of its replicas answers for {:.0?}", since.elapsed());
+        sim::trace::probe("region: found silent");
+        sim::error!(
+            "region {}: {cause}; unless another observer reaches it, {to} takes over",
+            regions.primary
+        );
+        let first = (Step::Validating, cause.as_str());
+        let begun = |map: &ClusterMap| map.begin_region_change(to, false, false, first, time::calendar_ms());
+        self.control.update(begun, soon()).await?;
+        seen.validated = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Whether no observer reaches the region: neither this node nor any of the control group outside of it.
+    async fn is_silent_to_all(&self, map: &ClusterMap, regions: &Regions) -> bool {
+        let addrs = voters(map);
+        if well(map, &addrs, &reach(&self.peers, &addrs, 0).await) {
+            return false;
+        }
+        if sim::planted!("validate-with-one-observer") {
+            return true;
+        }
+        let group = self.groups.get(CONTROL);
+        let members = group.iter().flat_map(|replica| replica.ledger.member_addrs()).collect::<Vec<_>>();
+        let observers =
+            members.into_iter().filter(|(id, _)| *id != self.id && map.region_of(*id) != regions.primary);
+        let body = bytes::Bytes::from(codec::encode(&addrs));
+        let seen = join_all(observers.map(|(_, addr)| {
+            let body = Body { body: body.clone(), ..Body::default() };
+            async move {
+                let mut client = self.peers.client(&addr).ok()?;
+                let limit = REACH_WITHIN * 2;
+                let asked = time::timeout(limit, client.reaches(self.peers.request(body, limit))).await;
+                let reached: Vec<bool> = codec::decode(&asked.ok()?.ok()?.into_inner().body).ok()?;
+                Some(reached)
+            }
+        }))
+        .await;
+        // Who does not answer says nothing.
+        !seen.into_iter().flatten().any(|reached| well(map, &addrs, &reached))
+    }
+
+    /// Whether enough replicas of the other region are there.
+    async fn can_take_over(&self, map: &ClusterMap, regions: &Regions) -> Result<(), Error> {
+        let Some(change) = &regions.change else { return Ok(()) };
+        for shard in map.shards.keys() {
+            let there = map.replicas_in(*shard, &change.to);
+            let addrs: Vec<String> =
+                there.iter().filter_map(|node| map.nodes.get(node)).map(|node| node.addr.clone()).collect();
+            let reached = reach(&self.peers, &addrs, 0).await.into_iter().filter(|there| *there).count();
+            if reached < needed(there.len()) && !change.accept_data_loss {
+                let problem =
+                    format!("shard {shard}: {reached} of {} replicas in {} answer", there.len(), change.to);
+                return Err(Error::Unavailable(format!("{problem}, {} are needed", needed(there.len()))));
+            }
+        }
+        Ok(())
+    }
+
+    async fn validate(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
+        let since = *seen.validated.get_or_insert_with(Instant::now);
+        let next = match self.is_silent_to_all(map, regions).await {
+            false => Step::Withdrawn,
+            true if since.elapsed() >= Duration::from_millis(regions.policy.validate_ms) => {
+                // Nobody would be helped by a right that its holder cannot use.
+                self.can_take_over(map, regions).await?;
+                Step::Granting
+            }
+            true => return Ok(()),
+        };
+        if next == Step::Withdrawn {
+            sim::trace::probe("region: a failover was withdrawn");
+            sim::warn!("region {} answers: the failover is withdrawn", regions.primary);
+        } else {
+            sim::error!("region {} is silent to every observer: it is given up", regions.primary);
+        }
+        self.control
+            .update(|map| Ok(map.region_step(Step::Validating, next, time::calendar_ms())), soon())
+            .await?;
+        *seen = Seen::default();
+        Ok(())
+    }
+
+    async fn grant(
+        &self,
+        map: &ClusterMap,
+        regions: &Regions,
+        change: &RegionChange,
+        seen: &mut Seen,
+    ) -> Result<(), Error> {
+        let holder: HolderId = regions
+            .holder(&change.to)
+            .ok_or_else(|| Error::Internal(format!("region {} is none", change.to)))?;
+        if change.planned && self.control.lease(soon()).await?.0.epoch == regions.epoch {
+            let since = *seen.pausing.get_or_insert_with(Instant::now);
+            let ready = match self.grants.prepare(holder)? {
+                Granted::Wait(left) => {
+                    time::sleep(left.min(LOOK)).await;
+                    return Ok(());
+                }
+                _ => self.has_everything(map, change).await,
+            };
+            if let Err(error) = ready {
+                if since.elapsed() < PAUSE_MAX || !self.grants.withdraw() {
+                    return Err(error);
+                }
+                sim::error!("{error}: the change to {} is given up, {} goes on", change.to, change.from);
+                sim::trace::probe("region: a planned change was given up");
+                let back = |map: &ClusterMap| {
+                    Ok(map.region_step(Step::Granting, Step::Withdrawn, time::calendar_ms()))
+                };
+                self.control.update(back, soon()).await?;
+                return Ok(());
+            }
+        }
+        seen.pausing = None;
+        sim::rand::buggify_wait("before an epoch is granted", 0.2, Duration::from_secs(3)).await;
+        match self.grants.grant(holder, regions.epoch).await? {
+            Granted::Epoch { epoch, .. } => {
+                sim::trace::probe("region: an epoch granted");
+                sim::warn!("epoch {epoch} is {}'s", change.to);
+                let granted = |map: &ClusterMap| Ok(map.region_granted(epoch, time::calendar_ms()));
+                self.control.update(granted, soon()).await?;
+                Ok(())
+            }
+            Granted::Wait(left) => {
+                time::sleep(left.min(LOOK)).await;
+                Ok(())
+            }
+            Granted::RanOut => Ok(()),
+        }
+    }
+
+    /// Whether the new region has all that the old one, which writes no more, has written.
+    async fn has_everything(&self, map: &ClusterMap, change: &RegionChange) -> Result<(), Error> {
+        if sim::planted!("fail-back-without-waiting-for-the-tail") {
+            return Ok(());
+        }
+        for shard in map.shards.keys() {
+            let body = bytes::Bytes::from(codec::encode(&()));
+            let mut has_all =
+                Err(Error::Unavailable(format!("nobody leads shard {shard} in {}", change.from)));
+            for addr in map.addrs(*shard) {
+                let request = Body { body: body.clone(), group: *shard, epoch: 0 };
+                let Ok(mut client) = self.peers.client(&addr) else { continue };
+                let asked = time::timeout(STEP, client.has_tail(self.peers.request(request, STEP))).await;
+                if let Ok(Ok(answer)) = asked {
+                    has_all = match codec::decode::<u64>(&answer.into_inner().body) {
+                        Ok(0) => Ok(()),
+                        Ok(left) => Err(Error::Unavailable(format!(
+                            "shard {shard}: {left} entries are still on their way to {}",
+                            change.to
+                        ))),
+                        Err(error) => Err(Error::Internal(error.to_string())),
+                    };
+                    break;
+                }
+            }
+            has_all?;
+        }
+        Ok(())
+    }
+
+    async fn promote(&self, map: &ClusterMap, change: &RegionChange) -> Result<(), Error> {
+        let (record, _) = self.control.lease(soon()).await?;
+        let left = map.to_promote();
+        if left.is_empty() {
+            // Those who vote now should not wait until they look by themselves.
+            reach(&self.peers, &voters(map), map.version).await;
+            let next =
+                |map: &ClusterMap| Ok(map.region_step(Step::Promoting, Step::Verifying, time::calendar_ms()));
+            self.control.update(next, soon()).await?;
+            return Ok(());
+        }
+        let promoted = left.iter().map(|shard| self.promote_one(map, *shard, change, record.ceiling_before));
+        join_all(promoted).await.into_iter().collect()
+    }
+
+    async fn promote_one(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        change: &RegionChange,
+        ceiling: u64,
+    ) -> Result<(), Error> {
+        let there = map.replicas_in(shard, &change.to);
+        let needed = if sim::planted!("promote-the-first-that-halts") { 1 } else { needed(there.len()) };
+        let mut waiting: futures::stream::FuturesUnordered<_> = there
+            .iter()
+            .map(|node| async move { (*node, self.halt(map, shard, *node, change.epoch).await) })
+            .collect();
+        let mut halted: Vec<(NodeId, Report)> = vec![];
+        let mut last = Error::Unavailable(format!("shard {shard} has no replica in {}", change.to));
+        let began = Instant::now();
+        loop {
+            let enough = halted.len() >= needed;
+            let patience = if enough { HALT_WITHIN } else { STEP }.saturating_sub(began.elapsed());
+            match time::timeout(patience, futures::StreamExt::next(&mut waiting)).await {
+                Ok(Some((node, Ok(Some(report))))) => halted.push((node, report)),
+                Ok(Some((node, Ok(None)))) => {
+                    last =
+                        Error::Unavailable(format!("shard {shard}: node {node} has forgotten what it had"));
+                }
+                Ok(Some((_, Err(error)))) => last = error,
+                Ok(None) | Err(_) => break,
+            }
+        }
+        if halted.is_empty() || (halted.len() < needed && !change.accept_data_loss) {
+            let problem = format!(
+                "shard {shard}: {} of {} replicas in {} say what they have, {needed} are needed ({last}); bring them back, or give --accept-data-loss",
+                halted.len(),
+                there.len(),
+                change.to
+            );
+            return Err(Error::Unavailable(problem));
+        }
+        let voters: BTreeSet<NodeId> = halted.iter().map(|(node, _)| *node).collect();
+        let least = halted.iter().min_by_key(|(node, report)| (report.last, *node));
+        let chosen = if sim::planted!("promote-the-one-with-least") { least } else { choose(&halted) };
+        let Some((chosen, report)) = chosen else { return Err(last) };
+        sim::trace::probe("region: a shard promoted");
+        sim::warn!(
+            "shard {shard} goes on in {} with entry {} of node {chosen}; behind {} something may be lost",
+            change.to,
+            report.last.map_or(0, |last| last.index),
+            report.certain
+        );
+        let promoted =
+            |map: &ClusterMap| Ok(map.promote(shard, change.epoch, &voters, (*chosen, report), ceiling));
+        self.control.update(promoted, soon()).await?;
+        Ok(())
+    }
+
+    async fn halt(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        node: NodeId,
+        epoch: u64,
+    ) -> Result<Option<Report>, Error> {
+        let missing = || Error::NotFound(format!("node {node}"));
+        let addr = map.nodes.get(&node).map(|node| &node.addr).ok_or_else(missing)?;
+        let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
+        let body = Body { group: shard, epoch, ..Body::default() };
+        match time::timeout(STEP, client.halt(self.peers.request(body, STEP))).await {
+            Ok(Ok(answer)) => {
+                codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
+            }
+            Ok(Err(status)) => Err(Error::Unavailable(format!("node {node}: {}", status.message()))),
+            Err(_) => Err(Error::Unavailable(format!("node {node} did not answer"))),
+        }
+    }
+
+    /// A write that changes nothing, and a confirmed read, on every shard.
+    async fn verify(&self, map: &ClusterMap) -> Result<(), Error> {
+        reach(&self.peers, &voters(map), map.version).await;
+        for shard in map.shards.keys() {
+            let at = self.router.at(map, *shard, &[]);
+            at.reach.propose(vec![], soon()).await?;
+            at.ask(Ask::Slots, Freshness::Strong, &SlotSet::default(), soon()).await?;
+        }
+        let done = |map: &ClusterMap| Ok(map.region_step(Step::Verifying, Step::Done, time::calendar_ms()));
+        let map = self.control.update(done, soon()).await?;
+        sim::trace::probe("region: a change done");
+        sim::warn!("{} writes now, in epoch {}", map.primary(), map.epoch());
+        Ok(())
+    }
+}

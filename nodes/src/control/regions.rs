@@ -1,0 +1,438 @@
+//! Regions in the cluster map: which of them may write, and the change from one to another, as plain functions from one map to the next.
+//!
+//! ```text
+//!                        validating ── the region answers again ──► withdrawn
+//!  it is silent ──► …────────│ silent to every observer
+//!  loci region failover ─────┤
+//!  loci region failback ─────┴► granting ──► promoting ──► verifying ──► done
+//!                               │            │             └ each shard takes a write and confirms a read
+//!                               │            └ each shard: its replicas there halt, the one with most begins the epoch
+//!                               └ the old lease runs out, the control group grants the next epoch
+//! ```
+//!
+//! The change stands in the map with its step, so whoever leads the control group goes on with it ([`super::failover`]). The right itself is a record
+//! of its own ([`super::grants`]): it changes with every second, the map does not.
+//!
+//! **Epochs.** A shard's epoch ends where the next begins: with the log of the replica that was chosen. What of it is there for certain is what that replica
+//! had applied ([`End::certain`]), since only what a majority had on its disks was applied. Behind that come entries that it had, but that need not be those that
+//! were acknowledged: the old leader may have died after it sent them, and another one put others in their place. So nothing acknowledged is lost at or before
+//! `certain`, or behind the ceiling of the old lease; between the two it may be, until an old disk is read.
+
+use super::lease::{Drift, HolderId, Settings};
+use super::map::{ClusterMap, Learner, NodeId, ShardId};
+use crate::error::Error;
+use crate::ledger::epochs::{Place, Report};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Changes that are remembered.
+const PAST_MAX: usize = 32;
+/// How far beyond what a region has written its ceiling is set.
+const ROOM: u64 = 10_000;
+
+/// The regions of a new cluster, as a node's file names them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionsConfig {
+    pub primary: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub witness: Option<String>,
+    /// The numbers of the nodes of `[replicas]`, by region.
+    pub members: BTreeMap<String, BTreeSet<NodeId>>,
+    #[serde(default)]
+    pub policy: RegionPolicy,
+}
+
+/// How the primary region is given up.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegionPolicy {
+    /// A right to write lasts so long after it was asked for, in milliseconds.
+    pub lease_ms: u64,
+    /// By how much a clock may run too fast or too slowly, in millionths.
+    pub drift_ppm: u32,
+    /// A region that has been silent for so long is taken for lost, in milliseconds …
+    pub detect_ms: u64,
+    /// … and after so long again is given up, if it is silent to every observer.
+    pub validate_ms: u64,
+    /// Without it only `loci region failover` gives a region up.
+    pub automatic: bool,
+    /// What may be lost, as time, in milliseconds: half of it is worth a warning.
+    pub rpo_ms: u64,
+}
+
+impl Default for RegionPolicy {
+    fn default() -> RegionPolicy {
+        RegionPolicy {
+            lease_ms: 6000,
+            drift_ppm: 1000,
+            detect_ms: 30_000,
+            validate_ms: 30_000,
+            automatic: true,
+            rpo_ms: 300_000,
+        }
+    }
+}
+
+impl RegionPolicy {
+    pub fn lease(&self) -> Settings {
+        let drift = Drift { rate_ppm: self.drift_ppm, read_ms: 1 };
+        Settings { span_ms: self.lease_ms, drift, room: ROOM }
+    }
+
+    /// Half of what may be lost, at which somebody should know.
+    pub fn lag_warned_ms(&self) -> u64 {
+        self.rpo_ms / 2
+    }
+}
+
+impl RegionsConfig {
+    /// What is wrong with it, for a cluster whose first nodes are these.
+    pub fn check(&self, nodes: &BTreeSet<NodeId>) -> Result<(), Error> {
+        let wrong = |problem: String| Err(Error::invalid("regions", problem));
+        for name in [Some(&self.primary), self.witness.as_ref()].into_iter().flatten() {
+            if self.members.get(name).is_none_or(BTreeSet::is_empty) {
+                return wrong(format!("'{name}' has no members"));
+            }
+        }
+        if self.witness.as_ref() == Some(&self.primary) {
+            return wrong(format!("'{}' cannot both write and only vote", self.primary));
+        }
+        if self.serving().count() < 2 {
+            return wrong("name two regions that serve, beside the witness".into());
+        }
+        let named: Vec<NodeId> = self.members.values().flatten().copied().collect();
+        let all: BTreeSet<NodeId> = named.iter().copied().collect();
+        if all.len() != named.len() || all != *nodes {
+            return wrong("each node of [replicas] is in one region, and nobody else is".into());
+        }
+        if self.policy.lease_ms < 500 || self.policy.drift_ppm > 500_000 {
+            return wrong("a lease_ms of 500 at least, a drift_ppm of 500000 at most".into());
+        }
+        Ok(())
+    }
+
+    fn serving(&self) -> impl Iterator<Item = &String> {
+        self.members.keys().filter(|name| Some(*name) != self.witness.as_ref())
+    }
+
+    fn region_of(&self, node: NodeId) -> Option<&String> {
+        self.members.iter().find(|(_, nodes)| nodes.contains(&node)).map(|(name, _)| name)
+    }
+}
+
+/// The regions, as the map has them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Regions {
+    pub primary: String,
+    pub witness: Option<String>,
+    /// All of them; the place of a region is its number as a holder of leases.
+    pub names: Vec<String>,
+    /// Of the primary's right to write.
+    pub epoch: u64,
+    pub policy: RegionPolicy,
+    pub change: Option<RegionChange>,
+    /// Changes that ended, oldest first.
+    pub past: Vec<RegionChange>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    Validating,
+    Granting,
+    Promoting,
+    Verifying,
+    Done,
+    Withdrawn,
+}
+
+impl Step {
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::Validating => "validating",
+            Step::Granting => "granting",
+            Step::Promoting => "promoting",
+            Step::Verifying => "verifying",
+            Step::Done => "done",
+            Step::Withdrawn => "withdrawn",
+        }
+    }
+}
+
+/// Another region becomes the primary.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RegionChange {
+    pub from: String,
+    pub to: String,
+    /// Both are well: nothing may be lost.
+    pub planned: bool,
+    pub accept_data_loss: bool,
+    pub cause: String,
+    /// The steps that were begun, and when by the calendar of who led the control group. The last one is the present one.
+    pub steps: Vec<(Step, i64)>,
+    /// The epoch that it granted; 0: none yet.
+    pub epoch: u64,
+}
+
+impl RegionChange {
+    pub fn step(&self) -> Step {
+        self.steps.last().map_or(Step::Validating, |(step, _)| *step)
+    }
+}
+
+/// How an epoch of a shard ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct End {
+    /// Up to here all of it is in the next epoch.
+    pub certain: u64,
+    /// The last entry that the next epoch has of it.
+    pub last: u64,
+    /// Behind here nothing was acknowledged.
+    pub ceiling: u64,
+    /// Behind `certain`, where each leader's entries begin.
+    pub runs: Vec<Place>,
+    /// Replicas of the epoch that came back: what they had behind what they kept.
+    pub old_disks: BTreeMap<NodeId, OldDisk>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct OldDisk {
+    /// Up to here it agreed with the next epoch.
+    pub kept: u64,
+    /// The last entry that it had.
+    pub last: u64,
+    /// Commands in what was taken away from it.
+    pub commands: u64,
+}
+
+impl End {
+    /// Up to where a log agrees with what the next epoch has, if it does up to `agreed` and has this entry behind that.
+    pub fn agrees(&self, agreed: u64, place: Place) -> u64 {
+        let run = self.runs.iter().rev().find(|run| run.index <= place.index);
+        let same = run.is_some_and(|run| (run.term, run.node) == (place.term, place.node));
+        match same && place.index <= self.last && place.index == agreed + 1 {
+            true => place.index,
+            false => agreed,
+        }
+    }
+}
+
+/// Of so many replicas, how many must say what they have: then one of them has all that a majority had.
+pub fn needed(replicas: usize) -> usize {
+    replicas.max(2) - 1
+}
+
+/// The one that begins the next epoch: who has most, as Raft compares logs.
+pub fn choose(halted: &[(NodeId, Report)]) -> Option<&(NodeId, Report)> {
+    halted.iter().max_by_key(|(node, report)| (report.last, std::cmp::Reverse(*node)))
+}
+
+impl Regions {
+    fn found(config: &RegionsConfig) -> Regions {
+        Regions {
+            primary: config.primary.clone(),
+            witness: config.witness.clone(),
+            names: config.members.keys().cloned().collect(),
+            epoch: 1,
+            policy: config.policy.clone(),
+            change: None,
+            past: vec![],
+        }
+    }
+
+    /// A region's number as a holder of leases.
+    pub fn holder(&self, region: &str) -> Option<HolderId> {
+        self.names.iter().position(|name| name == region).map(|at| at as HolderId)
+    }
+
+    /// The regions that keep replicas.
+    pub fn serving(&self) -> impl Iterator<Item = &String> {
+        self.names.iter().filter(|name| Some(*name) != self.witness.as_ref())
+    }
+
+    /// The change is at a step at which replicas stay where they are.
+    pub fn holds_still(&self) -> bool {
+        self.change.as_ref().is_some_and(|change| change.step() >= Step::Granting)
+    }
+}
+
+impl ClusterMap {
+    /// The first map of a cluster with regions. To be called on a map without shards.
+    pub(super) fn found_regions(&mut self, config: &RegionsConfig) {
+        for (id, node) in &mut self.nodes {
+            node.region = config.region_of(*id).cloned().unwrap_or_default();
+        }
+        self.regions = Some(Regions::found(config));
+    }
+
+    /// Where replicas that vote are; empty in a cluster without regions.
+    pub fn primary(&self) -> &str {
+        self.regions.as_ref().map_or("", |regions| &regions.primary)
+    }
+
+    /// The epoch in which shards write.
+    pub fn epoch(&self) -> u64 {
+        self.regions.as_ref().map_or(1, |regions| regions.epoch)
+    }
+
+    /// The regions that keep replicas.
+    pub fn serving(&self) -> Vec<&str> {
+        self.regions.as_ref().map_or(vec![""], |regions| regions.serving().map(String::as_str).collect())
+    }
+
+    pub fn region_of(&self, node: NodeId) -> &str {
+        self.nodes.get(&node).map_or("", |node| &node.region)
+    }
+
+    /// The region of the node at an address; none in a cluster that has one.
+    pub fn region_at(&self, addr: &str) -> Option<&str> {
+        self.regions.as_ref()?;
+        self.nodes.values().find(|node| node.addr == addr).map(|node| node.region.as_str())
+    }
+
+    /// Of the nodes with a replica of a shard those in one region.
+    pub fn replicas_in(&self, shard: ShardId, region: &str) -> BTreeSet<NodeId> {
+        let Some(entry) = self.shards.get(&shard) else { return BTreeSet::new() };
+        let all = entry.members.iter().chain(entry.learners.keys());
+        all.copied().filter(|node| self.region_of(*node) == region).collect()
+    }
+
+    /// The nodes that keep replicas, but not where writes go.
+    pub fn elsewhere(&self) -> BTreeSet<NodeId> {
+        let serving = self.serving();
+        let there = |region: &str| region != self.primary() && serving.contains(&region);
+        self.nodes.iter().filter(|(_, node)| there(&node.region)).map(|(id, _)| *id).collect()
+    }
+
+    fn change_region(&self, change: impl FnOnce(&mut Regions)) -> ClusterMap {
+        self.changed(|map| {
+            if let Some(regions) = &mut map.regions {
+                change(regions);
+            }
+        })
+    }
+
+    /// Begins to make another region the primary; the same wish again changes nothing but whether loss is accepted.
+    pub fn begin_region_change(
+        &self,
+        to: &str,
+        planned: bool,
+        accept_data_loss: bool,
+        (first, cause): (Step, &str),
+        now: i64,
+    ) -> Result<ClusterMap, Error> {
+        let wrong = |problem: String| Err(Error::invalid("region", problem));
+        let Some(regions) = &self.regions else { return wrong("this cluster has one".into()) };
+        if !regions.serving().any(|name| name == to) {
+            let names: Vec<&str> = regions.serving().map(String::as_str).collect();
+            return wrong(format!("'{to}' is none that serves; there are {}", names.join(", ")));
+        }
+        if let Some(change) = &regions.change {
+            if change.to != to {
+                return wrong(format!("a change to {} is under way; wait for its end", change.to));
+            }
+            return Ok(self.change_region(|regions| {
+                let Some(change) = &mut regions.change else { return };
+                change.accept_data_loss |= accept_data_loss;
+                if change.step() == Step::Validating && first > Step::Validating {
+                    change.steps.push((first, now));
+                }
+            }));
+        }
+        if regions.primary == to {
+            return Ok(self.clone());
+        }
+        if planned && (self.resize.is_some() || self.moving().is_some()) {
+            return wrong("slots are being moved; wait for the end of that".into());
+        }
+        Ok(self.change_region(|regions| {
+            regions.change = Some(RegionChange {
+                from: regions.primary.clone(),
+                to: to.into(),
+                planned,
+                accept_data_loss,
+                cause: cause.into(),
+                steps: vec![(first, now)],
+                epoch: 0,
+            });
+        }))
+    }
+
+    /// Goes on from one step to the next one, or ends the change.
+    pub fn region_step(&self, from: Step, to: Step, now: i64) -> ClusterMap {
+        self.change_region(|regions| {
+            let Some(mut change) = regions.change.take() else { return };
+            if change.step() == from {
+                change.steps.push((to, now));
+            }
+            match change.step() {
+                Step::Done | Step::Withdrawn => {
+                    regions.past.push(change);
+                    let more = regions.past.len().saturating_sub(PAST_MAX);
+                    regions.past.drain(..more);
+                }
+                _ => regions.change = Some(change),
+            }
+        })
+    }
+
+    /// The control group has granted the next epoch.
+    pub fn region_granted(&self, epoch: u64, now: i64) -> ClusterMap {
+        if epoch <= self.epoch() {
+            return self.clone();
+        }
+        let granted = self.change_region(|regions| {
+            let Some(change) = &mut regions.change else { return };
+            change.epoch = epoch;
+            (regions.primary, regions.epoch) = (change.to.clone(), epoch);
+        });
+        granted.region_step(Step::Granting, Step::Promoting, now)
+    }
+
+    /// A shard goes on in an epoch: `voters` halted, and the one of them whose report this is begins it with what it has.
+    pub fn promote(
+        &self,
+        shard: ShardId,
+        epoch: u64,
+        voters: &BTreeSet<NodeId>,
+        (chosen, report): (NodeId, &Report),
+        ceiling: u64,
+    ) -> ClusterMap {
+        self.changed(|map| {
+            let Some(entry) = map.shards.get_mut(&shard).filter(|entry| entry.epoch < epoch) else { return };
+            let Report { last, certain, runs } = report.clone();
+            let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain));
+            let end = End { certain, last, ceiling, runs, old_disks: BTreeMap::new() };
+            entry.ends.insert(entry.epoch, end);
+            let others: Vec<NodeId> = entry
+                .members
+                .iter()
+                .chain(entry.learners.keys())
+                .copied()
+                .filter(|n| !voters.contains(n))
+                .collect();
+            entry.epoch = epoch;
+            entry.members = voters.clone();
+            entry.chosen = Some(chosen);
+            entry.handover = None;
+            entry.learners = others.into_iter().map(|node| (node, Learner::Joining)).collect();
+        })
+    }
+
+    /// The shards that are still in an old epoch.
+    pub fn to_promote(&self) -> Vec<ShardId> {
+        let epoch = self.epoch();
+        self.shards.iter().filter(|(_, entry)| entry.epoch < epoch).map(|(id, _)| *id).collect()
+    }
+
+    /// A replica of an old epoch has come back.
+    pub fn old_disk(&self, shard: ShardId, epoch: u64, node: NodeId, found: OldDisk) -> ClusterMap {
+        self.changed(|map| {
+            let end = map.shards.get_mut(&shard).and_then(|entry| entry.ends.get_mut(&epoch));
+            if let Some(end) = end {
+                end.old_disks.entry(node).or_insert(found);
+            }
+        })
+    }
+}

@@ -1,0 +1,205 @@
+//! A node's part of its region's right to write ([`super::lease`]): asked for every quarter of its span, checked with every write.
+//!
+//! Every node of the primary region asks for itself, so the voters of a ledger need not trust its leader: they refuse entries when their own clock
+//! says that the right has run out. In a cluster without regions, and in the control group, everything is allowed at all times.
+//!
+//! What can go wrong: *the leader of the control group is not reached*: the right runs out, and this node takes no write until it has it again; *the answer comes late*: it
+//! counts from the question; *this node is paused between a check and what follows*: the leader of a ledger checks again before it acknowledges.
+
+use super::Control;
+use super::lease::{Answer, Ask, Epoch, HolderId, Index, Leased, Ms, Outcome, Refusal};
+use super::map::{ClusterMap, NodeId};
+use crate::groups::{CONTROL, Groups};
+use crate::peers::Peers;
+use crate::proto::internal::Body;
+use serde::{Deserialize, Serialize};
+use sim::time::{self, Duration, Instant};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard};
+use storage::codec;
+
+/// A renewal is asked for so many times in its span.
+const TIMES_IN_SPAN: u64 = 4;
+/// How long a node of the control group may take for its answer.
+const ASK_WITHIN: Duration = Duration::from_secs(1);
+
+/// What the control group says to a renewal.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Renewed {
+    Granted(Answer),
+    /// The address of who leads, if it is known.
+    NotLeader(Option<String>),
+    /// Another region has the right, or is about to.
+    Refused {
+        epoch: Epoch,
+    },
+}
+
+#[derive(Clone)]
+pub struct Rights(Arc<Inner>);
+
+struct Inner {
+    began: Instant,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// `None`: everything is allowed.
+    leased: Option<Leased>,
+    /// Nodes with replicas in the region that takes no writes.
+    elsewhere: BTreeSet<NodeId>,
+    /// The lag at which somebody is warned.
+    lag_warned: Duration,
+    incarnation: u64,
+}
+
+impl Rights {
+    /// Of a node; `limited`: it may write nothing before it has asked.
+    pub fn new(limited: bool) -> Rights {
+        let incarnation = sim::rand::below(u64::MAX);
+        let leased = limited.then(|| Leased::starts(0, incarnation));
+        let (elsewhere, lag_warned) = (BTreeSet::new(), Duration::MAX);
+        let state = Mutex::new(State { leased, elsewhere, lag_warned, incarnation });
+        Rights(Arc::new(Inner { began: Instant::now(), state }))
+    }
+
+    /// For what needs no right.
+    pub fn free() -> Rights {
+        let state =
+            State { leased: None, elsewhere: BTreeSet::new(), lag_warned: Duration::MAX, incarnation: 0 };
+        Rights(Arc::new(Inner { began: Instant::now(), state: Mutex::new(state) }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn now(&self) -> Ms {
+        self.0.began.elapsed().as_millis() as Ms
+    }
+
+    /// Takes over what a newer map says, before replicas are opened by it.
+    pub fn follow_map(&self, map: &ClusterMap, node: NodeId) {
+        let mut state = self.state();
+        let Some(regions) = &map.regions else { return };
+        let holder = regions.holder(map.region_of(node));
+        let incarnation = state.incarnation;
+        let other = |held: &Leased| holder.is_some_and(|holder| held.id != holder);
+        if state.leased.as_ref().is_none_or(other) {
+            state.leased = Some(Leased::starts(holder.unwrap_or(HolderId::MAX), incarnation));
+        }
+        state.elsewhere = map.elsewhere();
+        state.lag_warned = Duration::from_millis(regions.policy.lag_warned_ms());
+    }
+
+    pub fn elsewhere(&self) -> BTreeSet<NodeId> {
+        self.state().elsewhere.clone()
+    }
+
+    pub fn lag_warned(&self) -> Duration {
+        self.state().lag_warned
+    }
+
+    /// Whether entries of an epoch may be appended, up to `index`.
+    pub fn may_append(&self, epoch: Epoch, index: Index) -> Result<(), Refusal> {
+        let now = self.now();
+        let Some(leased) = &self.state().leased else { return Ok(()) };
+        match leased.may_append(index, now)? {
+            held if held == epoch || sim::planted!("append-under-another-epochs-lease") => Ok(()),
+            _ => Err(Refusal::Superseded(epoch)),
+        }
+    }
+
+    /// Whether reads of an epoch may be confirmed.
+    pub fn holds(&self, epoch: Epoch) -> Result<(), Refusal> {
+        self.may_append(epoch, 0)
+    }
+
+    /// What the caller may be told of an entry that a majority has.
+    pub fn outcome(&self, epoch: Epoch, index: Index) -> Outcome {
+        let now = self.now();
+        match &self.state().leased {
+            Some(leased) if !sim::planted!("acknowledge-after-the-lease-ran-out") => {
+                leased.outcome(epoch, index, now)
+            }
+            _ => Outcome::Acknowledged,
+        }
+    }
+
+    /// Asks for the right, for ever, while this node's region is the primary.
+    pub async fn keep(
+        self,
+        node: NodeId,
+        control: Control,
+        groups: Groups,
+        peers: Peers,
+        voters: Vec<String>,
+    ) {
+        let mut maps = control.watch();
+        let mut leader: Option<String> = None;
+        loop {
+            let map = maps.borrow_and_update().clone();
+            self.follow_map(&map, node);
+            let Some(regions) = map.regions.as_ref().filter(|r| r.primary == map.region_of(node)) else {
+                if maps.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let pause = Duration::from_millis(regions.policy.lease_ms / TIMES_IN_SPAN);
+            let reached = groups.shards().iter().map(|replica| replica.ledger.reached()).max().unwrap_or(0);
+            let asked = self.ask(&peers, &voters, &mut leader, reached).await;
+            if !asked {
+                sim::debug!("the right to write is not renewed");
+            }
+            let wait = if asked { pause } else { (pause / 4).min(Duration::from_millis(250)) };
+            sim::select! {
+                () = time::sleep(wait) => {}
+                changed = maps.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Whether the control group renewed it.
+    async fn ask(
+        &self,
+        peers: &Peers,
+        voters: &[String],
+        leader: &mut Option<String>,
+        reached: Index,
+    ) -> bool {
+        let mut order: Vec<String> = leader.take().into_iter().chain(voters.iter().cloned()).collect();
+        let mut at = 0;
+        while let Some(addr) = order.get(at).cloned() {
+            at += 1;
+            let Some(ask) = self.state().leased.as_ref().map(|leased| leased.ask(reached, self.now())) else {
+                return false;
+            };
+            match renew_at(peers, &addr, &ask).await {
+                Some(Renewed::Granted(answer)) => {
+                    let mut state = self.state();
+                    state.leased = state.leased.as_ref().map(|leased| leased.answered(&answer));
+                    *leader = Some(addr);
+                    return true;
+                }
+                Some(Renewed::NotLeader(Some(other))) if !order[..at].contains(&other) => {
+                    order.insert(at, other)
+                }
+                Some(Renewed::NotLeader(_)) | None => {}
+                Some(Renewed::Refused { epoch }) => {
+                    sim::debug!("epoch {epoch} is another region's, or is about to end");
+                    *leader = Some(addr);
+                    return false;
+                }
+            }
+        }
+        false
+    }
+}
+
+async fn renew_at(peers: &Peers, addr: &str, ask: &Ask) -> Option<Renewed> {
+    let body = Body { body: codec::encode_serde(ask).into(), group: CONTROL, epoch: 0 };
+    let mut client = peers.client(addr).ok()?;
+    let asked = time::timeout(ASK_WITHIN, client.renew(peers.request(body, ASK_WITHIN))).await;
+    codec::decode_serde(&asked.ok()?.ok()?.into_inner().body).ok()
+}

@@ -1,0 +1,165 @@
+//! What the other region has of a shard's ledger: how far it lags, and waiting for it.
+//!
+//! The leader knows of each replica how much is on its disk, since openraft counts an answer only when its fsync has returned. The other region *has* an entry when a
+//! majority of its replicas does: a failover reads all of them but one, so it finds the entry.
+//!
+//! **Lag** is the age of the oldest entry that it has not, by the leader's monotonic clock. A new leader counts from when it began.
+
+use super::{Ledger, left, log_store};
+use crate::error::Error;
+use crate::groups::name_of;
+use crate::roles::Role;
+use openraft::async_runtime::WatchReceiver;
+use sim::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use storage::model::Position;
+
+/// How often the lag is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+/// Moments that are remembered; while the other region is away for longer, they lie further apart.
+const MOMENTS_MAX: usize = 1024;
+/// How often somebody is warned of the same lag.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// The lag, as it was seen last; `None` while this replica does not lead, or there is no other region.
+#[derive(Clone, Default)]
+pub struct Lag(Arc<Mutex<Option<Duration>>>);
+
+impl Lag {
+    pub fn get(&self) -> Option<Duration> {
+        *self.0.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn set(&self, lag: Option<Duration>) {
+        *self.0.lock().unwrap_or_else(|p| p.into_inner()) = lag;
+    }
+}
+
+/// When the ledger's end was where.
+#[derive(Default)]
+struct Moments(VecDeque<(u64, Instant)>);
+
+impl Moments {
+    /// The age of the oldest entry behind `has`, of which `last` is the last one.
+    fn lag(&mut self, last: u64, has: u64, now: Instant) -> Duration {
+        if self.0.back().is_none_or(|(end, _)| *end < last) {
+            self.0.push_back((last, now));
+        }
+        while self.0.front().is_some_and(|(end, _)| *end <= has) {
+            self.0.pop_front();
+        }
+        if self.0.len() > MOMENTS_MAX {
+            // Every second one: a lag is then told a little later than it is, never sooner than half of the distance.
+            let mut at = 0;
+            self.0.retain(|_| {
+                at += 1;
+                at % 2 == 1
+            });
+        }
+        self.0.front().map_or(Duration::ZERO, |(_, since)| now - *since)
+    }
+}
+
+impl Ledger {
+    /// What a majority of the other region's replicas has on disk; `None` if there are none. Only on the leader.
+    fn had_elsewhere(&self) -> Option<u64> {
+        let elsewhere = self.rights.elsewhere();
+        let metrics = self.raft.metrics();
+        let seen = metrics.borrow_watched();
+        let replication = seen.replication.as_ref()?;
+        let mut has: Vec<u64> = replication
+            .iter()
+            .filter(|(node, _)| elsewhere.contains(node))
+            .map(|(_, has)| has.as_ref().map_or(0, |id| log_store::position_index(id.index)))
+            .collect();
+        has.sort_unstable_by_key(|has| std::cmp::Reverse(*has));
+        // Of as many as there are to be, when they have not all joined yet.
+        let replicas = has.len().max(elsewhere.len().min(Role::Ledger.policy().replicas));
+        has.get(replicas / 2).copied()
+    }
+
+    /// How many entries the other region's majority lacks. Only on the leader.
+    pub fn lacking_elsewhere(&self) -> Result<u64, Error> {
+        if !self.raft.is_leader() {
+            return Err(Error::Unavailable("this replica does not lead".into()));
+        }
+        let has = self.had_elsewhere();
+        let has = has.ok_or_else(|| Error::Unavailable("the other region has no replica yet".into()))?;
+        Ok(self.reached().saturating_sub(has))
+    }
+
+    /// Waits until the other region has a position; false if there is none, or the time is up. Only on the leader.
+    pub async fn elsewhere_here(&self, position: Position, deadline: Instant) -> Result<bool, Error> {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if !self.raft.is_leader() {
+                return Err(Error::Unavailable("this replica does not lead".into()));
+            }
+            // What another epoch's leader wrote is its to know.
+            if position.epoch != self.epoch() {
+                return Ok(false);
+            }
+            match self.had_elsewhere() {
+                Some(has) if has >= position.index => return Ok(true),
+                None => return Ok(false),
+                Some(_) if sim::planted!("call-region-durable-what-is-only-on-its-way") => return Ok(true),
+                Some(_) => {}
+            }
+            let Ok(left) = left(deadline, || Error::NotYetVisible) else { return Ok(false) };
+            match sim::time::timeout(left, metrics.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Err(Error::Unavailable("the ledger stopped".into())),
+                Err(_) => return Ok(false),
+            }
+        }
+    }
+
+    /// Looks at the lag for ever, and warns of it.
+    pub(super) async fn watch_lag(self) {
+        let (mut moments, mut warned) = (Moments::default(), None::<Instant>);
+        while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
+            self.rest_until(Instant::now() + LOOK).await;
+            if self.rights.elsewhere().is_empty() || !self.raft.is_leader() {
+                moments = Moments::default();
+                self.lag.set(None);
+                continue;
+            }
+            let lag = moments.lag(self.reached(), self.had_elsewhere().unwrap_or(0), Instant::now());
+            self.lag.set(Some(lag));
+            let again = warned.is_none_or(|at| at.elapsed() >= WARN_EVERY);
+            if lag >= self.rights.lag_warned() && again {
+                warned = Some(Instant::now());
+                sim::trace::probe("region: the lag is worth a warning");
+                sim::error!(
+                    "{}: the other region lacks writes of the last {lag:.0?}: were this region lost now, they would be too; look at the link between them",
+                    name_of(self.group)
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lag_is_the_age_of_the_oldest_entry_that_is_missing() {
+        let Ok(began) = sim::task::run_test(async { Instant::now() }) else { panic!("no world") };
+        let at = |ms| began + Duration::from_millis(ms);
+        let mut moments = Moments::default();
+        let mut lag = |last, has, ms| moments.lag(last, has, at(ms)).as_millis();
+        assert_eq!(lag(5, 5, 0), 0);
+        assert_eq!(lag(9, 5, 200), 0);
+        assert_eq!(lag(12, 8, 400), 200, "9 is there since 200");
+        assert_eq!(lag(12, 9, 600), 200, "12 is there since 400");
+        assert_eq!(lag(12, 9, 900), 500);
+        assert_eq!(lag(12, 12, 1000), 0);
+        for ms in 0..5000 {
+            lag(13 + ms, 12, 1000 + ms);
+        }
+        let end = lag(5013, 12, 6000);
+        assert!((4900..=5000).contains(&end), "{end}");
+    }
+}

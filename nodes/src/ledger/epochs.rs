@@ -1,0 +1,306 @@
+//! Epochs of a shard's ledger: what happens on a replica's disk when another region goes on with it.
+//!
+//! A shard's log has one numbering of entries from its foundation on. What begins anew with an epoch is who may write it: the epoch's members, and their
+//! terms, of which each epoch has 2³² of its own ([`term_of`]), so that a log says of each entry in which epoch it was written ([`epoch_of`]).
+//!
+//! ```text
+//!   replica there:     halt ── no message of an old epoch is taken from now on ── report ─► control group
+//!   the one with most: begin ── one more entry behind all that it has: who votes now ──► leads
+//!   everybody else:    return ── what the new epoch has not is taken away ──► follows
+//! ```
+//!
+//! Each is done while the replica is closed, between two openings ([`recovery::open`](super::recovery::open)), and may be interrupted anywhere: the fact that
+//! names the epoch is written last, and until then the next opening does all of it again.
+//!
+//! **Return.** What a replica of the old epoch has behind [`End::certain`] is compared with the beginnings of terms that the new epoch recorded there: up to where
+//! they agree it has the same entries (a term's entries come from one leader). The rest goes into a file in `quarantine`, then the log is cut. Views that
+//! had applied more than is left are made anew, from a base that is old enough and the log, not copied from a peer. What lies before `certain` and differs was never
+//! applied; the new leader's log replaces it as Raft does.
+
+use super::log_store::{self, decode_entry, encode_entry, position_index};
+use super::recovery::LOG;
+use super::types::{Entry, Types, Vote};
+use crate::control::regions::{End, OldDisk};
+use crate::error::Error;
+use bincode::{Decode, Encode};
+use openraft::entry::RaftEntry;
+use openraft::vote::RaftLeaderId;
+use openraft::{BasicNode, EntryPayload, Membership};
+use serde::{Deserialize, Serialize};
+use sim::disk::Disk;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use storage::bases::Bases;
+use storage::codec;
+use storage::log::{Log, LogError};
+
+/// The first epoch of a cluster.
+pub const FIRST_EPOCH: u64 = 1;
+/// The fact that names a replica's epoch.
+const EPOCH: &str = "epoch";
+/// Where entries go that an epoch took away.
+pub const QUARANTINE: &str = "quarantine";
+
+/// The first term of an epoch.
+pub fn term_of(epoch: u64) -> u64 {
+    (epoch - 1) << 32
+}
+
+/// The epoch of an entry that was written in a term, in a log that was begun in the epoch `first`.
+pub fn epoch_of(first: u64, term: u64) -> u64 {
+    first.max((term >> 32) + 1)
+}
+
+/// An entry's place, and which leader wrote it; ordered as Raft orders logs.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Encode, Decode,
+)]
+pub struct Place {
+    pub term: u64,
+    pub node: u64,
+    /// The position's index.
+    pub index: u64,
+}
+
+impl Place {
+    fn of(entry: &Entry) -> Place {
+        let id = entry.log_id();
+        Place { term: id.leader_id.term, node: id.leader_id.node_id, index: position_index(id.index) }
+    }
+
+    fn leader(&self) -> (u64, u64) {
+        (self.term, self.node)
+    }
+}
+
+/// What a replica has of an epoch whose end it has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
+pub struct Report {
+    pub last: Option<Place>,
+    /// Up to here it had applied.
+    pub certain: u64,
+    /// The first entry behind that, and each that another leader wrote than the one before it.
+    pub runs: Vec<Place>,
+}
+
+/// What a replica's disk says of epochs.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Held {
+    pub epoch: u64,
+    /// The epoch in which its ledger began.
+    pub first: u64,
+    /// What it had when it halted.
+    pub report: Option<Report>,
+    /// What returns took away, by epoch: what was kept, the last entry there was, and the commands in between.
+    pub taken: Vec<(u64, (u64, u64, u64))>,
+}
+
+impl Held {
+    pub fn old_disks(&self) -> impl Iterator<Item = (u64, OldDisk)> + use<'_> {
+        self.taken.iter().map(|(epoch, (kept, last, commands))| {
+            (*epoch, OldDisk { kept: *kept, last: *last, commands: *commands })
+        })
+    }
+}
+
+/// How a replica is to be opened.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    pub epoch: u64,
+    /// The epoch in which its ledger begins, if there is nothing on the disk.
+    pub first: u64,
+    /// How the epochs before ended.
+    pub ends: BTreeMap<u64, End>,
+    pub way: Way,
+}
+
+#[derive(Clone, Debug, Default)]
+pub enum Way {
+    /// With what the epoch has; what others have not is taken away.
+    #[default]
+    Return,
+    /// It keeps all that it has, takes no message of an older epoch any more, and waits.
+    Halt,
+    /// It halted, and was chosen to begin the epoch, with these who vote.
+    Begin(BTreeMap<u64, String>),
+}
+
+impl Plan {
+    /// For a ledger that knows no epochs.
+    pub fn first() -> Plan {
+        Plan { epoch: FIRST_EPOCH, first: FIRST_EPOCH, ..Plan::default() }
+    }
+}
+
+fn failed(what: &str, error: impl std::fmt::Display) -> Error {
+    Error::Internal(format!("epoch: {what}: {error}"))
+}
+
+/// What the disk says; of one that says nothing, the first epoch.
+pub fn held(log: &Log, first: u64) -> Result<Held, Error> {
+    match log.get_meta(EPOCH).map_err(|e| failed("fact", e))? {
+        Some(bytes) => codec::decode(&bytes).map_err(|e| failed("fact", e)),
+        None => Ok(Held { epoch: first, first, report: None, taken: vec![] }),
+    }
+}
+
+pub fn keep(log: &Log, held: &Held) -> Result<(), Error> {
+    log.put_meta(EPOCH, &codec::encode(held)).map_err(|e| failed("fact", e))
+}
+
+fn each(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<(), Error> {
+    let from = from.max(log.first_index());
+    let end = log.last_index() + 1;
+    if from >= end {
+        return Ok(());
+    }
+    log.replay(from..end, &mut |index, bytes| {
+        let damaged = |problem| LogError::Corrupt { file: LOG.into(), offset: index, problem };
+        give(decode_entry(bytes).map_err(damaged)?);
+        Ok::<(), LogError>(())
+    })
+    .map_err(|e| failed("log", e))
+}
+
+/// What a log has, of which `certain` was applied.
+pub fn report(log: &Log, certain: u64) -> Result<Report, Error> {
+    let (mut last, mut runs): (Option<Place>, Vec<Place>) = (None, vec![]);
+    // The last one too if nothing lies behind what was applied.
+    each(log, certain.min(log.last_index()), |entry| {
+        let place = Place::of(&entry);
+        if place.index > certain && runs.last().is_none_or(|run| run.leader() != place.leader()) {
+            runs.push(place);
+        }
+        last = Some(place);
+    })?;
+    if last.is_none() {
+        // All of it is purged: the purge's mark is its last entry.
+        let purged = log.get_meta(log_store::PURGED).map_err(|e| failed("fact", e))?;
+        let purged: Option<super::types::LogId> =
+            purged.map(|bytes| codec::decode_serde(&bytes)).transpose().map_err(|e| failed("fact", e))?;
+        last = purged.map(|id| Place {
+            term: id.leader_id.term,
+            node: id.leader_id.node_id,
+            index: position_index(id.index),
+        });
+    }
+    Ok(Report { last, certain, runs })
+}
+
+/// Appends the entry that begins an epoch: these vote from now on.
+fn begin(log: &Log, id: u64, epoch: u64, voters: &BTreeMap<u64, String>) -> Result<(), Error> {
+    let term = term_of(epoch);
+    let mut newest = 0;
+    each(log, log.last_index(), |entry| newest = Place::of(&entry).term)?;
+    if newest >= term {
+        // An earlier attempt was interrupted behind this.
+        return Ok(());
+    }
+    let leader = openraft::alias::LeaderIdOf::<Types>::new(term, id);
+    let nodes: BTreeMap<u64, BasicNode> =
+        voters.iter().map(|(id, addr)| (*id, BasicNode::new(addr.clone()))).collect();
+    let membership =
+        Membership::new(vec![voters.keys().copied().collect()], nodes).map_err(|e| failed("members", e))?;
+    let id_of_entry = openraft::alias::LogIdOf::<Types>::new(leader.to_committed(), log.last_index());
+    let entry = Entry::new(id_of_entry, EntryPayload::Membership(membership));
+    let index = log.last_index() + 1;
+    log.append(&[(index, &encode_entry(&entry))]).and_then(|()| log.sync()).map_err(|e| failed("log", e))?;
+    let vote = Vote::new(term, id);
+    log.put_meta(log_store::VOTE, &codec::encode_serde(&vote)).map_err(|e| failed("vote", e))
+}
+
+/// Up to where a log agrees with what a next epoch has of the one that ended so.
+fn agrees(log: &Log, end: &End) -> Result<u64, Error> {
+    let mut agreed = end.certain;
+    each(log, end.certain + 1, |entry| agreed = end.agrees(agreed, Place::of(&entry)))?;
+    Ok(agreed)
+}
+
+/// Puts what lies behind `kept` into the quarantine; how many commands that are.
+fn quarantine(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<u64, Error> {
+    let (mut bytes, mut commands) = (vec![], 0);
+    each(log, kept + 1, |entry| {
+        if let Ok(Some(batch)) = super::state_machine::decode_batch(&entry) {
+            commands += batch.commands.len() as u64;
+        }
+        let encoded = encode_entry(&entry);
+        bytes.extend_from_slice(&(encoded.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&encoded);
+    })?;
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    let (io, path) = (|e| failed(QUARANTINE, e), format!("{QUARANTINE}/epoch-{epoch}.entries"));
+    disk.create_dir_all(QUARANTINE).map_err(io)?;
+    // An earlier attempt was interrupted: the log still has all that its file had.
+    let file = disk.create(&path).map_err(io)?;
+    file.set_len(0).map_err(io)?;
+    file.write_at(&bytes, 0).map_err(io)?;
+    file.sync().map_err(io)?;
+    disk.sync_dir(QUARANTINE).map_err(io)?;
+    Ok(commands)
+}
+
+/// What is left of a closed replica when it has gone over to an epoch.
+pub struct Turned {
+    pub held: Held,
+    /// Views that have applied more must be made anew; bases of more are gone.
+    pub views_max: u64,
+    /// The log begins behind what is left of it: the replica starts over.
+    pub start_over: bool,
+}
+
+/// Brings a closed replica's log into an epoch. The caller mends the views, and calls [`keep`] with what this gives back once all is done.
+/// `certain`: what its views have applied.
+pub fn turn(
+    disk: &Arc<dyn Disk>,
+    log: &Log,
+    bases: &Bases,
+    id: u64,
+    plan: &Plan,
+    certain: impl FnOnce() -> Result<u64, Error>,
+) -> Result<Turned, Error> {
+    let mut held = held(log, plan.first)?;
+    let (mut views_max, mut start_over) = (u64::MAX, false);
+    match &plan.way {
+        Way::Halt if held.epoch < plan.epoch => {
+            // One whose log was damaged, or is gone, has forgotten what others count on.
+            let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
+            held.report = if whole { Some(report(log, certain()?)?) } else { None };
+            held.epoch = plan.epoch;
+            sim::trace::probe("epoch: a replica halted");
+        }
+        Way::Begin(voters) if held.epoch <= plan.epoch => {
+            begin(log, id, plan.epoch, voters)?;
+            held.epoch = plan.epoch;
+            sim::trace::probe("epoch: begun");
+        }
+        Way::Return if held.epoch < plan.epoch => {
+            // It may have missed several.
+            for (epoch, end) in plan.ends.range(held.epoch..plan.epoch) {
+                let (last, kept) = (log.last_index(), agrees(log, end)?);
+                views_max = views_max.min(kept.max(end.certain));
+                let commands = if last > kept { quarantine(disk, log, *epoch, kept)? } else { 0 };
+                if last > kept {
+                    sim::trace::probe("epoch: a returning replica's entries were taken away");
+                    sim::warn!(
+                        "entries {} to {last} of epoch {epoch} are not in the next one: {commands} commands go into {QUARANTINE}",
+                        kept + 1
+                    );
+                }
+                held.taken.retain(|(of, _)| of != epoch);
+                held.taken.push((*epoch, (kept.min(last), last, commands)));
+                start_over |= log.first_index() > kept + 1;
+                if !start_over {
+                    log.truncate_from(kept + 1).map_err(|e| failed("log", e))?;
+                }
+                bases.forget_above(kept).map_err(|e| failed("bases", e))?;
+            }
+            held.epoch = plan.epoch;
+            held.report = None;
+            sim::trace::probe("epoch: a replica returned");
+        }
+        _ => {}
+    }
+    Ok(Turned { held, views_max, start_over })
+}
