@@ -80,7 +80,11 @@ impl Remote {
                 Err(error) => Said::Final(Error::Internal(error.to_string())),
             },
             Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
-                Said::Final(Error::Unavailable(status.message().to_string()))
+                let asked = match query.freshness {
+                    Freshness::AtLeast(position) => position,
+                    _ => Position::default(),
+                };
+                Said::Final(Error::LostInFailover { epoch: asked.epoch, index: asked.index })
             }
             Ok(Err(status)) if crate::error::reason(&status).as_deref() == Some("NOT_HERE") => {
                 Said::Final(Error::NotHere(status.message().to_string()))

@@ -35,6 +35,15 @@ pub struct Op {
     pub response: Response,
 }
 
+/// How an epoch of a shard ended, by the cluster's own report: what of it is lost is not at or before `certain`, nor behind `ceiling`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct End {
+    pub certain: u64,
+    pub ceiling: u64,
+    /// Once an old disk was read: what was lost lies behind the first, up to the second.
+    pub exact: Option<(u64, u64)>,
+}
+
 /// One thing that a client wanted, from its first attempt until it had its answer or gave up. Unlike an [`Op`] it is also written down when a
 /// read got no answer. How long these took and how they ended is what recovery is measured by ([`crate::recovery`]).
 #[derive(Clone, Debug, PartialEq)]
@@ -119,6 +128,8 @@ pub enum Response {
         at: At,
         /// Of the cluster map by which it got there.
         map_version: u64,
+        /// The other region has it too, by the answer.
+        elsewhere: bool,
     },
     /// The same key was sent again after an answer and got another one.
     Changed {
@@ -131,7 +142,11 @@ pub enum Response {
     Value {
         row: Row,
         shown: u64,
+        /// Of what it was shown by.
+        epoch: u64,
     },
+    /// What the session has seen may be lost with a region: it begins anew.
+    Lost,
     Absent {
         shown: u64,
     },
@@ -161,6 +176,7 @@ pub struct Sample {
     pub at_ns: u64,
     pub node: String,
     pub shard: u32,
+    pub epoch: u64,
     pub index: u64,
     pub digest: Vec<u8>,
 }
@@ -184,6 +200,8 @@ pub struct History {
     pub calls: Vec<Call>,
     pub samples: Vec<Sample>,
     pub finals: Vec<Final>,
+    /// Of each shard's epochs that are over.
+    pub ends: BTreeMap<(u32, u64), End>,
     /// When the last fault ended, and when all replicas agreed.
     pub healed_ns: u64,
     pub converged_ns: Option<u64>,
@@ -240,7 +258,8 @@ impl fmt::Display for Response {
                 write!(f, "refused: is at version {actual}")
             }
             Response::Unknown => f.write_str("unknown"),
-            Response::Value { row, shown } => write!(f, "{row}, shown at {shown}"),
+            Response::Value { row, shown, .. } => write!(f, "{row}, shown at {shown}"),
+            Response::Lost => f.write_str("may be lost with its region"),
             Response::Absent { .. } => f.write_str("not found"),
             Response::Rows(rows) => write!(f, "{} memories", rows.len()),
             Response::Walked { rows, edges } => write!(f, "{} memories, {} edges", rows.len(), edges.len()),
@@ -269,6 +288,12 @@ impl History {
     /// Writes that were acknowledged.
     pub fn acked(&self) -> usize {
         self.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).count()
+    }
+
+    /// What the cluster said of the end of the epoch in which a write was acknowledged, if it lies where something may be lost.
+    pub fn reported(&self, at: &At) -> Option<&End> {
+        let end = self.ends.get(&(at.shard, at.epoch))?;
+        (end.certain < at.index && at.index <= end.ceiling).then_some(end)
     }
 
     /// Operations by tenant and memory.

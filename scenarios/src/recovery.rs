@@ -50,6 +50,12 @@ pub struct Measured {
     /// From when on all replicas were up, published the same and agreed. `None`: never in this run.
     #[serde(default)]
     pub redundancy_s: Option<f64>,
+    /// Where there are several regions, until the change of the primary was done, verified and announced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mttr_s: Option<f64>,
+    /// From the first acknowledged write that was lost to the fault; 0 if none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpo_s: Option<f64>,
     /// What one replica has on its disk in the end.
     #[serde(default)]
     pub bytes: u64,

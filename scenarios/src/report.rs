@@ -84,6 +84,9 @@ pub struct Report {
     /// Writes that were acknowledged, and how many of them are lost.
     pub acked: usize,
     pub lost: usize,
+    /// Those that were lost with a region, as the cluster reported.
+    #[serde(default)]
+    pub lost_reported: usize,
     pub faults: Vec<Fired>,
     pub violations: Vec<Violation>,
     /// Reads and searches that were answered.
@@ -122,6 +125,7 @@ pub fn empty() -> Report {
         wall_s: 0.0,
         acked: 0,
         lost: 0,
+        lost_reported: 0,
         faults: vec![],
         violations: vec![],
         reads: 0,

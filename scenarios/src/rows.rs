@@ -14,10 +14,24 @@ pub struct Row {
     pub recovery_p99_s: Option<f64>,
     pub recovery_max_s: Option<f64>,
     pub redundancy_p99_s: Option<f64>,
+    /// Of rows in which a region is lost.
+    #[serde(flatten)]
+    pub region: Option<RegionRow>,
     pub acked: usize,
     pub lost: usize,
     /// Runs whose verdict is not `pass`.
     pub failed: usize,
+}
+
+/// What the loss of a region came to; times in seconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RegionRow {
+    pub rto_p99_s: Option<f64>,
+    pub rpo_p50_s: Option<f64>,
+    pub rpo_p99_s: Option<f64>,
+    pub mttr_p99_s: Option<f64>,
+    /// Acknowledged writes that were lost as was reported.
+    pub lost_reported: usize,
 }
 
 impl Row {
@@ -25,7 +39,17 @@ impl Row {
         let measured = || reports.iter().filter_map(|report| report.recovery.as_ref());
         let mut recovery: Vec<f64> = measured().map(|m| m.recovery_s).collect();
         let mut redundancy: Vec<f64> = measured().filter_map(|m| m.redundancy_s).collect();
+        let mut rpo: Vec<f64> = measured().filter_map(|m| m.rpo_s).collect();
+        let mut mttr: Vec<f64> = measured().filter_map(|m| m.mttr_s).collect();
+        let region = (!mttr.is_empty()).then(|| RegionRow {
+            rto_p99_s: percentile(&mut recovery, 0.99),
+            rpo_p50_s: percentile(&mut rpo, 0.5),
+            rpo_p99_s: percentile(&mut rpo, 0.99),
+            mttr_p99_s: percentile(&mut mttr, 0.99),
+            lost_reported: reports.iter().map(|r| r.lost_reported).sum(),
+        });
         Row {
+            region,
             row: name.into(),
             seeds: reports.len(),
             recovery_p50_s: percentile(&mut recovery, 0.5),

@@ -18,6 +18,10 @@ pub const SITES: [&str; 6] = [
     "between a read's position and its read",
 ];
 
+/// Those that only matter where there are several regions.
+pub const REGION_SITES: [&str; 3] =
+    ["between the lease and the append", "between a renewal and its record", "before an epoch is granted"];
+
 /// What a bad disk does.
 const DISK_FAULTS: [FaultKind; 8] = [
     FaultKind::BitRot,
@@ -110,6 +114,9 @@ fn draw(run: &Scenario, random: &mut Random) -> Draw {
     let nodes = (0..run.topology.machines()).map(|_| node(random)).collect();
     let mut buggify: Vec<String> =
         SITES.iter().filter(|_| random.chance(0.25)).map(|site| site.to_string()).collect();
+    if run.topology.regions.is_some() {
+        buggify.extend(REGION_SITES.iter().filter(|_| random.chance(0.25)).map(|site| site.to_string()));
+    }
     if run.recovery.is_some() {
         buggify.clear();
     }
@@ -137,7 +144,8 @@ fn plan(generate: &Generate, random: &mut Random, workload_s: u64) -> Vec<Fault>
             Target::Drawn => random.pick(&[Target::Leader, Target::Any, Target::All]).unwrap_or(Target::Any),
             target => target,
         };
-        plan.push(Fault { at_ms, lasts_ms, kind, target, pick: random.below(1 << 32), rate_ppm, step_ms });
+        let (pick, from, at_step, beside) = (random.below(1 << 32), generate.from, None, false);
+        plan.push(Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms });
         at_ms += lasts_ms.max(random.ms(generate.every_s));
     }
     plan
@@ -157,7 +165,8 @@ fn disk_plan(random: &mut Random, workload_s: u64) -> Vec<Fault> {
         if at_ms + lasts_ms + 2000 > workload_s * 1000 {
             break;
         }
-        plan.push(Fault { at_ms, lasts_ms, kind, target, pick, rate_ppm: 0, step_ms: 0 });
+        let (from, at_step, beside, rate_ppm, step_ms) = Default::default();
+        plan.push(Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms });
         at_ms += lasts_ms + random.ms([2, 10]);
     }
     plan

@@ -1,11 +1,13 @@
 //! Scenarios as data: topology, workload, fault plan and promises, in TOML.
 
 use crate::operation::{CLIENTS_MAX, Operation};
+use nodes::control::regions::RegionsConfig;
 use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 12] = [
+pub const SHIPPED: [(&str, &str); 13] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -18,6 +20,7 @@ pub const SHIPPED: [(&str, &str); 12] = [
     ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
     ("node-lost", include_str!("../files/node-lost.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
+    ("region-loss", include_str!("../files/region-loss.toml")),
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
@@ -110,7 +113,7 @@ pub struct Recovery {
 }
 
 /// A change of the cluster: one of them, or a number of shards beside a pin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Change {
     /// Not before then.
@@ -130,6 +133,12 @@ pub struct Change {
     /// The number of a tenant that is pinned no longer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unpin: Option<usize>,
+    /// The region that is to be the primary, reachable or not where the present one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fail_over: Option<String>,
+    /// The region that is to be the primary again, without loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fail_back: Option<String>,
     /// Nothing is done, but waited for: that the cluster has given a node up, and its replicas to others.
     #[serde(default, skip_serializing_if = "is_default")]
     pub lost: bool,
@@ -176,6 +185,32 @@ pub struct Topology {
     /// Share of messages that must be retransmitted.
     #[serde(default)]
     pub loss: f64,
+    /// The regions that the replicas are in, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regions: Option<Regions>,
+}
+
+/// Regions, and the links between them; clients are near to all of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Regions {
+    /// As the nodes' own files have it.
+    pub cluster: RegionsConfig,
+    /// Numbers of gateways, by region.
+    pub gateways: BTreeMap<String, BTreeSet<u64>>,
+    /// One way from one region to another, beside what [`Draw`] adds.
+    pub latency_ms: u64,
+    /// Mean of what is added to it, exponentially distributed.
+    pub jitter_ms: u64,
+    #[serde(default)]
+    pub loss: f64,
+    /// Bytes per second that a pair of machines in two regions exchanges, each way.
+    #[serde(default = "fast")]
+    pub bytes_per_s: u64,
+}
+
+fn fast() -> u64 {
+    125_000_000
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -187,6 +222,20 @@ pub struct NodeRoles {
 }
 
 impl Topology {
+    /// The region of a machine, by its name: n1, g1, …; empty where there is one.
+    pub fn region_of(&self, machine: &str) -> &str {
+        let Some(regions) = &self.regions else { return "" };
+        let numbered = |of: &str| machine.strip_prefix(of).and_then(|number| number.parse::<u64>().ok());
+        let (node, gateway) = (numbered("n"), numbered("g"));
+        let nodes = regions.cluster.members.iter().chain(&regions.gateways);
+        let of_nodes = regions.cluster.members.len();
+        let mut found = nodes.enumerate().filter(|(at, (_, numbers))| {
+            let wanted = if *at < of_nodes { node } else { gateway };
+            wanted.is_some_and(|number| numbers.contains(&number))
+        });
+        found.next().map_or("", |(_, (name, _))| name)
+    }
+
     /// All machines but the clients'.
     pub fn machines(&self) -> usize {
         self.replicas + self.gateways + self.caches
@@ -326,6 +375,8 @@ pub struct Faults {
 pub struct Generate {
     pub kinds: Vec<FaultKind>,
     pub target: Target,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Target>,
     pub first_s: [u64; 2],
     pub every_s: [u64; 2],
     pub lasts_s: [u64; 2],
@@ -457,6 +508,25 @@ pub enum Target {
     Everyone,
     /// One of leader, any and all, drawn for each fault: only for those that are generated.
     Drawn,
+    /// All machines of the region that writes, when the fault begins.
+    Primary,
+    /// All machines of the other region that serves.
+    Secondary,
+    Witness,
+    /// Whoever leads the control group.
+    Controller,
+    /// A replica in the region that serves and does not write, drawn from the seed.
+    Follower,
+}
+
+impl Target {
+    /// Whether there must be several regions for it.
+    pub fn is_of_regions(self) -> bool {
+        matches!(
+            self,
+            Target::Primary | Target::Secondary | Target::Witness | Target::Controller | Target::Follower
+        )
+    }
 }
 
 /// One timed fault.
@@ -467,6 +537,15 @@ pub struct Fault {
     pub lasts_ms: u64,
     pub kind: FaultKind,
     pub target: Target,
+    /// Of a partition: from whom; from all other replicas if nobody is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Target>,
+    /// It begins when a change of the primary region is at this step, and not before its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_step: Option<String>,
+    /// Those after it begin while it lasts.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub beside: bool,
     /// Chooses among `any`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub pick: u64,
@@ -481,6 +560,9 @@ pub struct Fault {
 pub struct Promises {
     /// After the last fault, every replica must agree within this many virtual seconds.
     pub converge_s: u64,
+    /// So often another region becomes the primary; absent: as often as it happens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region_changes: Option<usize>,
 }
 
 /// A shipped scenario by name, or one read from a file that ends in `.toml`.
@@ -525,7 +607,9 @@ impl Scenario {
         let one = |change: &Change| {
             let slots = change.shards.is_some() || change.pin.is_some() != change.unpin.is_some();
             let both = change.pin.is_some() && change.unpin.is_some();
-            let nodes = [change.join.is_some(), change.drain.is_some(), change.lost];
+            let regions = (change.fail_over.is_some(), change.fail_back.is_some());
+            let nodes =
+                [change.join.is_some(), change.drain.is_some(), change.lost, regions.0, regions.1];
             !both && slots as usize + nodes.iter().filter(|is| **is).count() == 1
         };
         let tenant = |change: &Change| {
@@ -543,7 +627,7 @@ impl Scenario {
                 && change.shards.is_none_or(|n| (1..=64).contains(&n))
         }) {
             return Err(
-                "changes: each is one of join, drain (the number of a node), lost (true), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
+                "changes: each is one of join, drain (the number of a node), lost (true), fail_over, fail_back (a region), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
                  those alone"
                     .into(),
             );
@@ -579,6 +663,19 @@ impl Scenario {
             || self.topology.caches == 0 && targets.contains(&Target::Cache)
         {
             return Err("faults: there is no gateway, no replica apart or no cache to be a target".into());
+        }
+        match &self.topology.regions {
+            Some(regions) => {
+                let nodes: BTreeSet<u64> = (1..=(replicas - spares) as u64).collect();
+                regions.cluster.check(&nodes).map_err(|e| format!("topology.regions: {e}"))?;
+                if regions.bytes_per_s == 0 || !(0.0..0.5).contains(&regions.loss) {
+                    return Err("topology.regions: bytes_per_s of 1 at least, a loss below 0.5".into());
+                }
+            }
+            None if targets.iter().any(|target| target.is_of_regions()) => {
+                return Err("faults: there is one region".into());
+            }
+            None => {}
         }
         if self.recovery.as_ref().is_some_and(|r| r.cpu_slowdown == 0 || r.disk_bytes_per_s == 0) {
             return Err("recovery: cpu_slowdown and disk_bytes_per_s are at least 1".into());

@@ -144,7 +144,12 @@ pub fn open(
         Err(error) if is_fatal_to_views(&error) => error.to_string(),
         Err(error) => return Err(failed("views", error)),
     };
-    sim::trace::probe("views: made anew");
+    // No disk is to blame where an epoch took something away.
+    let epoch_over = start_over || views_max < u64::MAX;
+    match epoch_over {
+        true => sim::trace::probe("epoch: views made anew"),
+        false => sim::trace::probe("views: made anew"),
+    }
     sim::error!("{problem}; making the views anew");
     let started = Instant::now();
     let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
@@ -176,7 +181,10 @@ pub fn open(
             "neither a base nor the log can make them again, and there are no peers; restore a backup";
         return Err(failed("views", format!("{problem} ({VIEWS}, {BASES}, {LOG} in the data directory)")));
     }
-    sim::trace::probe("replica: started over");
+    match epoch_over {
+        true => sim::trace::probe("epoch: a replica started over"),
+        false => sim::trace::probe("replica: started over"),
+    }
     sim::error!(
         "neither a base nor the log can make the views again: starting over with what the peers have"
     );

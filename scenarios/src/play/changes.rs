@@ -28,6 +28,8 @@ pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change
 fn describe(change: &Change) -> String {
     let Change { shards, join, drain, pin, unpin, lost, .. } = *change;
     let all = [
+        change.fail_over.as_ref().map(|to| format!("fail over to {to}")),
+        change.fail_back.as_ref().map(|to| format!("fail back to {to}")),
         lost.then(|| "wait until a node is lost and replaced".to_string()),
         pin.map(|(of, to)| format!("pin {} to shard {to}", tenant(of))),
         unpin.map(|of| format!("unpin {}", tenant(of))),
@@ -49,7 +51,12 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     });
     let pinned = pin.map(|(of, shard)| Wish::Pin(v1::Pin { tenant: tenant(of), shard }));
     let unpinned = unpin.map(|of| Wish::Unpin(tenant(of)));
-    let wishes = [pinned, unpinned, shards.map(Wish::Shards), joined, drain.map(Wish::Drain)];
+    let to_region = change.fail_over.as_ref().or(change.fail_back.as_ref());
+    let region = to_region.map(|to| {
+        let (to, planned) = (to.clone(), change.fail_back.is_some());
+        Wish::Region(v1::RegionWish { to, planned, accept_data_loss: false })
+    });
+    let wishes = [pinned, unpinned, shards.map(Wish::Shards), joined, drain.map(Wish::Drain), region];
     for wish in wishes.into_iter().flatten() {
         if !cluster.change(wish).await {
             return false;
@@ -62,7 +69,10 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     let is_at = |(of, shard): (usize, u32)| {
         pin_of(of).is_some_and(|pin| pin.shard == Some(shard) && pin.slots_to_move == 0)
     };
-    shards.is_none_or(|shards| map.resize.is_none() && map.shards.len() == shards as usize)
+    let writes = |to: &String| {
+        map.regions.as_ref().is_some_and(|regions| regions.change.is_none() && regions.primary == *to)
+    };
+    to_region.is_none_or(writes) && shards.is_none_or(|shards| map.resize.is_none() && map.shards.len() == shards as usize)
         && drain.is_none_or(drained)
         && pin.is_none_or(is_at)
         && unpin.is_none_or(|of| pin_of(of).is_none())

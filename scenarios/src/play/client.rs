@@ -62,6 +62,8 @@ struct Client {
     several: bool,
     /// The gateway that the last attempt asked.
     asked: String,
+    /// There are several regions.
+    regions: bool,
     /// Whether reads are sent again, and gateways left out that do not answer.
     fails_over: bool,
     /// Those left out now.
@@ -74,7 +76,7 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
     let several = scenario.topology.shards > 1 || !scenario.changes.is_empty();
     for number in 0..scenario.workload.clients {
         let tenant = number % scenario.workload.tenants;
-        let fails_over = scenario.recovery.is_some();
+        let (fails_over, regions) = (scenario.recovery.is_some(), scenario.topology.regions.is_some());
         let mine = scenario.operations.iter().flatten().filter(|o| o.client == number).copied();
         let operations: Arc<[Operation]> = mine.collect();
         let (key, machines) = (cluster.keys[tenant].clone(), cluster.machines.clone());
@@ -98,6 +100,7 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                 versions: BTreeMap::new(),
                 writes: 0,
                 several,
+                regions,
                 asked: String::new(),
                 fails_over,
                 out: Arc::new(Mutex::new(vec![false; gateways.len()])),
@@ -156,6 +159,11 @@ fn index(token: Option<&v1::Token>, shard: u32) -> u64 {
     token.and_then(of).unwrap_or(0)
 }
 
+fn epoch(token: Option<&v1::Token>, shard: u32) -> u64 {
+    let of = |t: &v1::Token| t.positions.iter().find(|p| p.shard == shard).map(|p| p.epoch);
+    token.and_then(of).unwrap_or(0)
+}
+
 fn shard(token: Option<&v1::Token>) -> u32 {
     token.and_then(|t| t.positions.first()).map_or(0, |p| p.shard)
 }
@@ -171,12 +179,19 @@ fn at(info: Option<&v1::WriteInfo>) -> At {
     }
 }
 
+fn epoch_of(response: &Response) -> u64 {
+    match response {
+        Response::Written { at, .. } => at.epoch,
+        _ => 0,
+    }
+}
+
 /// Whether an answered key got the same answer again. On the way to another shard a write gets another place.
 fn same(first: &Response, again: &Response) -> bool {
     match (first, again) {
         (
-            Response::Written { version, at, map_version },
-            Response::Written { version: then, at: then_at, map_version: later },
+            Response::Written { version, at, map_version, .. },
+            Response::Written { version: then, at: then_at, map_version: later, .. },
         ) => version == then && (at == then_at || map_version != later),
         (first, again) => first == again,
     }
@@ -238,7 +253,10 @@ impl Client {
         let answer = time::timeout(limit, send).await.ok();
         let answered = match &answer {
             Some(Ok(_)) => true,
-            Some(Err(status)) => status.code() == Code::NotFound || certain(status).is_some(),
+            Some(Err(status)) => {
+                let lost = reason(status).as_deref() == Some("LOST_IN_FAILOVER");
+                lost || status.code() == Code::NotFound || certain(status).is_some()
+            }
             None => false,
         };
         attempts.push(Attempt { node: self.asked.clone(), call_ns, return_ns: self.now_ns(), answered });
@@ -312,6 +330,16 @@ impl Client {
         None
     }
 
+    /// Where there are several regions, every third write is to be in both.
+    fn durability(&self, key: &str) -> i32 {
+        let mut hash = sim::trace::Hash::default();
+        hash.bytes(key.as_bytes());
+        match self.regions && hash.value().is_multiple_of(3) {
+            true => v1::Durability::Region.into(),
+            false => 0,
+        }
+    }
+
     fn id(&self, key: u64) -> Id {
         id_of(self.tenant, key)
     }
@@ -346,7 +374,7 @@ impl Client {
         let Some(token) = token else { return };
         for position in &token.positions {
             match self.token.positions.iter_mut().find(|held| held.shard == position.shard) {
-                Some(held) if held.index < position.index => *held = *position,
+                Some(held) if (held.epoch, held.index) < (position.epoch, position.index) => *held = *position,
                 Some(_) => {}
                 None => self.token.positions.push(*position),
             }
@@ -374,11 +402,14 @@ impl Client {
             if self.several && answer == Response::Refused(Refusal::NotFound) {
                 // Where there are several shards, what was refused because nothing with that id ever was is not remembered.
                 answer = again;
+            } else if epoch_of(&again) > epoch_of(&answer) {
+                // The first one was lost with its region: P2 judges the one that stands.
+                answer = again;
             } else if !matches!(again, Response::Unknown) && !same(&answer, &again) {
                 answer = Response::Changed { first: answer.to_string(), then: again.to_string() };
             }
         }
-        if let Response::Written { version, at, map_version } = &answer {
+        if let Response::Written { version, at, map_version, .. } = &answer {
             self.versions.insert(id, *version);
             let position = v1::ShardPosition { shard: at.shard, epoch: at.epoch, index: at.index };
             self.saw(Some(&v1::Token { positions: vec![position], map_version: *map_version }));
@@ -433,12 +464,13 @@ impl Client {
     fn send(&self, request: &Request, key: &str, text: &str) -> Sending {
         let options = Some(v1::WriteOptions {
             idempotency_key: format!("{}/{key}", tenant(self.tenant)),
-            durability: 0,
+            durability: self.durability(key),
         });
         let mut service = self.memories();
         let written = |version, info: Option<v1::WriteInfo>| {
             let map_version = info.as_ref().and_then(|i| i.token.as_ref()).map_or(0, |t| t.map_version);
-            Response::Written { version, at: at(info.as_ref()), map_version }
+            let elsewhere = info.as_ref().is_some_and(|i| i.durability == v1::Durability::Region as i32);
+            Response::Written { version, at: at(info.as_ref()), map_version, elsewhere }
         };
         match request {
             Request::Add { id, .. } => {
@@ -507,14 +539,19 @@ impl Client {
         let response = match answer {
             Some(Ok(answer)) => {
                 let answer = answer.into_inner();
-                let shown = answer.info.as_ref().and_then(|i| i.token.as_ref());
-                let shard = shard(shown);
+                let shown = answer.info.as_ref().and_then(|i| i.token.clone());
+                let shard = shard(shown.as_ref());
                 asked = token.map(|token| index(Some(&token), shard));
-                let index = index(shown, shard);
-                self.saw(shown);
+                let index = index(shown.as_ref(), shard);
+                self.saw(shown.as_ref());
                 let Some(memory) = &answer.memory else { return };
                 self.versions.insert(id.clone(), memory.version);
-                Response::Value { row: row(memory), shown: index }
+                Response::Value { row: row(memory), shown: index, epoch: epoch(shown.as_ref(), shard) }
+            }
+            Some(Err(status)) if reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
+                self.token = v1::Token::default();
+                self.versions.clear();
+                Response::Lost
             }
             // An absence shows no position.
             Some(Err(status)) if status.code() == Code::NotFound => Response::Absent { shown: 0 },

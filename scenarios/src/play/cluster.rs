@@ -11,7 +11,7 @@ use sim::net::Channel;
 use sim::time::Duration;
 use sim::trace::Level;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 const PORT: u16 = 7400;
 /// So little that caches must choose.
@@ -33,6 +33,10 @@ pub struct Cluster {
     pub apart: Vec<NodeIndex>,
     /// The nodes that cache: c1, c2, …
     pub caches: Vec<NodeIndex>,
+    /// The region of each machine, where there are several, and the one that wrote at last.
+    regions: BTreeMap<NodeIndex, String>,
+    witness: String,
+    primary: Mutex<String>,
     operator: String,
 }
 
@@ -61,6 +65,14 @@ impl Cluster {
             Some(rows) => format!("product_after_days = -40\nproduct_rows_min = {rows}\n"),
             None => String::new(),
         };
+        let regions = scenario.topology.regions.as_ref();
+        let of_regions = match regions {
+            Some(regions) => {
+                let table = BTreeMap::from([("regions", &regions.cluster)]);
+                toml::to_string(&table).map_err(|e| Error::Internal(e.to_string()))?
+            }
+            None => String::new(),
+        };
         let lost_after = scenario.topology.lost_after_s.map(|s| format!("node_lost_after_s = {s}\n"));
         let names = (1..=replicas).map(|i| (format!("n{i}"), Some(i as u64)));
         let edges = (1..=scenario.topology.gateways).map(|i| (format!("g{i}"), None));
@@ -71,11 +83,14 @@ impl Cluster {
             let of_edge = EDGE_ROLES.into_iter().filter(|_| !of_replicas.contains(&Role::Cache));
             let roles = of_edge.chain(of_replicas.iter().map(|role| role.name()));
             let roles = roles.map(|role| format!("'{role}'")).collect::<Vec<_>>().join(", ");
-            let number = id.map_or(String::new(), |id| format!("id = {id}\n"));
+            let mut number = id.map_or(String::new(), |id| format!("id = {id}\n"));
+            if let (Some(_), None) = (regions, id) {
+                number += &format!("region = '{}'\n", scenario.topology.region_of(&name));
+            }
             let text = format!(
                 "name = '{name}'\nlisten = '{name}:{PORT}'\ncluster_secret = \"{SECRET}\"\nroles = [{roles}]\n{number}shards = {}\n\
                  [replicas]\n{}\n[tuning]\ncheckpoint_entries = {}\nentries_kept = {}\nsegment_bytes_max = {}\nbase_bytes_min = {}\n\
-                 vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}{}",
+                 vector_buffer_bytes = {}\ngraph_rows_min = {}\ncache_bytes_max = {CACHE_BYTES}\n{product}{}{of_regions}",
                 scenario.topology.shards,
                 voters.iter().map(|(id, addr)| format!("{id} = '{addr}'")).collect::<Vec<_>>().join("\n"),
                 limits.checkpoint_entries,
@@ -88,7 +103,13 @@ impl Cluster {
             );
             new.push(NewNode { config: NodeConfig::parse(&text)?, limits, keys: file.clone() });
         }
+        let names: Vec<String> = new.iter().map(|new| new.config.name.clone()).collect();
         let booted = machines.boot(new).await?;
+        let region = |(node, name): (&NodeIndex, String)| (*node, scenario.topology.region_of(&name).to_string());
+        let of_machines = match regions {
+            Some(_) => booted.iter().zip(names).map(region).collect(),
+            None => BTreeMap::new(),
+        };
         let (replicas, rest) = booted.split_at(replicas.min(booted.len()));
         let (edges, caches) = rest.split_at(scenario.topology.gateways.min(rest.len()));
         let apart = scenario.topology.apart().into_iter();
@@ -109,6 +130,9 @@ impl Cluster {
             edges: edges.to_vec(),
             apart,
             caches: caches.to_vec(),
+            regions: of_machines,
+            witness: regions.and_then(|regions| regions.cluster.witness.clone()).unwrap_or_default(),
+            primary: Mutex::new(regions.map_or(String::new(), |regions| regions.cluster.primary.clone())),
             operator,
         })
     }
@@ -132,9 +156,63 @@ impl Cluster {
         Some(answer.into_inner())
     }
 
+    /// All machines of a region.
+    pub fn in_region(&self, region: &str) -> Vec<NodeIndex> {
+        self.nodes().filter(|node| self.regions.get(node).is_some_and(|of| of == region)).collect()
+    }
+
+    /// Whether there are several regions.
+    pub fn has_regions(&self) -> bool {
+        !self.regions.is_empty()
+    }
+
+    pub fn witness(&self) -> Vec<NodeIndex> {
+        self.in_region(&self.witness)
+    }
+
+    /// The replicas that keep shards.
+    pub fn keepers(&self) -> Vec<NodeIndex> {
+        let witness = self.witness();
+        self.replicas.iter().copied().filter(|node| !witness.contains(node)).collect()
+    }
+
+    /// The region that writes, and the other one that serves, by the cluster map, or as they were when that was last read.
+    pub async fn primary_and_secondary(&self) -> (String, String) {
+        let read = self.map().await.and_then(|map| map.regions).map(|regions| regions.primary);
+        let mut held = self.primary.lock().unwrap_or_else(|p| p.into_inner());
+        *held = read.unwrap_or_else(|| held.clone());
+        let other = self.regions.values().find(|region| **region != *held && **region != self.witness);
+        (held.clone(), other.cloned().unwrap_or_default())
+    }
+
+    /// The replica that leads the control group, by its own account.
+    pub async fn controller(&self) -> Option<NodeIndex> {
+        for (at, &node) in self.replicas.iter().enumerate().filter(|(_, node)| self.machines.is_running(**node)) {
+            let Ok(mut client) = self.admin(node) else { continue };
+            let limit = Duration::from_secs(1);
+            let request = self.request(v1::MembersRequest {}, limit)?;
+            let Ok(Ok(answer)) = sim::time::timeout(limit, client.members(request)).await else { continue };
+            let own = (at + 1).to_string();
+            let leads = |m: &v1::Member| m.group == "control" && m.leader && m.node == own;
+            if answer.into_inner().members.iter().any(leads) {
+                return Some(node);
+            }
+        }
+        None
+    }
+
+    /// The replicas, those first that run where a whole region may not.
+    fn askable(&self) -> Vec<NodeIndex> {
+        let mut all = self.replicas.clone();
+        if self.has_regions() {
+            all.sort_by_key(|node| !self.machines.is_running(*node));
+        }
+        all
+    }
+
     /// The cluster map; `None` if no node reads it soon.
     pub async fn map(&self) -> Option<v1::ClusterResponse> {
-        for &node in &self.replicas {
+        for node in self.askable() {
             let Ok(mut client) = self.admin(node) else { continue };
             let limit = Duration::from_secs(1);
             let request = self.request(v1::ClusterRequest {}, limit)?;
@@ -148,7 +226,7 @@ impl Cluster {
     /// Asks any node for a change; whether it was taken.
     pub async fn change(&self, wish: v1::change_cluster_request::Change) -> bool {
         let limit = Duration::from_secs(2);
-        for &node in &self.replicas {
+        for node in self.askable() {
             let Ok(mut client) = self.admin(node) else { continue };
             let change = v1::ChangeClusterRequest { change: Some(wish.clone()) };
             let Some(request) = self.request(change, limit) else { return false };
@@ -194,7 +272,11 @@ impl Cluster {
             }
         }
         let whole = |(shard, (_, published, leaders)): (&u32, &(u64, u64, Vec<String>))| {
-            let members = self.replicas.len().min(Role::Ledger.policy().replicas);
+            let policy = Role::Ledger.policy().replicas;
+            let members = match self.has_regions() {
+                true => self.keepers().len(),
+                false => self.replicas.len().min(policy),
+            };
             leaders.len() >= members + self.apart.len()
                 && leaders.iter().all(|leader| !leader.is_empty() && *leader == leaders[0])
                 && wanted.get(shard).is_some_and(|before| published >= before)

@@ -4,6 +4,7 @@ use super::cluster::Cluster;
 use super::machines::{Machines, NodeIndex};
 use crate::report::Fired;
 use crate::spec::{Fault, FaultKind, Target};
+use nodes::proto::v1;
 use sim::time::{self, Duration};
 use sim::trace::Level;
 use std::sync::Arc;
@@ -19,27 +20,59 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(20);
 
 /// How long to wait for a leader, or for a node, to hit.
 const LEADER_WAIT: Duration = Duration::from_secs(10);
+/// How long to wait for a step of a change of the primary region.
+const STEP_WAIT: Duration = Duration::from_secs(150);
 
 /// Plays the plan in order; returns once the last fault is undone.
 pub async fn play(cluster: &Arc<Cluster>, plan: &[Fault]) -> Vec<Fired> {
-    let mut fired = vec![];
+    let (mut fired, mut going_on) = (vec![], vec![]);
     for fault in plan {
         let at = Duration::from_millis(fault.at_ms);
         let now = cluster.machines.now();
         if at > now {
             time::sleep(at - now).await;
         }
-        fired.push(one(cluster, fault).await);
+        match fault.beside {
+            true => {
+                let (cluster, fault) = (cluster.clone(), fault.clone());
+                going_on.push((fired.len(), sim::task::spawn(async move { one(&cluster, &fault).await })));
+            }
+            false => fired.push(one(cluster, fault).await),
+        }
+    }
+    // In the order of the plan.
+    for (ahead, (place, task)) in going_on.into_iter().enumerate() {
+        if let Ok(done) = task.await {
+            fired.insert(place + ahead, done);
+        }
     }
     fired
 }
 
-async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
-    match fault.target {
+async fn targets(cluster: &Cluster, target: Target, fault: &Fault) -> Vec<NodeIndex> {
+    match target {
+        Target::Primary => cluster.in_region(&cluster.primary_and_secondary().await.0),
+        Target::Secondary => cluster.in_region(&cluster.primary_and_secondary().await.1),
+        Target::Witness => cluster.witness(),
+        Target::Follower => {
+            let there = cluster.in_region(&cluster.primary_and_secondary().await.1);
+            let there: Vec<NodeIndex> = there.into_iter().filter(|n| cluster.replicas.contains(n)).collect();
+            there.get(fault.pick as usize % there.len().max(1)).copied().into_iter().collect()
+        }
+        Target::Controller => {
+            let until = cluster.machines.now() + LEADER_WAIT;
+            while cluster.machines.now() < until {
+                if let Some(controller) = cluster.controller().await {
+                    return vec![controller];
+                }
+                time::sleep(Duration::from_millis(100)).await;
+            }
+            vec![]
+        }
         Target::All => cluster.replicas.clone(),
         Target::Everyone => cluster.nodes().collect(),
         Target::Any | Target::Drawn | Target::Gateway | Target::Machine | Target::Apart | Target::Cache => {
-            let all: Vec<NodeIndex> = match fault.target {
+            let all: Vec<NodeIndex> = match target {
                 Target::Gateway => cluster.edges.clone(),
                 Target::Apart => cluster.apart.clone(),
                 Target::Cache => cluster.caches.clone(),
@@ -69,18 +102,48 @@ async fn targets(cluster: &Cluster, fault: &Fault) -> Vec<NodeIndex> {
     }
 }
 
+/// Waits until a change of the primary region is at a step, or has ended.
+async fn wait_for_step(cluster: &Cluster, step: &str) {
+    let until = cluster.machines.now() + STEP_WAIT;
+    while cluster.machines.now() < until {
+        let regions = cluster.map().await.and_then(|map| map.regions);
+        let reached = |change: &v1::RegionChange| change.steps.iter().any(|seen| seen.step == step);
+        let now = regions.iter().any(|r| r.change.iter().chain(r.past.last()).any(reached));
+        if now {
+            return;
+        }
+        time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let machines = &*cluster.machines;
-    let nodes = targets(cluster, fault).await;
+    if let Some(step) = &fault.at_step {
+        wait_for_step(cluster, step).await;
+    }
+    let nodes = targets(cluster, fault.target, fault).await;
+    let from = match fault.from {
+        Some(from) => targets(cluster, from, fault).await,
+        None => vec![],
+    };
     let names: Vec<String> = nodes.iter().map(|n| machines.name(*n)).collect();
     let lasts = Duration::from_millis(fault.lasts_ms);
     let began = machines.now();
     // Of all nodes, one with a bad disk may be down already.
     let running = match fault.target {
-        Target::All | Target::Everyone => nodes.iter().any(|n| machines.is_running(*n)),
+        Target::All | Target::Everyone | Target::Primary | Target::Secondary => nodes.iter().any(|n| machines.is_running(*n)),
         _ => !nodes.is_empty() && nodes.iter().all(|n| machines.is_running(*n)),
     };
-    let others = |node: NodeIndex| cluster.replicas.iter().copied().filter(move |n| *n != node);
+    // Of a region all machines are cut off, from all of the others.
+    let wide = nodes.len() > 1 && fault.target.is_of_regions();
+    let all: Vec<NodeIndex> = match (from.is_empty(), wide) {
+        (false, _) => from,
+        (true, true) => cluster.nodes().collect(),
+        (true, false) => cluster.replicas.clone(),
+    };
+    let others = |node: NodeIndex| {
+        all.iter().copied().filter(move |n| *n != node).filter(|n| !wide || !nodes.contains(n))
+    };
     let step = |node: NodeIndex, rate_ppm: i64, step_ms: i64| {
         machines.modelled().inspect(|modelled| modelled.set_clock(node, rate_ppm, step_ms));
     };

@@ -21,7 +21,7 @@ mod watch;
 pub use cluster::Cluster;
 pub use machines::{Machines, Modelled, NewNode, NodeIndex, RarePaths, Session, Waiting};
 
-use crate::history::{Final, History, Row, Sample};
+use crate::history::{End, Final, History, Row, Sample};
 use crate::promises;
 use crate::recovery::{Measured, QUIET_CALLS_MIN};
 use crate::report::{Class, Fired, Report, Verdict, empty};
@@ -46,6 +46,8 @@ pub struct Seen {
     pub history: History,
     /// Changes of the cluster that were not done in the end.
     undone: usize,
+    /// How often another region became the primary.
+    region_changes: usize,
     measured: Option<Measured>,
     fired: Vec<Fired>,
     disk_faults: Vec<Fired>,
@@ -58,11 +60,15 @@ pub struct Seen {
 pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History) {
     use crate::history::Response;
     let enough = settled.enough;
-    let Seen { history, measured, fired, disk_faults, probes, mended, undone } = seen;
+    let Seen { history, measured, fired, disk_faults, probes, mended, undone, region_changes } = seen;
     let mut violations = promises::check_all(&history);
     if undone > 0 {
         let what = format!("{undone} changes of the cluster were not done in time");
         violations.push(promises::Violation { promise: "P12".into(), what, at_s: virtual_s });
+    }
+    if let Some(wanted) = settled.promises.region_changes.filter(|wanted| *wanted != region_changes) {
+        let what = format!("another region became the primary {region_changes} times, not {wanted}");
+        violations.push(promises::Violation { promise: "P14".into(), what, at_s: virtual_s });
     }
     if probes.contains_key(recovery::CONTRADICTION) {
         // A view was made anew because of a bug, not of a disk: what it held is gone, but it was wrong.
@@ -77,6 +83,15 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
         violations.push(promises::Violation { promise: "P5".into(), what, at_s: virtual_s });
     }
     let acked = history.acked();
+    let reported = promises::reported(&history);
+    let (lost_reported, first_lost) = (reported.len(), reported.iter().map(|lost| lost.op.return_ns).min());
+    let measured = measured.map(|measured| Measured {
+        rpo_s: measured.mttr_s.map(|_| {
+            let fault_s = fired.first().map_or(0.0, |fired| fired.began_s);
+            first_lost.map_or(0.0, |at| (fault_s - at as f64 / 1e9).max(0.0))
+        }),
+        ..measured
+    });
     let idle: Vec<String> =
         fired.iter().filter(|f| !f.fired).map(|f| format!("{:?} on '{}'", f.fault.kind, f.node)).collect();
     let safe = violations.iter().all(|violation| violation.promise == "P12");
@@ -114,6 +129,7 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
         why,
         acked,
         lost: promises::lost(&history),
+        lost_reported,
         faults: fired,
         violations,
         reads: count(|r| {
@@ -204,24 +220,43 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
     let RarePaths { taken: probes, mended } = machines.rare_paths(&cluster.replicas);
     let Recorded { ops, calls } = std::mem::take(&mut *recorder.lock().unwrap_or_else(|p| p.into_inner()));
     let measured = watch.and_then(|watch| watch.measured(&cluster, &calls, &fired));
+    let map = cluster.map().await.unwrap_or_default();
+    let done = |change: &&v1::RegionChange| change.step == "done";
+    let region_changes =
+        map.regions.as_ref().map_or(0, |regions| regions.past.iter().filter(done).count());
+    let ends = ends(&map);
     let history = History {
         ops,
         calls,
         samples: std::mem::take(&mut *samples.lock().unwrap_or_else(|p| p.into_inner())),
         finals,
+        ends,
         healed_ns: healed.as_nanos() as u64,
         converged_ns: converged.map(|at| at.as_nanos() as u64),
         converge_limit_ns: limit.as_nanos() as u64,
     };
     let undone = scenario.changes.len() - changes_done;
-    Ok(Seen { history, measured, fired, disk_faults, probes, mended, undone })
+    Ok(Seen { history, measured, fired, disk_faults, probes, mended, undone, region_changes })
+}
+
+/// How the shards' epochs ended, by the cluster map.
+fn ends(map: &v1::ClusterResponse) -> BTreeMap<(u32, u64), End> {
+    let of = |end: &v1::EpochEnd| {
+        // Of those that came back, the one that had most.
+        let most = end.old_disks.iter().max_by_key(|old| old.last_index);
+        let exact = most.map(|old| (old.kept_index, old.last_index));
+        End { certain: end.certain_index, ceiling: end.ceiling_index, exact }
+    };
+    let shards = map.shards.iter();
+    shards.flat_map(|shard| shard.ends.iter().map(move |end| ((shard.shard, end.epoch), of(end)))).collect()
 }
 
 /// Whether all replicas of each shard answer, name one leader and publish the same position, and nothing is under way in the cluster.
 async fn agree(cluster: &Cluster) -> bool {
     let Some(map) = cluster.map().await else { return false };
     let pinning = map.pins.iter().any(|pin| pin.slots_to_move > 0);
-    if pinning || map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
+    let changing = map.regions.as_ref().is_some_and(|regions| regions.change.is_some());
+    if pinning || changing || map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
         return false;
     }
     let mut seen: BTreeMap<u32, Vec<(u64, u64, String)>> = BTreeMap::new();
@@ -264,6 +299,7 @@ fn sample(cluster: &Cluster, status: &v1::StatusResponse) -> Vec<Sample> {
         at_ns,
         node: status.node.clone(),
         shard: shard.shard,
+        epoch: shard.epoch,
         index: shard.digest_index,
         digest: shard.digest.clone(),
     };

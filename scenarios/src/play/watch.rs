@@ -28,6 +28,8 @@ struct Looks {
     since: Option<Duration>,
     /// Since when one is missing or lags.
     missed: Option<Duration>,
+    /// When a change of the primary region was seen to be done.
+    changed: Option<Duration>,
     utilisation: BTreeMap<String, f64>,
 }
 
@@ -58,6 +60,7 @@ impl Watch {
         let mut measured = measure(calls, times, |_| true);
         let seen = self.seen.lock().unwrap_or_else(|p| p.into_inner());
         measured.redundancy_s = seen.since.map(|at| (at.as_secs_f64() - first.began_s).max(0.0));
+        measured.mttr_s = seen.changed.map(|at| (at.as_secs_f64() - first.began_s).max(0.0));
         measured.utilisation = seen.utilisation.clone();
         let bytes = cluster.replicas.iter().map(|node| cluster.machines.bytes(*node));
         measured.bytes = bytes.max().unwrap_or(0);
@@ -81,6 +84,11 @@ async fn look(cluster: Arc<Cluster>, (from, to): (Duration, Duration), seen: Arc
         time::sleep(LOOK_INTERVAL).await;
         let at = machines.now();
         let redundant = cluster.redundant(&mut wanted).await;
+        if cluster.has_regions() && seen.lock().unwrap_or_else(|p| p.into_inner()).changed.is_none() {
+            let regions = cluster.map().await.and_then(|map| map.regions);
+            let done = regions.is_some_and(|regions| regions.past.iter().any(|change| change.step == "done"));
+            seen.lock().unwrap_or_else(|p| p.into_inner()).changed = done.then(|| machines.now());
+        }
         let mut seen = seen.lock().unwrap_or_else(|p| p.into_inner());
         if redundant {
             (seen.since, seen.missed) = (seen.since.or(Some(at)), None);

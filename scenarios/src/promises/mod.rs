@@ -2,6 +2,7 @@
 
 mod linearizable;
 mod p01;
+mod p02;
 mod p03;
 mod p04;
 mod p05;
@@ -13,7 +14,7 @@ mod p12;
 #[cfg(test)]
 mod tests;
 
-use crate::history::History;
+use crate::history::{History, Response};
 use serde::{Deserialize, Serialize};
 
 /// A promise that did not hold.
@@ -31,19 +32,19 @@ fn violation(promise: &str, at_ns: u64, what: String) -> Violation {
 
 pub use linearizable::describe;
 pub use p01::lost;
+pub use p02::reported;
 
 /// Checks every promise.
 pub fn check_all(history: &History) -> Vec<Violation> {
-    let checks = [
-        p01::check,
-        p03::check,
-        p04::check,
-        p05::check,
-        p06::check,
-        p07::check,
-        p08::check,
-        p10::check,
-        p12::check,
-    ];
-    checks.iter().flat_map(|check| check(history)).collect()
+    let mut found: Vec<Violation> =
+        [p01::check, p02::check, p03::check, p04::check].iter().flat_map(|check| check(history)).collect();
+    // To the others, what is lost as was reported was never acknowledged.
+    let reported: Vec<usize> = p02::reported(history).iter().map(|missing| missing.number).collect();
+    let mut judged = std::borrow::Cow::Borrowed(history);
+    for number in reported {
+        judged.to_mut().ops[number].response = Response::Unknown;
+    }
+    let checks = [p05::check, p06::check, p07::check, p08::check, p10::check, p12::check];
+    found.extend(checks.iter().flat_map(|check| check(&judged)));
+    found
 }

@@ -3,6 +3,10 @@
 //! Read so: each client is a session. Its reads at a token show at least the token's position, and never an older version of a memory
 //! than it saw or wrote before. Writes and strong reads of each memory, with what every replica holds in the end as
 //! last reads, are linearizable.
+//!
+//! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
+//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write of the old region was never answered, only what ended before
+//! anybody asked the next epoch for anything must be linearizable.
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
@@ -11,16 +15,29 @@ use std::collections::BTreeMap;
 
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = sessions(history);
+    let next_epochs = next_epochs(history);
     for ((tenant, id), ops) in history.by_key() {
         let strong = |op: &&Op| match (&op.request, &op.response) {
             (Request::Get { token, .. }, response) => token.is_none() && *response != Response::Unknown,
-            (_, Response::Changed { .. }) => false,
+            (_, Response::Changed { .. } | Response::Lost) => false,
             _ => true,
         };
-        let ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
+        let mut ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
+        let before = next_epochs.filter(|at| may_have_lost(history, &ops, *at));
+        if let Some(before) = before {
+            ops.retain(|op| op.return_ns < before || op.request.is_write() && op.call_ns < before);
+        }
+        // A write that ended later may have come before, or be lost.
+        let open: Vec<Op> = ops
+            .iter()
+            .filter(|op| before.is_some_and(|before| op.return_ns >= before))
+            .map(|op| Op { response: Response::Unknown, ..(*op).clone() })
+            .collect();
+        ops.retain(|op| before.is_none_or(|before| op.return_ns < before));
+        ops.extend(&open);
         let last_ns = ops.iter().map(|op| op.return_ns).max().unwrap_or(0);
-        let end: Vec<Op> =
-            history.finals.iter().map(|replica| last_read(replica, tenant, id, history)).collect();
+        let finals = history.finals.iter().filter(|_| before.is_none());
+        let end: Vec<Op> = finals.map(|replica| last_read(replica, tenant, id, history)).collect();
         let all: Vec<&Op> = ops.iter().copied().chain(&end).collect();
         match linearize(&all) {
             Verdict::Linearizable => {}
@@ -43,12 +60,51 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
+/// When the first operation began that an epoch after the first one answered; `None`: there is one epoch.
+fn next_epochs(history: &History) -> Option<u64> {
+    let of_next = |op: &&Op| match op.response {
+        Response::Written { at, .. } => at.epoch > 1,
+        Response::Value { epoch, .. } => epoch > 1,
+        _ => false,
+    };
+    history.ops.iter().filter(of_next).map(|op| op.call_ns).min().filter(|_| !history.ends.is_empty())
+}
+
+/// Whether a memory may lack in the end what was seen of it before.
+fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
+    ops.iter().any(|op| match &op.response {
+        Response::Unknown => op.request.is_write() && op.call_ns < next_ns,
+        response => is_gone(history, op, response),
+    })
+}
+
+/// Whether no replica has in the end what an answer showed or said to be written.
+fn is_gone(history: &History, op: &Op, response: &Response) -> bool {
+    let (version, marker) = match (response, &op.request) {
+        (Response::Value { row, .. }, _) => (row.version, Some(&row.marker)),
+        (
+            Response::Written { version, .. },
+            Request::Add { marker, .. } | Request::Update { marker, .. },
+        ) => (*version, Some(marker)),
+        (Response::Written { version, .. }, _) => (*version, None),
+        _ => return false,
+    };
+    let Some(id) = op.request.id() else { return false };
+    let same = |(held, made): &(u64, String)| {
+        *held == version && marker.map_or(made.starts_with("deletion"), |marker| marker == made)
+    };
+    let has = |replica: &crate::history::Final| {
+        replica.versions.get(&(op.tenant, id.clone())).is_some_and(|versions| versions.iter().any(same))
+    };
+    !history.ends.is_empty() && !history.finals.is_empty() && !history.finals.iter().any(has)
+}
+
 /// What a replica holds in the end, as a read after everything else.
 fn last_read(replica: &crate::history::Final, tenant: usize, id: &str, history: &History) -> Op {
-    let shown = 0;
+    let (shown, epoch) = (0, 0);
     let end_ns = history.ops.iter().map(|op| op.return_ns).max().unwrap_or(0).max(replica.at_ns) + 1;
     let response = match replica.rows.get(&(tenant, id.to_string())) {
-        Some(row) => Response::Value { row: row.clone(), shown },
+        Some(row) => Response::Value { row: row.clone(), shown, epoch },
         None => Response::Absent { shown },
     };
     Op {
@@ -64,8 +120,12 @@ fn last_read(replica: &crate::history::Final, tenant: usize, id: &str, history: 
 
 fn sessions(history: &History) -> Vec<Violation> {
     let mut found = vec![];
-    let mut seen: BTreeMap<(usize, &str), u64> = BTreeMap::new();
+    // The last version, and whether it is gone with a region.
+    let mut seen: BTreeMap<(usize, &str), (u64, bool)> = BTreeMap::new();
     for op in &history.ops {
+        if op.response == Response::Lost {
+            seen.retain(|(client, _), _| *client != op.client);
+        }
         if let (
             Request::Get { token: Some(token), .. },
             Response::Value { shown, .. } | Response::Absent { shown },
@@ -81,12 +141,14 @@ fn sessions(history: &History) -> Vec<Violation> {
             _ => continue,
         };
         let Some(id) = op.request.id() else { continue };
-        let before = seen.entry((op.client, id)).or_insert(0);
-        if version < *before {
+        let (before, gone) = seen.entry((op.client, id)).or_insert((0, false));
+        if version < *before && !*gone {
             let what = format!("session went back from version {before}: {}", describe(op));
             found.push(violation("P4", op.return_ns, what));
         }
-        *before = (*before).max(version);
+        if version >= *before || *gone {
+            (*before, *gone) = (version, is_gone(history, op, &op.response));
+        }
     }
     found
 }

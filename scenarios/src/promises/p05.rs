@@ -1,6 +1,6 @@
 //! P5: replicas of a view that publish the same position hold the same logical state.
 //!
-//! Read so: whenever two replicas, at any times, said the same position, they said the same digest; and in the end each one's digest
+//! Read so: whenever two replicas, at any times, said the same position of the same epoch, they said the same digest; and in the end each one's digest
 //! equals the one recomputed from its tables.
 
 use super::{Violation, violation};
@@ -12,7 +12,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     let mut digests = BTreeMap::new();
     let finals = history.finals.iter().flat_map(|replica| &replica.shards);
     for sample in history.samples.iter().chain(finals.clone().map(|(sample, _)| sample)) {
-        let first = digests.entry((sample.shard, sample.index)).or_insert(sample);
+        let first = digests.entry((sample.shard, sample.epoch, sample.index)).or_insert(sample);
         if first.digest != sample.digest {
             let what = format!(
                 "{} and {} differ at position {} of shard {}",

@@ -31,7 +31,7 @@ fn get(token: Option<u64>) -> Request {
 }
 
 fn written(version: u64, index: u64) -> Response {
-    Response::Written { version, at: At { shard: 0, epoch: 1, index, item: 0 }, map_version: 1 }
+    Response::Written { version, at: At { shard: 0, epoch: 1, index, item: 0 }, map_version: 1, elsewhere: false }
 }
 
 fn row(version: u64, marker: &str) -> Row {
@@ -39,7 +39,7 @@ fn row(version: u64, marker: &str) -> Row {
 }
 
 fn value(version: u64, marker: &str, shown: u64) -> Response {
-    Response::Value { row: row(version, marker), shown }
+    Response::Value { row: row(version, marker), shown, epoch: 1 }
 }
 
 fn last(node: &str, rows: &[Row], versions: &[(u64, &str)]) -> Final {
@@ -49,7 +49,7 @@ fn last(node: &str, rows: &[Row], versions: &[(u64, &str)]) -> Final {
         node: node.into(),
         at_ns: 30_000_000_000,
         shards: vec![(
-            Sample { at_ns: 30_000_000_000, node: node.into(), shard: 0, index: 9, digest: vec![9] },
+            Sample { at_ns: 30_000_000_000, node: node.into(), shard: 0, epoch: 1, index: 9, digest: vec![9] },
             Ok(vec![9]),
         )],
         rows: rows.iter().map(keyed).collect(),
@@ -62,6 +62,7 @@ fn sound() -> History {
     let versions = [(1, "a"), (2, "b"), (3, "deletion of version 2"), (4, "c")];
     let finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(4, "c")], &versions));
     History {
+        ends: BTreeMap::new(),
         ops: vec![
             op(0, 1, 2, add("a"), written(1, 1)),
             op(1, 3, 6, update(None, "b"), written(2, 2)),
@@ -167,12 +168,62 @@ fn an_edge_to_nowhere_or_to_what_was_deleted_breaks_p6() {
     );
 }
 
+/// The region is lost after entry 4, of which the other one, which goes on in epoch 2, has 3: another memory takes the place of the last one.
+fn after_a_failover(h: &mut History) {
+    let versions = [(1, "a"), (2, "b"), (3, "deletion of version 2"), (4, "e")];
+    h.finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(4, "e")], &versions)).into();
+    let at = At { shard: 0, epoch: 2, index: 5, item: 0 };
+    let again = Response::Written { version: 4, at, map_version: 2, elsewhere: false };
+    h.ops.push(op(1, 25, 26, add("e"), again));
+    h.ends.insert((0, 1), End { certain: 3, ceiling: 9, exact: None });
+}
+
+#[test]
+fn a_loss_that_was_not_reported_breaks_p2() {
+    let plant = |plant: fn(&mut History)| {
+        broken(|h| {
+            after_a_failover(h);
+            plant(h);
+        })
+    };
+    assert_eq!(plant(|_| ()), Vec::<String>::new());
+    let mut history = sound();
+    after_a_failover(&mut history);
+    assert_eq!((lost(&history), reported(&history).len()), (0, 1));
+    assert_eq!(plant(|h| h.ends.values_mut().for_each(|end| end.certain = 4)), ["P2"]);
+    assert_eq!(plant(|h| h.ends.values_mut().for_each(|end| end.ceiling = 3)), ["P2"]);
+    let elsewhere = |h: &mut History| {
+        if let Response::Written { elsewhere, .. } = &mut h.ops[7].response {
+            *elsewhere = true;
+        }
+    };
+    assert_eq!(plant(elsewhere), ["P2"]);
+    // What an old disk says is exact: no more, and no less.
+    for (exact, breaks) in [((3, 4), false), ((4, 4), true), ((4, 6), true), ((2, 4), true)] {
+        let found = broken(|h| {
+            after_a_failover(h);
+            h.ends.values_mut().for_each(|end| end.exact = Some(exact));
+        });
+        assert_eq!(found, if breaks { vec!["P2"] } else { vec![] }, "{exact:?}");
+    }
+    // Nor may the old region go on, or a session be shown what is gone.
+    let late = |h: &mut History| h.ops.push(op(0, 27, 28, delete(), written(5, 5)));
+    assert!(plant(late).contains(&"P3".to_string()));
+    let back = |h: &mut History| h.ops.push(op(1, 29, 30, get(None), value(3, "b", 5)));
+    assert!(plant(back).contains(&"P4".to_string()));
+    let told = |h: &mut History| {
+        h.ops.push(op(0, 27, 28, get(Some(4)), Response::Lost));
+        h.ops.push(op(0, 29, 30, get(None), value(4, "e", 5)));
+    };
+    assert_eq!(plant(told), Vec::<String>::new());
+}
+
 #[test]
 fn replicas_that_differ_break_p5() {
     assert_eq!(broken(|h| h.finals[1].shards[0].0.digest = vec![8]), ["P5"]);
     assert_eq!(broken(|h| h.finals[1].shards[0].1 = Ok(vec![8])), ["P5"]);
     assert_eq!(broken(|h| h.finals[1].shards[0].1 = Err("unreadable".into())), ["P5"]);
-    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), shard: 0, index: 4, digest: vec![digest] };
+    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), shard: 0, epoch: 1, index: 4, digest: vec![digest] };
     assert_eq!(broken(|h| h.samples = vec![early(1), early(2)]), ["P5"], "long before the end");
 }
 
@@ -181,7 +232,7 @@ fn another_tenants_row_breaks_p7() {
     let foreign = Row { id: "f".into(), tenant: 1, ..row(4, "c") };
     assert_eq!(broken(|h| h.ops[9].response = Response::Rows(vec![row(4, "c"), foreign])), ["P7"]);
     assert_eq!(
-        broken(|h| h.ops[2].response = Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1 }),
+        broken(|h| h.ops[2].response = Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1, epoch: 1 }),
         ["P7"]
     );
 }
@@ -260,7 +311,7 @@ impl Model {
         self.marker = match request {
             Request::Get { .. } => {
                 let row = self.marker.as_ref().map(|marker| row(self.version, marker));
-                return row.map_or(Response::Absent { shown: 0 }, |row| Response::Value { row, shown: 0 });
+                return row.map_or(Response::Absent { shown: 0 }, |row| Response::Value { row, shown: 0, epoch: 1 });
             }
             Request::Add { marker, .. } | Request::Update { marker, .. } => Some(marker.clone()),
             _ => None,

@@ -102,6 +102,19 @@ fn print(table: &[(Row, &Recovery)], by_row: &BTreeMap<&str, Vec<&Report>>) {
             busy(&measured, 'n') + " " + &busy(&measured, 'g'),
         );
     }
+    let seconds = |value: Option<f64>| value.map_or("-".to_string(), |s| format!("{s:.2}"));
+    for (row, region) in table.iter().filter_map(|(row, _)| Some((row, row.region.as_ref()?))) {
+        println!(
+            "{}: RTO p99 {} s, RPO p50 {} s and p99 {} s, MTTR p99 {} s (the requirements: 900, 300, 600); of {} acknowledged writes {} were lost as was reported",
+            row.row,
+            seconds(region.rto_p99_s),
+            seconds(region.rpo_p50_s),
+            seconds(region.rpo_p99_s),
+            seconds(region.mttr_p99_s),
+            row.acked,
+            region.lost_reported,
+        );
+    }
     let all: Vec<&Measured> = by_row.values().flatten().filter_map(|r| r.recovery.as_ref()).collect();
     println!(
         "recovery: from the fault to the end of the last call that failed, was degraded, or took more than {LATE_TIMES} times the quiet p99 of \

@@ -2,7 +2,7 @@
 
 use crate::play::{Machines, Modelled, NewNode, NodeIndex, RarePaths, Session, Waiting};
 use crate::report::MENDING;
-use crate::spec::{Draw, Fault, FaultKind, Scenario};
+use crate::spec::{Draw, Fault, FaultKind, Scenario, Topology};
 use nodes::auth::Keys;
 use nodes::config::NodeConfig;
 use nodes::error::Error;
@@ -26,6 +26,7 @@ const RUIN_PLACES: usize = 80;
 const SLOW_SYNC: Duration = Duration::from_millis(100);
 
 pub struct Simulated {
+    topology: Topology,
     world: World,
     slowdown: u32,
     disk_bytes_per_s: u64,
@@ -60,7 +61,18 @@ impl Simulated {
             loss: scenario.topology.loss,
             ..LinkModel::default()
         });
+        if let Some(regions) = &scenario.topology.regions {
+            let ms = Duration::from_millis;
+            let latency = Latency { base: base + ms(regions.latency_ms), jitter: ms(regions.jitter_ms) };
+            let model = LinkModel { latency, bandwidth: regions.bytes_per_s, loss: regions.loss };
+            for from in regions.cluster.members.keys() {
+                for to in regions.cluster.members.keys().filter(|to| *to != from) {
+                    world.links().set_regions(from, to, model);
+                }
+            }
+        }
         Simulated {
+            topology: scenario.topology.clone(),
             world: world.clone(),
             slowdown: scenario.recovery.as_ref().map_or(1, |r| r.cpu_slowdown),
             disk_bytes_per_s: scenario.recovery.as_ref().map_or(0, |r| r.disk_bytes_per_s),
@@ -80,7 +92,11 @@ impl Simulated {
             offset: Duration::from_millis(limits.offset_ms),
             calendar_ms: limits.calendar_ms,
         };
-        let (name, region) = (config.name.clone(), "here".into());
+        let region = match self.topology.region_of(&config.name) {
+            "" => "here".into(),
+            region => region.to_string(),
+        };
+        let name = config.name.clone();
         let options = NodeOptions { name, region, cores: CORES, slowdown: self.slowdown, clock };
         let telling = told.clone();
         let node = self.world.add_node(options, move || {
