@@ -175,7 +175,12 @@ mod tests {
     fn messages_of_one_moment_share_a_call_and_each_gets_its_own_answer() -> Tested {
         sim::task::run_test(async {
             let calls = Arc::new(AtomicUsize::new(0));
-            let service = ReplicaServer::new(ReplicaService { groups: Groups::default(), cache: None });
+            let (groups, peers) = (Groups::default(), Peers::new("secret", BTreeMap::new())?);
+            let disk = sim::disk::simulated::SimDisk::new(1);
+            let control =
+                crate::control::Control::open(groups.clone(), peers.clone(), disk, vec![], String::new())?;
+            let (cache, grants, keeper) = (None, None, None);
+            let service = ReplicaServer::new(ReplicaService { groups, cache, control, peers, grants, keeper });
             let counted = calls.clone();
             let router = Routes::new(service).prepare().into_axum_router();
             let routes = Routes::from(router.layer(tower::util::MapRequestLayer::new(move |request| {

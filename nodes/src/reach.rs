@@ -83,9 +83,12 @@ impl Reach {
     /// Proposes commands wherever the leader is.
     pub async fn propose(&self, commands: Vec<Command>, deadline: Instant) -> Result<Vec<Outcome>, Error> {
         match self.groups.get(self.group) {
-            Some(replica) => replica.ledger.propose(commands, deadline).await,
+            Some(replica) if replica.ledger.has_begun() || self.remote.addrs().is_empty() => {
+                replica.ledger.propose(commands, deadline).await
+            }
             None if self.remote.addrs().is_empty() => Err(self.unknown()),
-            None => self.remote.propose(commands, deadline).await,
+            // One that does not know yet who leads in a new epoch is of no use.
+            _ => self.remote.propose(commands, deadline).await,
         }
     }
 }

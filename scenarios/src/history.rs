@@ -40,7 +40,7 @@ pub struct Op {
 pub struct End {
     pub certain: u64,
     pub ceiling: u64,
-    /// Once an old disk was read: what was lost lies behind the first, up to the second.
+    /// Once enough old disks were read: what was lost lies behind the first, up to the second.
     pub exact: Option<(u64, u64)>,
 }
 

@@ -517,6 +517,8 @@ pub enum Target {
     Controller,
     /// A replica in the region that serves and does not write, drawn from the seed.
     Follower,
+    /// A replica in the region that writes, drawn from the seed.
+    Voter,
 }
 
 impl Target {
@@ -524,7 +526,12 @@ impl Target {
     pub fn is_of_regions(self) -> bool {
         matches!(
             self,
-            Target::Primary | Target::Secondary | Target::Witness | Target::Controller | Target::Follower
+            Target::Primary
+                | Target::Secondary
+                | Target::Witness
+                | Target::Controller
+                | Target::Follower
+                | Target::Voter
         )
     }
 }

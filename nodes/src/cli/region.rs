@@ -99,21 +99,20 @@ async fn lag(client: &Client) -> Result<Option<u64>, Failure> {
     Ok(status.shards.iter().filter_map(|shard| shard.lag_ms).max())
 }
 
-/// What of an ended epoch is lost: exactly, once an old disk was read; else at most.
+/// What of an ended epoch is lost: exactly, once enough old disks were read; else at most.
 fn lost(end: &v1::EpochEnd) -> String {
     let most = end.old_disks.iter().max_by_key(|old| old.last_index);
-    match most {
-        Some(old) if old.last_index <= old.kept_index => format!("nothing, by node {}'s disk", old.node),
-        Some(old) => format!(
+    match (end.resolved, most) {
+        (true, Some(old)) if end.lost_to > end.lost_after => format!(
             "{} commands in entries {} to {}, in the quarantine of node {}",
             old.commands,
-            old.kept_index + 1,
-            old.last_index,
+            end.lost_after + 1,
+            end.lost_to,
             old.node
         ),
-        None if end.ceiling_index <= end.certain_index => "nothing".into(),
-        None => format!(
-            "unresolved until an old disk is read: at most what was between entries {} and {}",
+        (true, _) => "nothing, by its old replicas' disks".into(),
+        (false, _) => format!(
+            "unresolved until a majority of its old replicas' disks is read: at most what was between entries {} and {}",
             end.certain_index + 1,
             end.ceiling_index
         ),
@@ -132,6 +131,7 @@ async fn show(to: &To, client: &Client, cluster: &v1::ClusterResponse) -> Done {
         let end = |shard: u32, e: &v1::EpochEnd| {
             let old = |o: &v1::OldDisk| json!({ "node": o.node, "kept": o.kept_index, "last": o.last_index, "commands": o.commands });
             json!({ "shard": shard, "epoch": e.epoch, "certain": e.certain_index, "last": e.last_index, "ceiling": e.ceiling_index,
+                "resolved": e.resolved, "lost_after": e.lost_after, "lost_to": e.lost_to,
                 "old_disks": e.old_disks.iter().map(old).collect::<Vec<_>>() })
         };
         let ends: Vec<_> =

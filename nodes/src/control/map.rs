@@ -676,8 +676,9 @@ impl ClusterMap {
                 let settled = planned.learners.values().all(|learner| *learner != Learner::Joining);
                 for (node, learner) in &mut planned.learners {
                     let joins = *learner == Learner::Joining;
-                    let allowed = if joins { NodeEntry::may } else { NodeEntry::keeps };
                     let stays = self.nodes.get(node).is_some_and(|node| {
+                        let new = joins && node.region == primary;
+                        let allowed = if new { NodeEntry::may } else { NodeEntry::keeps };
                         // A region that is away as a whole comes back with what it had: nobody there could take its place.
                         let away = node.state == NodeState::Member && spare.contains(node.region.as_str());
                         node.follows(primary, allowed) || away

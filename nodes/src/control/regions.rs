@@ -192,6 +192,8 @@ pub struct End {
     pub ceiling: u64,
     /// Behind `certain`, where each leader's entries begin.
     pub runs: Vec<Place>,
+    /// Those whose ledgers voted.
+    pub voters: BTreeSet<NodeId>,
     /// Replicas of the epoch that came back: what they had behind what they kept.
     pub old_disks: BTreeMap<NodeId, OldDisk>,
 }
@@ -207,6 +209,16 @@ pub struct OldDisk {
 }
 
 impl End {
+    /// What was lost for certain: what lies behind the first entry, up to the second. Known once a majority of the old voters' disks was read, since
+    /// each acknowledged entry is on one of them.
+    pub fn lost(&self) -> Option<(u64, u64)> {
+        let read: Vec<&OldDisk> =
+            self.old_disks.iter().filter(|(node, _)| self.voters.contains(node)).map(|(_, old)| old).collect();
+        let kept = read.iter().map(|old| old.kept).max()?;
+        let last = read.iter().map(|old| old.last).max()?;
+        (read.len() * 2 > self.voters.len()).then_some((kept, last.max(kept)))
+    }
+
     /// Up to where a log agrees with what the next epoch has, if it does up to `agreed` and has this entry behind that.
     pub fn agrees(&self, agreed: u64, place: Place) -> u64 {
         let run = self.runs.iter().rev().find(|run| run.index <= place.index);
@@ -253,7 +265,8 @@ impl Regions {
 
     /// The change is at a step at which replicas stay where they are.
     pub fn holds_still(&self) -> bool {
-        self.change.as_ref().is_some_and(|change| change.step() >= Step::Granting)
+        let step = self.change.as_ref().map(RegionChange::step);
+        matches!(step, Some(Step::Granting | Step::Promoting))
     }
 }
 
@@ -403,7 +416,8 @@ impl ClusterMap {
             let Some(entry) = map.shards.get_mut(&shard).filter(|entry| entry.epoch < epoch) else { return };
             let Report { last, certain, runs } = report.clone();
             let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain));
-            let end = End { certain, last, ceiling, runs, old_disks: BTreeMap::new() };
+            let voted = entry.members.clone();
+            let end = End { certain, last, ceiling, runs, voters: voted, old_disks: BTreeMap::new() };
             entry.ends.insert(entry.epoch, end);
             let others: Vec<NodeId> = entry
                 .members
@@ -434,5 +448,135 @@ impl ClusterMap {
                 end.old_disks.entry(node).or_insert(found);
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::roles;
+
+    fn config() -> RegionsConfig {
+        let members = [("east", 1..=3), ("west", 4..=6), ("north", 7..=7)];
+        RegionsConfig {
+            primary: "east".into(),
+            witness: Some("north".into()),
+            members: members.into_iter().map(|(name, nodes)| (name.into(), nodes.collect())).collect(),
+            policy: RegionPolicy::default(),
+        }
+    }
+
+    /// Two shards, all of whose replicas serve.
+    fn settled() -> Result<ClusterMap, Error> {
+        let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
+        let mut map = ClusterMap::found_in(&nodes, 2, Some(&config()))?.founded(0).founded(1).plan_learners();
+        for shard in [0, 1] {
+            for node in 1..=7 {
+                map = map.end_learner(shard, node, Learner::Joining);
+            }
+        }
+        Ok(map)
+    }
+
+    fn last(index: u64) -> Report {
+        let place = Place { term: 3, node: 1, index };
+        Report { last: Some(place), certain: index - 2, runs: vec![Place { index: index - 1, ..place }] }
+    }
+
+    #[test]
+    fn voters_are_where_writes_go_and_three_follow_in_the_other_region() -> Result<(), Error> {
+        let map = settled()?;
+        assert_eq!((map.plan_learners(), map.plan_handover()), (map.clone(), map.clone()));
+        for shard in [0, 1] {
+            assert_eq!(map.shards[&shard].members, BTreeSet::from([1, 2, 3]));
+            assert_eq!(map.replicas_in(shard, "west"), BTreeSet::from([4, 5, 6]));
+        }
+        assert!(map.kept_by(7).is_empty(), "a witness keeps nothing");
+        assert_eq!(map.elsewhere(), BTreeSet::from([4, 5, 6]));
+        // A node that joins takes over only in its own region.
+        let map = map.join_in(8, "n8:1", &roles::all(), "west")?.drain(2);
+        assert!(map.is_err(), "two nodes of east cannot hold three replicas");
+        assert!(settled()?.join_in(8, "n8:1", &roles::all(), "south").is_err());
+        assert!(settled()?.join_in(1, "n1:1", &roles::all(), "west").is_err(), "it has replicas for east");
+        Ok(())
+    }
+
+    #[test]
+    fn the_files_mistakes_are_named() {
+        let check = |change: fn(&mut RegionsConfig)| {
+            let mut config = config();
+            change(&mut config);
+            config.check(&(1..=7).collect())
+        };
+        assert_eq!(check(|_| ()), Ok(()));
+        for wrong in [
+            check(|c| c.primary = "south".into()),
+            check(|c| c.witness = Some("east".into())),
+            check(|c| drop(c.members.remove("west"))),
+            check(|c| c.members.entry("west".into()).or_default().extend([1])),
+            check(|c| c.members.entry("north".into()).or_default().extend([9])),
+            check(|c| c.policy.lease_ms = 10),
+        ] {
+            assert!(wrong.is_err());
+        }
+    }
+
+    #[test]
+    fn a_failover_goes_from_step_to_step_and_the_old_region_follows() -> Result<(), Error> {
+        let map = settled()?;
+        let first = (Step::Validating, "it is silent");
+        let begun = map.begin_region_change("west", false, false, first, 1)?;
+        assert_eq!(begun, begun.begin_region_change("west", false, false, first, 2)?, "wished twice");
+        assert!(begun.begin_region_change("east", false, false, first, 2).is_err(), "another one is under way");
+        assert!(map.begin_region_change("north", false, false, first, 2).is_err(), "a witness");
+        assert_eq!(map, map.begin_region_change("east", false, false, first, 2)?, "it is that already");
+        let withdrawn = begun.region_step(Step::Validating, Step::Withdrawn, 2);
+        let regions = |map: &ClusterMap| map.regions.clone().ok_or_else(|| Error::NotFound("regions".into()));
+        assert_eq!((regions(&withdrawn)?.change, regions(&withdrawn)?.past.len()), (None, 1));
+        let granting = begun.region_step(Step::Validating, Step::Granting, 2);
+        assert_eq!(granting, granting.region_step(Step::Validating, Step::Withdrawn, 3), "a late step");
+        let mut map = granting.region_granted(2, 3);
+        assert_eq!((map.primary(), map.epoch(), map.to_promote()), ("west", 2, vec![0, 1]));
+        assert_eq!((map.plan_learners(), map.plan_handover()), (map.clone(), map.clone()), "nothing moves now");
+        let voters = BTreeSet::from([4, 5]);
+        for shard in [0, 1] {
+            map = map.promote(shard, 2, &voters, (5, &last(10)), 30);
+            assert_eq!(map, map.promote(shard, 2, &BTreeSet::from([6]), (6, &last(11)), 30), "promoted twice");
+        }
+        assert_eq!(map.check(), Ok(()));
+        let entry = &map.shards[&0];
+        assert_eq!((entry.epoch, entry.chosen, &entry.members), (2, Some(5), &voters));
+        assert_eq!((entry.ends[&1].certain, entry.ends[&1].last, entry.ends[&1].ceiling), (8, 10, 30));
+        assert_eq!(entry.learners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 6], "everybody else follows");
+        map = map.region_step(Step::Promoting, Step::Verifying, 4).region_step(Step::Verifying, Step::Done, 5);
+        assert_eq!((regions(&map)?.change, regions(&map)?.past[0].epoch), (None, 2));
+        // The third voter comes from among those who follow; a region that is away keeps its places.
+        map = map.heard(&(1..=3).map(|node| (node, super::super::map::Liveness::Lost)).collect());
+        let planned = map.plan_handover();
+        assert_eq!(planned.shards[&0].handover.map(|handover| handover.to), Some(6));
+        assert_eq!(map.plan_learners().shards[&0].learners, map.shards[&0].learners);
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_lost_is_known_when_most_of_the_old_disks_were_read() {
+        let mut end = End { certain: 8, last: 10, ceiling: 30, voters: BTreeSet::from([1, 2, 3]), ..End::default() };
+        assert_eq!(end.lost(), None);
+        end.old_disks.insert(1, OldDisk { kept: 9, last: 9, commands: 0 });
+        assert_eq!(end.lost(), None, "the others may have more");
+        end.old_disks.insert(9, OldDisk { kept: 9, last: 20, commands: 0 });
+        assert_eq!(end.lost(), None, "it did not vote");
+        end.old_disks.insert(3, OldDisk { kept: 10, last: 12, commands: 2 });
+        assert_eq!(end.lost(), Some((10, 12)));
+    }
+
+    #[test]
+    fn the_one_with_most_begins_and_all_but_one_must_be_asked() {
+        let halted = [(4, last(10)), (5, last(12)), (6, Report::default())];
+        assert_eq!(choose(&halted).map(|(node, _)| *node), Some(5));
+        let newer = Report { last: Some(Place { term: 4, node: 2, index: 9 }), ..Report::default() };
+        assert_eq!(choose(&[(4, last(12)), (6, newer)]).map(|(node, _)| *node), Some(6), "a later term is more");
+        assert_eq!(choose(&[(5, last(12)), (4, last(12))]).map(|(node, _)| *node), Some(4));
+        assert_eq!([1, 2, 3, 4].map(needed), [1, 1, 2, 3]);
     }
 }

@@ -300,6 +300,9 @@ fn end_of((epoch, end): (&u64, &End)) -> v1::EpochEnd {
         last_index: end.last,
         ceiling_index: end.ceiling,
         old_disks: end.old_disks.iter().map(old_disk).collect(),
+        resolved: end.lost().is_some(),
+        lost_after: end.lost().map_or(0, |(after, _)| after),
+        lost_to: end.lost().map_or(0, |(_, to)| to),
     }
 }
 

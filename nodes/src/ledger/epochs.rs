@@ -289,7 +289,10 @@ pub fn turn(
                     );
                 }
                 held.taken.retain(|(of, _)| of != epoch);
-                held.taken.push((*epoch, (kept.min(last), last, commands)));
+                // One that was damaged has forgotten what it had.
+                if log.repair().map_err(|e| failed("log", e))?.is_none() {
+                    held.taken.push((*epoch, (kept.min(last), last, commands)));
+                }
                 start_over |= log.first_index() > kept + 1;
                 if !start_over {
                     log.truncate_from(kept + 1).map_err(|e| failed("log", e))?;
@@ -303,4 +306,123 @@ pub fn turn(
         _ => {}
     }
     Ok(Turned { held, views_max, start_over })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::types::Data;
+    use super::*;
+    use sim::disk::simulated::SimDisk;
+    use std::collections::BTreeSet;
+    use storage::log::LogOptions;
+    use storage::model::Batch;
+
+    type Tested = Result<(), Box<dyn std::error::Error>>;
+
+    fn entry(term: u64, node: u64, index: u64) -> Entry {
+        let leader = openraft::alias::LeaderIdOf::<Types>::new(term, node).to_committed();
+        let id = openraft::alias::LogIdOf::<Types>::new(leader, index - 1);
+        Entry::new(id, EntryPayload::Normal(Data(codec::encode(&Batch { commands: vec![] }).into())))
+    }
+
+    /// A log whose entries were written by these leaders: (term and node, how many).
+    fn log(disk: &Arc<dyn Disk>, leaders: &[(u64, u64)]) -> Result<Log, LogError> {
+        let log = Log::open(disk.clone(), LOG, LogOptions::default())?;
+        for (term, count) in leaders {
+            for _ in 0..*count {
+                let index = log.last_index() + 1;
+                log.append(&[(index, &encode_entry(&entry(*term, *term, index)))])?;
+            }
+        }
+        log.sync()?;
+        Ok(log)
+    }
+
+    fn place(term: u64, index: u64) -> Place {
+        Place { term, node: term, index }
+    }
+
+    fn turned(leaders: &[(u64, u64)], plan: &Plan) -> Result<(Log, Turned), Box<dyn std::error::Error>> {
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, leaders)?, Bases::open(disk.clone(), "bases")?);
+        let turned = turn(&disk, &log, &bases, 7, plan, || Ok(20))?;
+        Ok((log, turned))
+    }
+
+    #[test]
+    fn terms_say_which_epoch_they_are_of() {
+        assert_eq!([1, 2, 3].map(term_of), [0, 1 << 32, 2 << 32]);
+        assert_eq!([0, 77, (1 << 32) - 1, 1 << 32, (2 << 32) + 5].map(|term| epoch_of(1, term)), [1, 1, 1, 2, 3]);
+        assert_eq!(epoch_of(2, 77), 2, "a ledger that was begun in the second");
+    }
+
+    #[test]
+    fn who_halts_says_what_it_has_and_where_leaders_changed() -> Tested {
+        let plan = Plan { epoch: 2, first: 1, way: Way::Halt, ..Plan::default() };
+        let (log, halted) = turned(&[(3, 25), (5, 5)], &plan)?;
+        let runs = vec![place(3, 21), place(5, 26)];
+        let report = Report { last: Some(place(5, 30)), certain: 20, runs };
+        assert_eq!(halted.held, Held { epoch: 2, first: 1, report: Some(report), taken: vec![] });
+        assert_eq!(log.last_index(), 30, "it keeps all");
+        // One that has forgotten something says nothing.
+        log.start_over()?;
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let bases = Bases::open(disk.clone(), "bases")?;
+        assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(0))?.held.report, None);
+        Ok(())
+    }
+
+    #[test]
+    fn who_begins_says_once_who_votes_and_in_the_epochs_own_term() -> Tested {
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, &[(3, 9)])?, Bases::open(disk.clone(), "bases")?);
+        let voters = BTreeMap::from([(7, "a:1".to_string()), (8, "b:1".to_string())]);
+        let plan = Plan { epoch: 2, first: 1, way: Way::Begin(voters), ..Plan::default() };
+        for _ in 0..2 {
+            // The second time as after a crash before the end.
+            assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(9))?.held.epoch, 2);
+            assert_eq!(log.last_index(), 10);
+        }
+        let mut last = None;
+        each(&log, 10, |entry| last = Some(entry))?;
+        let last = last.ok_or("no entry")?;
+        assert_eq!(Place::of(&last), Place { term: term_of(2), node: 7, index: 10 });
+        let EntryPayload::Membership(members) = last.payload else { return Err("no members".into()) };
+        assert_eq!(members.voter_ids().collect::<Vec<_>>(), [7, 8]);
+        Ok(())
+    }
+
+    #[test]
+    fn who_returns_gives_back_what_the_next_epoch_has_not() -> Tested {
+        // The next epoch goes on with 30 entries: to 25 of term 3, then of term 5.
+        let runs = vec![place(3, 21), place(5, 26)];
+        let end = End { certain: 20, last: 30, ceiling: 99, runs, voters: BTreeSet::new(), old_disks: BTreeMap::new() };
+        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), way: Way::Return };
+        for (leaders, kept, last) in [
+            (vec![(3, 25), (5, 5)], 30, 30),
+            (vec![(3, 25), (5, 9)], 30, 34),
+            // Another leader's entries stood where those of term 5 are now.
+            (vec![(3, 25), (4, 7)], 25, 32),
+            (vec![(3, 23), (4, 1)], 23, 24),
+            (vec![(2, 24)], 20, 24),
+            (vec![(3, 12)], 12, 12),
+        ] {
+            let (log, returned) = turned(&leaders, &plan)?;
+            assert_eq!(log.last_index(), kept, "{leaders:?}");
+            assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
+            assert_eq!((returned.views_max, returned.start_over), (kept.max(20), false), "{leaders:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn who_has_purged_what_is_left_starts_over() -> Tested {
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, &[(3, 40)])?, Bases::open(disk.clone(), "bases")?);
+        log.purge_to(30)?;
+        let end = End { certain: 20, last: 22, runs: vec![place(3, 21)], ..End::default() };
+        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), way: Way::Return };
+        assert!(turn(&disk, &log, &bases, 7, &plan, || Ok(20))?.start_over);
+        Ok(())
+    }
 }

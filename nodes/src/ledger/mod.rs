@@ -323,6 +323,9 @@ impl Ledger {
     pub fn surviving(&self, position: Position) -> Result<Position, Error> {
         let lost = || Error::LostInFailover { epoch: position.epoch, index: position.index };
         let ended = self.ends.range(position.epoch..self.held.epoch).next();
+        if position.epoch < self.held.epoch && ended.is_none() {
+            return Err(Error::Unavailable("how that epoch ended is not known here yet".into()));
+        }
         match ended {
             Some((_, end))
                 if position.index > end.certain
@@ -448,6 +451,10 @@ impl Ledger {
         let (mut pause, mut patience) = (Duration::from_millis(5), READ_POSITION_FIRST);
         loop {
             let left = left(deadline, || Error::Unavailable("no leader confirmed the read in time".into()))?;
+            // Whom it followed leads no more, and who leads does not know of it yet.
+            if self.stopping.load(Ordering::SeqCst) || !self.has_begun() {
+                return Err(Error::Unavailable("this replica waits for its epoch".into()));
+            }
             let attempt = async {
                 match self.leader() {
                     Some((id, _)) if id == *self.raft.node_id() => self.read_position_here().await,

@@ -54,8 +54,9 @@ async fn targets(cluster: &Cluster, target: Target, fault: &Fault) -> Vec<NodeIn
         Target::Primary => cluster.in_region(&cluster.primary_and_secondary().await.0),
         Target::Secondary => cluster.in_region(&cluster.primary_and_secondary().await.1),
         Target::Witness => cluster.witness(),
-        Target::Follower => {
-            let there = cluster.in_region(&cluster.primary_and_secondary().await.1);
+        Target::Follower | Target::Voter => {
+            let (primary, secondary) = cluster.primary_and_secondary().await;
+            let there = cluster.in_region(if target == Target::Voter { &primary } else { &secondary });
             let there: Vec<NodeIndex> = there.into_iter().filter(|n| cluster.replicas.contains(n)).collect();
             there.get(fault.pick as usize % there.len().max(1)).copied().into_iter().collect()
         }

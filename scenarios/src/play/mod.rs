@@ -242,9 +242,7 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
 /// How the shards' epochs ended, by the cluster map.
 fn ends(map: &v1::ClusterResponse) -> BTreeMap<(u32, u64), End> {
     let of = |end: &v1::EpochEnd| {
-        // Of those that came back, the one that had most.
-        let most = end.old_disks.iter().max_by_key(|old| old.last_index);
-        let exact = most.map(|old| (old.kept_index, old.last_index));
+        let exact = end.resolved.then_some((end.lost_after, end.lost_to));
         End { certain: end.certain_index, ceiling: end.ceiling_index, exact }
     };
     let shards = map.shards.iter();

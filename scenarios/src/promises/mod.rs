@@ -39,9 +39,8 @@ pub fn check_all(history: &History) -> Vec<Violation> {
     let mut found: Vec<Violation> =
         [p01::check, p02::check, p03::check, p04::check].iter().flat_map(|check| check(history)).collect();
     // To the others, what is lost as was reported was never acknowledged.
-    let reported: Vec<usize> = p02::reported(history).iter().map(|missing| missing.number).collect();
     let mut judged = std::borrow::Cow::Borrowed(history);
-    for number in reported {
+    for number in p02::doubtful(history) {
         judged.to_mut().ops[number].response = Response::Unknown;
     }
     let checks = [p05::check, p06::check, p07::check, p08::check, p10::check, p12::check];

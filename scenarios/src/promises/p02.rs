@@ -1,17 +1,29 @@
 //! P2: region failover: the real loss lies within the interim report; the final report is the real loss; nothing acknowledged at REGION is lost.
 //!
 //! Read so: an acknowledged write of an epoch that is over and whose effect some replica lacks in the end lies where the cluster map says that something
-//! may be lost, and its answer did not say that the other region has it. Once an old disk was read, the map names the entries that are lost: an acknowledged
-//! write of that epoch is missing if and only if it is among them.
+//! may be lost, and its answer did not say that the other region has it. Once a majority of the old disks was read, the map names the entries that are lost: an acknowledged
+//! write of that epoch is missing if and only if it is among them. (But for deletions: which one made a version nobody can tell.)
 
 use super::p01::{Missing, missing};
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Response};
+use crate::history::{History, Op, Request, Response};
 use std::collections::BTreeSet;
 
 /// Acknowledged writes that are lost as the cluster says.
 pub fn reported(history: &History) -> Vec<Missing<'_>> {
     missing(history).into_iter().filter(|missing| missing.is_reported(history)).collect()
+}
+
+/// Operations of which nobody can say that they stand: those, and deletions that may be lost.
+pub fn doubtful(history: &History) -> Vec<usize> {
+    let deletion = |(_, op): &(usize, &Op)| match op.response {
+        Response::Written { at, .. } => {
+            matches!(op.request, Request::Delete { .. }) && history.reported(&at).is_some()
+        }
+        _ => false,
+    };
+    let deletions = history.ops.iter().enumerate().filter(deletion).map(|(number, _)| number);
+    reported(history).into_iter().map(|missing| missing.number).chain(deletions).collect()
 }
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -29,14 +41,17 @@ pub fn check(history: &History) -> Vec<Violation> {
                 format!("lost, though only entries {} to {} may be", end.certain + 1, end.ceiling)
             }
             Some((kept, last)) if at.index <= kept || at.index > last => {
-                format!("lost, though an old disk says that entries {} to {last} are", kept + 1)
+                format!("lost, though the old disks say that entries {} to {last} are", kept + 1)
             }
             _ => continue,
         };
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (number, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let Response::Written { at, .. } = op.response else { continue };
+        let (Response::Written { at, .. }, false) = (&op.response, matches!(op.request, Request::Delete { .. }))
+        else {
+            continue;
+        };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);

@@ -86,6 +86,8 @@ fn is_gone(history: &History, op: &Op, response: &Response) -> bool {
             Response::Written { version, .. },
             Request::Add { marker, .. } | Request::Update { marker, .. },
         ) => (*version, Some(marker)),
+        // Another deletion may have made that version since.
+        (Response::Written { at, .. }, _) if history.reported(at).is_some() => return true,
         (Response::Written { version, .. }, _) => (*version, None),
         _ => return false,
     };
