@@ -180,7 +180,8 @@ mod tests {
             let control =
                 crate::control::Control::open(groups.clone(), peers.clone(), disk, vec![], String::new())?;
             let (cache, grants, keeper) = (None, None, None);
-            let service = ReplicaServer::new(ReplicaService { groups, cache, control, peers, grants, keeper });
+            let service =
+                ReplicaServer::new(ReplicaService { groups, cache, control, peers, grants, keeper });
             let counted = calls.clone();
             let router = Routes::new(service).prepare().into_axum_router();
             let routes = Routes::from(router.layer(tower::util::MapRequestLayer::new(move |request| {

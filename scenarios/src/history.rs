@@ -135,6 +135,8 @@ pub enum Response {
     Changed {
         first: String,
         then: String,
+        /// Where the first answer said that it was written.
+        at: Option<At>,
     },
     Refused(Refusal),
     /// It may have happened, once, at any time after the call, or never.
@@ -249,7 +251,7 @@ impl fmt::Display for Response {
                 write!(f, "version {version}, entry {} of shard {}", at.index, at.shard)?;
                 if at.item > 0 { write!(f, ", item {}", at.item) } else { Ok(()) }
             }
-            Response::Changed { first, then } => write!(f, "first {first}, then {then}"),
+            Response::Changed { first, then, .. } => write!(f, "first {first}, then {then}"),
             Response::Refused(Refusal::NotFound) => f.write_str("refused: not found"),
             Response::Refused(Refusal::AlreadyExists { version }) => {
                 write!(f, "refused: exists as version {version}")

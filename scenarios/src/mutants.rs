@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 36] = [
+pub const MUTANTS: [Mutant; 46] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -67,6 +67,34 @@ pub const MUTANTS: [Mutant; 36] = [
         "a cache node keeps what it read although it changed while it was read",
     ),
     mutant("leave-the-words-out-of-a-snapshot", "a replica that is sent a snapshot indexes no words of it"),
+    mutant("append-under-another-epochs-lease", "a right to write is taken for that of any epoch"),
+    mutant(
+        "acknowledge-after-the-lease-ran-out",
+        "a leader does not look again at its region's right before it acknowledges",
+    ),
+    mutant(
+        "grant-without-waiting-for-the-lease",
+        "the next epoch is granted while the old region may still hold its right",
+    ),
+    mutant("validate-with-one-observer", "a region is given up because one node does not reach it"),
+    mutant("fail-back-without-waiting-for-the-tail", "a planned change does not wait for what is on its way"),
+    mutant(
+        "promote-the-first-that-halts",
+        "an epoch begins with what one replica has, whatever the others have",
+    ),
+    mutant("promote-the-one-with-least", "an epoch begins with the replica that has least"),
+    mutant(
+        "take-messages-of-an-old-epoch",
+        "a replica that has gone over to an epoch still takes entries of the old one",
+    ),
+    mutant(
+        "call-region-durable-what-is-only-on-its-way",
+        "a write is called durable in the other region before that has it",
+    ),
+    mutant(
+        "believe-tokens-of-an-epoch-that-is-over",
+        "a token for what was lost is answered as if it were there",
+    ),
 ];
 
 #[cfg(test)]
@@ -114,7 +142,8 @@ mod tests {
     fn the_list_of_buggify_sites_is_that_of_the_code() -> std::io::Result<()> {
         let mut sites = names_in_the_code("buggify_wait(\"")?;
         sites.extend(names_in_the_code("buggify(\"")?);
-        assert_eq!(sites, crate::settle::SITES.iter().map(|s| s.to_string()).collect());
+        let known = crate::settle::SITES.iter().chain(&crate::settle::REGION_SITES);
+        assert_eq!(sites, known.map(|s| s.to_string()).collect());
         Ok(())
     }
 }

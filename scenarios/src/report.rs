@@ -155,7 +155,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 39] = [
+pub const PROBES: [&str; 51] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
@@ -171,17 +171,29 @@ pub const PROBES: [&str; 39] = [
     "disk: writes misdirected",
     "disk: writes refused, full",
     "disk: operations stuck",
+    "epoch: a message of another one refused",
+    "epoch: a replica halted",
+    "epoch: a replica returned",
+    "epoch: a replica started over",
+    "epoch: a returning replica's entries were taken away",
+    "epoch: begun",
+    "epoch: views made anew",
     "fact: healed from its second copy",
     "ledger: a deposed leader's entries cut",
     "ledger: a stream asked for entries that are purged",
     "ledger: a write's outcome unknown",
     "ledger: an unheard leader gave way",
     "ledger: snapshot installed",
+    "ledger: the right to write ran out under a write",
     "log: damage cut",
     "log: repaired from peers",
     "log: rewritten after a failed sync",
     "log: torn tail cut",
     "read: asked elsewhere, this replica lags",
+    "region: a change done",
+    "region: a failover was withdrawn",
+    "region: a shard promoted",
+    "region: found silent",
     "replica: came back with an empty disk",
     "replica: started over",
     "vectors: sealed",

@@ -615,8 +615,7 @@ impl Scenario {
             let slots = change.shards.is_some() || change.pin.is_some() != change.unpin.is_some();
             let both = change.pin.is_some() && change.unpin.is_some();
             let regions = (change.fail_over.is_some(), change.fail_back.is_some());
-            let nodes =
-                [change.join.is_some(), change.drain.is_some(), change.lost, regions.0, regions.1];
+            let nodes = [change.join.is_some(), change.drain.is_some(), change.lost, regions.0, regions.1];
             !both && slots as usize + nodes.iter().filter(|is| **is).count() == 1
         };
         let tenant = |change: &Change| {

@@ -677,7 +677,7 @@ impl ClusterMap {
                 for (node, learner) in &mut planned.learners {
                     let joins = *learner == Learner::Joining;
                     let stays = self.nodes.get(node).is_some_and(|node| {
-                        let new = joins && node.region == primary;
+                        let new = joins && shard.epoch == shard.first_epoch;
                         let allowed = if new { NodeEntry::may } else { NodeEntry::keeps };
                         // A region that is away as a whole comes back with what it had: nobody there could take its place.
                         let away = node.state == NodeState::Member && spare.contains(node.region.as_str());

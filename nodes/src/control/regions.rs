@@ -212,8 +212,12 @@ impl End {
     /// What was lost for certain: what lies behind the first entry, up to the second. Known once a majority of the old voters' disks was read, since
     /// each acknowledged entry is on one of them.
     pub fn lost(&self) -> Option<(u64, u64)> {
-        let read: Vec<&OldDisk> =
-            self.old_disks.iter().filter(|(node, _)| self.voters.contains(node)).map(|(_, old)| old).collect();
+        let read: Vec<&OldDisk> = self
+            .old_disks
+            .iter()
+            .filter(|(node, _)| self.voters.contains(node))
+            .map(|(_, old)| old)
+            .collect();
         let kept = read.iter().map(|old| old.kept).max()?;
         let last = read.iter().map(|old| old.last).max()?;
         (read.len() * 2 > self.voters.len()).then_some((kept, last.max(kept)))
@@ -527,7 +531,10 @@ mod tests {
         let first = (Step::Validating, "it is silent");
         let begun = map.begin_region_change("west", false, false, first, 1)?;
         assert_eq!(begun, begun.begin_region_change("west", false, false, first, 2)?, "wished twice");
-        assert!(begun.begin_region_change("east", false, false, first, 2).is_err(), "another one is under way");
+        assert!(
+            begun.begin_region_change("east", false, false, first, 2).is_err(),
+            "another one is under way"
+        );
         assert!(map.begin_region_change("north", false, false, first, 2).is_err(), "a witness");
         assert_eq!(map, map.begin_region_change("east", false, false, first, 2)?, "it is that already");
         let withdrawn = begun.region_step(Step::Validating, Step::Withdrawn, 2);
@@ -537,18 +544,31 @@ mod tests {
         assert_eq!(granting, granting.region_step(Step::Validating, Step::Withdrawn, 3), "a late step");
         let mut map = granting.region_granted(2, 3);
         assert_eq!((map.primary(), map.epoch(), map.to_promote()), ("west", 2, vec![0, 1]));
-        assert_eq!((map.plan_learners(), map.plan_handover()), (map.clone(), map.clone()), "nothing moves now");
+        assert_eq!(
+            (map.plan_learners(), map.plan_handover()),
+            (map.clone(), map.clone()),
+            "nothing moves now"
+        );
         let voters = BTreeSet::from([4, 5]);
         for shard in [0, 1] {
             map = map.promote(shard, 2, &voters, (5, &last(10)), 30);
-            assert_eq!(map, map.promote(shard, 2, &BTreeSet::from([6]), (6, &last(11)), 30), "promoted twice");
+            assert_eq!(
+                map,
+                map.promote(shard, 2, &BTreeSet::from([6]), (6, &last(11)), 30),
+                "promoted twice"
+            );
         }
         assert_eq!(map.check(), Ok(()));
         let entry = &map.shards[&0];
         assert_eq!((entry.epoch, entry.chosen, &entry.members), (2, Some(5), &voters));
         assert_eq!((entry.ends[&1].certain, entry.ends[&1].last, entry.ends[&1].ceiling), (8, 10, 30));
-        assert_eq!(entry.learners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 6], "everybody else follows");
-        map = map.region_step(Step::Promoting, Step::Verifying, 4).region_step(Step::Verifying, Step::Done, 5);
+        assert_eq!(
+            entry.learners.keys().copied().collect::<Vec<_>>(),
+            [1, 2, 3, 6],
+            "everybody else follows"
+        );
+        map =
+            map.region_step(Step::Promoting, Step::Verifying, 4).region_step(Step::Verifying, Step::Done, 5);
         assert_eq!((regions(&map)?.change, regions(&map)?.past[0].epoch), (None, 2));
         // The third voter comes from among those who follow; a region that is away keeps its places.
         map = map.heard(&(1..=3).map(|node| (node, super::super::map::Liveness::Lost)).collect());
@@ -560,7 +580,8 @@ mod tests {
 
     #[test]
     fn what_was_lost_is_known_when_most_of_the_old_disks_were_read() {
-        let mut end = End { certain: 8, last: 10, ceiling: 30, voters: BTreeSet::from([1, 2, 3]), ..End::default() };
+        let mut end =
+            End { certain: 8, last: 10, ceiling: 30, voters: BTreeSet::from([1, 2, 3]), ..End::default() };
         assert_eq!(end.lost(), None);
         end.old_disks.insert(1, OldDisk { kept: 9, last: 9, commands: 0 });
         assert_eq!(end.lost(), None, "the others may have more");
@@ -575,7 +596,11 @@ mod tests {
         let halted = [(4, last(10)), (5, last(12)), (6, Report::default())];
         assert_eq!(choose(&halted).map(|(node, _)| *node), Some(5));
         let newer = Report { last: Some(Place { term: 4, node: 2, index: 9 }), ..Report::default() };
-        assert_eq!(choose(&[(4, last(12)), (6, newer)]).map(|(node, _)| *node), Some(6), "a later term is more");
+        assert_eq!(
+            choose(&[(4, last(12)), (6, newer)]).map(|(node, _)| *node),
+            Some(6),
+            "a later term is more"
+        );
         assert_eq!(choose(&[(5, last(12)), (4, last(12))]).map(|(node, _)| *node), Some(4));
         assert_eq!([1, 2, 3, 4].map(needed), [1, 1, 2, 3]);
     }

@@ -352,7 +352,10 @@ mod tests {
     #[test]
     fn terms_say_which_epoch_they_are_of() {
         assert_eq!([1, 2, 3].map(term_of), [0, 1 << 32, 2 << 32]);
-        assert_eq!([0, 77, (1 << 32) - 1, 1 << 32, (2 << 32) + 5].map(|term| epoch_of(1, term)), [1, 1, 1, 2, 3]);
+        assert_eq!(
+            [0, 77, (1 << 32) - 1, 1 << 32, (2 << 32) + 5].map(|term| epoch_of(1, term)),
+            [1, 1, 1, 2, 3]
+        );
         assert_eq!(epoch_of(2, 77), 2, "a ledger that was begun in the second");
     }
 
@@ -396,7 +399,14 @@ mod tests {
     fn who_returns_gives_back_what_the_next_epoch_has_not() -> Tested {
         // The next epoch goes on with 30 entries: to 25 of term 3, then of term 5.
         let runs = vec![place(3, 21), place(5, 26)];
-        let end = End { certain: 20, last: 30, ceiling: 99, runs, voters: BTreeSet::new(), old_disks: BTreeMap::new() };
+        let end = End {
+            certain: 20,
+            last: 30,
+            ceiling: 99,
+            runs,
+            voters: BTreeSet::new(),
+            old_disks: BTreeMap::new(),
+        };
         let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), way: Way::Return };
         for (leaders, kept, last) in [
             (vec![(3, 25), (5, 5)], 30, 30),

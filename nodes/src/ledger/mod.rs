@@ -244,12 +244,19 @@ impl Ledger {
 
     /// If this replica leads, lets the voter take over that has most of the log, so that nobody waits for an election.
     pub async fn hand_over(&self) {
+        self.hand_over_to(0).await;
+    }
+
+    /// The same to another one for each attempt, those with most first.
+    async fn hand_over_to(&self, attempt: usize) {
         let metrics = self.raft.metrics().borrow_watched().clone();
         let own = *self.raft.node_id();
         let Some(replication) = metrics.replication.filter(|_| self.raft.is_leader()) else { return };
         let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
-        let others = replication.into_iter().filter(|(id, _)| *id != own && voters.contains(id));
-        let Some((next, _)) = others.max_by_key(|(id, held)| (*held, std::cmp::Reverse(*id))) else { return };
+        let mut others: Vec<_> =
+            replication.into_iter().filter(|(id, _)| *id != own && voters.contains(id)).collect();
+        others.sort_by_key(|(id, held)| (std::cmp::Reverse(*held), *id));
+        let Some(&(next, _)) = others.get(attempt % others.len().max(1)) else { return };
         if let Err(error) = self.raft.trigger().transfer_leader(next).await {
             return sim::warn!("leadership not handed over: {error}");
         }
@@ -362,7 +369,8 @@ impl Ledger {
     fn is_unheard(&self) -> bool {
         let metrics = self.raft.metrics();
         let seen = metrics.borrow_watched();
-        let peers = seen.membership_config.membership().voter_ids().count() > 1;
+        // Of two neither can be elected without the other.
+        let peers = seen.membership_config.membership().voter_ids().count() > 2;
         peers && seen.last_quorum_acked.is_some_and(|at| at.elapsed() > self.deposed_after)
     }
 
@@ -379,13 +387,23 @@ impl Ledger {
     /// A leader whose followers hear it, though it does not hear them, would lead for ever and commit nothing: it lets one of them
     /// take over.
     async fn give_way_when_unheard(self) {
+        // One that has given way takes no more writes: it goes on until somebody takes over.
+        let mut attempts = 0;
         while !self.stopping.load(Ordering::SeqCst) {
             self.rest_until(Instant::now() + self.deposed_after).await;
-            if self.raft.is_leader() && self.is_unheard() {
-                sim::trace::probe("ledger: an unheard leader gave way");
-                sim::warn!("no majority answers this leader: it lets another one take over");
-                self.hand_over().await;
+            match self.raft.is_leader() && (attempts > 0 || self.is_unheard()) {
+                true if attempts == 0 => {
+                    sim::trace::probe("ledger: an unheard leader gave way");
+                    sim::warn!("no majority answers this leader: it lets another one take over");
+                }
+                true => {}
+                false => {
+                    attempts = 0;
+                    continue;
+                }
             }
+            self.hand_over_to(attempts).await;
+            attempts += 1;
         }
     }
 

@@ -18,6 +18,7 @@ use crate::views::{Query, Touched};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, FuturesUnordered};
+use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
 use openraft::raft::AppendEntriesRequest;
 use serde::Serialize;
@@ -137,6 +138,12 @@ impl replica_server::Replica for ReplicaService {
         of_epoch(&replica.ledger, head.epoch)?;
         let (vote, meta): (Vote, SnapshotMeta) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
+        // One that comes late, behind entries of the same leader, must not take those away again.
+        let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;
+        let newer = held.filter(|held| held.leader_id.term == vote.leader_id.term);
+        if newer.is_some_and(|held| meta.last_log_id.is_some_and(|last| last.index < held.index)) {
+            return Err(Status::unavailable("this replica has more than the snapshot by now"));
+        }
         let path = format!("snapshot-in-{}.tmp", replica.received.fetch_add(1, Ordering::Relaxed));
         let broken = |e: std::io::Error| Status::internal(format!("snapshot cannot be stored: {e}"));
         let (disk, name) = (replica.disk.clone(), path.clone());

@@ -72,7 +72,8 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     let writes = |to: &String| {
         map.regions.as_ref().is_some_and(|regions| regions.change.is_none() && regions.primary == *to)
     };
-    to_region.is_none_or(writes) && shards.is_none_or(|shards| map.resize.is_none() && map.shards.len() == shards as usize)
+    to_region.is_none_or(writes)
+        && shards.is_none_or(|shards| map.resize.is_none() && map.shards.len() == shards as usize)
         && drain.is_none_or(drained)
         && pin.is_none_or(is_at)
         && unpin.is_none_or(|of| pin_of(of).is_none())

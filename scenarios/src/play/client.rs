@@ -374,7 +374,9 @@ impl Client {
         let Some(token) = token else { return };
         for position in &token.positions {
             match self.token.positions.iter_mut().find(|held| held.shard == position.shard) {
-                Some(held) if (held.epoch, held.index) < (position.epoch, position.index) => *held = *position,
+                Some(held) if (held.epoch, held.index) < (position.epoch, position.index) => {
+                    *held = *position
+                }
                 Some(_) => {}
                 None => self.token.positions.push(*position),
             }
@@ -406,7 +408,11 @@ impl Client {
                 // The first one was lost with its region: P2 judges the one that stands.
                 answer = again;
             } else if !matches!(again, Response::Unknown) && !same(&answer, &again) {
-                answer = Response::Changed { first: answer.to_string(), then: again.to_string() };
+                let at = match answer {
+                    Response::Written { at, .. } => Some(at),
+                    _ => None,
+                };
+                answer = Response::Changed { first: answer.to_string(), then: again.to_string(), at };
             }
         }
         if let Response::Written { version, at, map_version, .. } = &answer {
@@ -448,6 +454,7 @@ impl Client {
                         return Response::Changed {
                             first: "a valid request".into(),
                             then: status.to_string(),
+                            at: None,
                         };
                     }
                 }

@@ -105,7 +105,8 @@ impl Cluster {
         }
         let names: Vec<String> = new.iter().map(|new| new.config.name.clone()).collect();
         let booted = machines.boot(new).await?;
-        let region = |(node, name): (&NodeIndex, String)| (*node, scenario.topology.region_of(&name).to_string());
+        let region =
+            |(node, name): (&NodeIndex, String)| (*node, scenario.topology.region_of(&name).to_string());
         let of_machines = match regions {
             Some(_) => booted.iter().zip(names).map(region).collect(),
             None => BTreeMap::new(),
@@ -187,7 +188,9 @@ impl Cluster {
 
     /// The replica that leads the control group, by its own account.
     pub async fn controller(&self) -> Option<NodeIndex> {
-        for (at, &node) in self.replicas.iter().enumerate().filter(|(_, node)| self.machines.is_running(**node)) {
+        for (at, &node) in
+            self.replicas.iter().enumerate().filter(|(_, node)| self.machines.is_running(**node))
+        {
             let Ok(mut client) = self.admin(node) else { continue };
             let limit = Duration::from_secs(1);
             let request = self.request(v1::MembersRequest {}, limit)?;

@@ -132,7 +132,9 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let began = machines.now();
     // Of all nodes, one with a bad disk may be down already.
     let running = match fault.target {
-        Target::All | Target::Everyone | Target::Primary | Target::Secondary => nodes.iter().any(|n| machines.is_running(*n)),
+        Target::All | Target::Everyone | Target::Primary | Target::Secondary => {
+            nodes.iter().any(|n| machines.is_running(*n))
+        }
         _ => !nodes.is_empty() && nodes.iter().all(|n| machines.is_running(*n)),
     };
     // Of a region all machines are cut off, from all of the others.

@@ -222,8 +222,7 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
     let measured = watch.and_then(|watch| watch.measured(&cluster, &calls, &fired));
     let map = cluster.map().await.unwrap_or_default();
     let done = |change: &&v1::RegionChange| change.step == "done";
-    let region_changes =
-        map.regions.as_ref().map_or(0, |regions| regions.past.iter().filter(done).count());
+    let region_changes = map.regions.as_ref().map_or(0, |regions| regions.past.iter().filter(done).count());
     let ends = ends(&map);
     let history = History {
         ops,

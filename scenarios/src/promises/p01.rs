@@ -26,7 +26,8 @@ impl Missing<'_> {
 
 pub fn missing(history: &History) -> Vec<Missing<'_>> {
     let mut missing = vec![];
-    let keyed = history.ops.iter().enumerate().filter_map(|(number, op)| Some((number, op, op.request.id()?)));
+    let keyed =
+        history.ops.iter().enumerate().filter_map(|(number, op)| Some((number, op, op.request.id()?)));
     let deleted: std::collections::BTreeSet<(usize, &String)> = keyed
         .clone()
         .filter(|(_, op, _)| {

@@ -48,14 +48,19 @@ pub fn check(history: &History) -> Vec<Violation> {
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (number, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let (Response::Written { at, .. }, false) = (&op.response, matches!(op.request, Request::Delete { .. }))
+        let (Response::Written { at, .. }, false) =
+            (&op.response, matches!(op.request, Request::Delete { .. }))
         else {
             continue;
         };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);
-            found.push(violation("P2", op.return_ns, format!("{problem}: {}", describe(&history.ops[number]))));
+            found.push(violation(
+                "P2",
+                op.return_ns,
+                format!("{problem}: {}", describe(&history.ops[number])),
+            ));
         }
     }
     found

@@ -28,7 +28,8 @@ pub fn check(history: &History) -> Vec<Violation> {
         let Response::Written { at, .. } = op.response else { continue };
         let later = first.range((at.shard, at.epoch + 1)..(at.shard + 1, 0)).map(|(_, acked)| *acked).min();
         if later.is_some_and(|acked| acked < op.call_ns) {
-            let what = format!("acknowledged in epoch {}, after a later one wrote: {}", at.epoch, describe(op));
+            let what =
+                format!("acknowledged in epoch {}, after a later one wrote: {}", at.epoch, describe(op));
             found.push(violation("P3", op.return_ns, what));
         }
     }

@@ -82,10 +82,9 @@ fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
 fn is_gone(history: &History, op: &Op, response: &Response) -> bool {
     let (version, marker) = match (response, &op.request) {
         (Response::Value { row, .. }, _) => (row.version, Some(&row.marker)),
-        (
-            Response::Written { version, .. },
-            Request::Add { marker, .. } | Request::Update { marker, .. },
-        ) => (*version, Some(marker)),
+        (Response::Written { version, .. }, Request::Add { marker, .. } | Request::Update { marker, .. }) => {
+            (*version, Some(marker))
+        }
         // Another deletion may have made that version since.
         (Response::Written { at, .. }, _) if history.reported(at).is_some() => return true,
         (Response::Written { version, .. }, _) => (*version, None),

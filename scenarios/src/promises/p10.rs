@@ -1,6 +1,6 @@
 //! P10: an idempotency key applies once, across retries and leaders.
 //!
-//! Read so: the same key sent again got the same answer; and no write's marker stands in two versions of a memory.
+//! Read so: the same key sent again got the same answer, unless the first one was lost as was reported; and no write's marker stands in two versions of a memory.
 
 use super::{Violation, linearizable::describe, violation};
 use crate::history::{History, Response, number};
@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     for op in &history.ops {
-        if let Response::Changed { .. } = &op.response {
+        if let Response::Changed { at, .. } = &op.response
+            && at.is_none_or(|at| history.reported(&at).is_none())
+        {
             found.push(violation(
                 "P10",
                 op.return_ns,

@@ -31,7 +31,12 @@ fn get(token: Option<u64>) -> Request {
 }
 
 fn written(version: u64, index: u64) -> Response {
-    Response::Written { version, at: At { shard: 0, epoch: 1, index, item: 0 }, map_version: 1, elsewhere: false }
+    Response::Written {
+        version,
+        at: At { shard: 0, epoch: 1, index, item: 0 },
+        map_version: 1,
+        elsewhere: false,
+    }
 }
 
 fn row(version: u64, marker: &str) -> Row {
@@ -49,7 +54,14 @@ fn last(node: &str, rows: &[Row], versions: &[(u64, &str)]) -> Final {
         node: node.into(),
         at_ns: 30_000_000_000,
         shards: vec![(
-            Sample { at_ns: 30_000_000_000, node: node.into(), shard: 0, epoch: 1, index: 9, digest: vec![9] },
+            Sample {
+                at_ns: 30_000_000_000,
+                node: node.into(),
+                shard: 0,
+                epoch: 1,
+                index: 9,
+                digest: vec![9],
+            },
             Ok(vec![9]),
         )],
         rows: rows.iter().map(keyed).collect(),
@@ -223,7 +235,14 @@ fn replicas_that_differ_break_p5() {
     assert_eq!(broken(|h| h.finals[1].shards[0].0.digest = vec![8]), ["P5"]);
     assert_eq!(broken(|h| h.finals[1].shards[0].1 = Ok(vec![8])), ["P5"]);
     assert_eq!(broken(|h| h.finals[1].shards[0].1 = Err("unreadable".into())), ["P5"]);
-    let early = |digest: u8| Sample { at_ns: 5, node: "n2".into(), shard: 0, epoch: 1, index: 4, digest: vec![digest] };
+    let early = |digest: u8| Sample {
+        at_ns: 5,
+        node: "n2".into(),
+        shard: 0,
+        epoch: 1,
+        index: 4,
+        digest: vec![digest],
+    };
     assert_eq!(broken(|h| h.samples = vec![early(1), early(2)]), ["P5"], "long before the end");
 }
 
@@ -232,7 +251,8 @@ fn another_tenants_row_breaks_p7() {
     let foreign = Row { id: "f".into(), tenant: 1, ..row(4, "c") };
     assert_eq!(broken(|h| h.ops[9].response = Response::Rows(vec![row(4, "c"), foreign])), ["P7"]);
     assert_eq!(
-        broken(|h| h.ops[2].response = Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1, epoch: 1 }),
+        broken(|h| h.ops[2].response =
+            Response::Value { row: Row { tenant: 1, ..row(1, "a") }, shown: 1, epoch: 1 }),
         ["P7"]
     );
 }
@@ -265,7 +285,7 @@ fn a_write_applied_twice_breaks_p10() {
         }
     };
     assert_eq!(broken(twice), ["P10"]);
-    let changed = Response::Changed { first: "version 4".into(), then: "version 5".into() };
+    let changed = Response::Changed { first: "version 4".into(), then: "version 5".into(), at: None };
     assert!(broken(|h| h.ops[7].response = changed).contains(&"P10".to_string()));
 }
 
@@ -311,7 +331,11 @@ impl Model {
         self.marker = match request {
             Request::Get { .. } => {
                 let row = self.marker.as_ref().map(|marker| row(self.version, marker));
-                return row.map_or(Response::Absent { shown: 0 }, |row| Response::Value { row, shown: 0, epoch: 1 });
+                return row.map_or(Response::Absent { shown: 0 }, |row| Response::Value {
+                    row,
+                    shown: 0,
+                    epoch: 1,
+                });
             }
             Request::Add { marker, .. } | Request::Update { marker, .. } => Some(marker.clone()),
             _ => None,

@@ -226,7 +226,10 @@ impl Machines for Simulated {
         let mut taken: BTreeMap<String, u64> = probes.map(|(path, count)| (path.into(), count)).collect();
         let by_node = sim::trace::probes_by_node();
         // Nor is it the disk's fault if a node hears of a shard only when that is no longer new.
-        let filled = |node| by_node.contains_key(&("replica: came back with an empty disk", node));
+        let filled = |node| {
+            by_node.contains_key(&("replica: came back with an empty disk", node))
+                || by_node.contains_key(&("epoch: a replica started over", node))
+        };
         let mended = by_node.keys().filter(|(path, node)| {
             MENDING.contains(path) && (*path != "log: repaired from peers" || !filled(*node))
         });
