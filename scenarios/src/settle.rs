@@ -251,6 +251,19 @@ mod tests {
     }
 
     #[test]
+    fn every_file_of_regions_is_a_scenario() -> Result<(), String> {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("files/regions");
+        let files = std::fs::read_dir(dir).map_err(|e| e.to_string())?.flatten();
+        let paths: Vec<String> = files.map(|file| file.path().to_string_lossy().into_owned()).collect();
+        assert!(paths.len() > 10, "{paths:?}");
+        for path in paths {
+            let run = settle(&find(&path)?, 1);
+            assert!(!run.faults.list.is_empty() || !run.changes.is_empty(), "{path} plans nothing");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn what_is_measured_is_hit_once_after_a_quiet_time_and_by_nothing_else() -> Result<(), String> {
         for (name, _) in CHAOS.into_iter().chain(SHORT) {
             let quiet_s = if name.starts_with("short/") { 7 } else { 11 };

@@ -24,7 +24,7 @@ pub const SHIPPED: [(&str, &str); 13] = [
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
-pub const CHAOS: [(&str, &str); 15] = [
+pub const CHAOS: [(&str, &str); 16] = [
     ("vector-node-failure", include_str!("../files/chaos/vector-node-failure.toml")),
     ("graph-node-failure", include_str!("../files/chaos/graph-node-failure.toml")),
     ("records-node-failure", include_str!("../files/chaos/records-node-failure.toml")),
@@ -40,6 +40,7 @@ pub const CHAOS: [(&str, &str); 15] = [
     ("calendar-step", include_str!("../files/chaos/calendar-step.toml")),
     ("rolling-restart", include_str!("../files/chaos/rolling-restart.toml")),
     ("spot-reclaim", include_str!("../files/chaos/spot-reclaim.toml")),
+    ("full-region-failure", include_str!("../files/chaos/full-region-failure.toml")),
 ];
 
 /// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.

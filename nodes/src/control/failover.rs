@@ -110,6 +110,9 @@ fn voters(map: &ClusterMap) -> Vec<String> {
 impl Failover {
     /// Watches for ever; only the leader of the control group does anything.
     pub async fn keep(self) {
+        if !self.control.has_regions().await {
+            return;
+        }
         let mut seen = Seen::default();
         loop {
             let leads = self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader());

@@ -64,6 +64,9 @@ impl Grants {
 
     /// Begins to grant when this node begins to lead, for ever.
     pub async fn keep(self) {
+        if !self.control.has_regions().await {
+            return;
+        }
         loop {
             let leads = self.raft_term();
             let known = self.state().as_ref().map(|leading| leading.raft_term);

@@ -109,6 +109,17 @@ impl Control {
         self.map.subscribe()
     }
 
+    /// Waits until the map has several regions; false if this node ends before.
+    async fn has_regions(&self) -> bool {
+        let mut maps = self.watch();
+        while maps.borrow_and_update().regions.is_none() {
+            if maps.changed().await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
     async fn learn(&self, map: ClusterMap) -> Arc<ClusterMap> {
         let new = Arc::new(map);
         let newer = self.map.send_if_modified(|held| {

@@ -17,6 +17,8 @@ use storage::model::Position;
 
 /// How often the lag is looked at.
 const LOOK: Duration = Duration::from_millis(200);
+/// While there is no other region.
+const LOOK_FOR_ANOTHER: Duration = Duration::from_secs(5);
 /// Moments that are remembered; while the other region is away for longer, they lie further apart.
 const MOMENTS_MAX: usize = 1024;
 /// How often somebody is warned of the same lag.
@@ -118,8 +120,10 @@ impl Ledger {
     /// Looks at the lag for ever, and warns of it.
     pub(super) async fn watch_lag(self) {
         let (mut moments, mut warned) = (Moments::default(), None::<Instant>);
+        let mut pause = LOOK;
         while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
-            self.rest_until(Instant::now() + LOOK).await;
+            self.rest_until(Instant::now() + pause).await;
+            pause = if self.rights.elsewhere().is_empty() { LOOK_FOR_ANOTHER } else { LOOK };
             if self.rights.elsewhere().is_empty() || !self.raft.is_leader() {
                 moments = Moments::default();
                 self.lag.set(None);
