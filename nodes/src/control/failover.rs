@@ -279,6 +279,7 @@ impl Failover {
                 if since.elapsed() < PAUSE_MAX || !self.grants.withdraw() {
                     return Err(error);
                 }
+                seen.pausing = None;
                 sim::error!("{error}: the change to {} is given up, {} goes on", change.to, change.from);
                 sim::trace::probe("region: a planned change was given up");
                 let back = |map: &ClusterMap| {

@@ -93,8 +93,9 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
     match method {
         Method::Append => {
             let append: AppendEntriesRequest<Types> = decoded(body)?;
-            // Whoever votes looks at its own clock too; who follows from elsewhere has no right that could run out.
-            if let (true, Some(last)) = (ledger.votes(), append.entries.last()) {
+            // Whoever votes looks at its own clock too; who follows from elsewhere has no right that could run out, nor has one that voted in an epoch
+            // that is over and does not know yet that it votes no more.
+            if let (true, Some(last)) = (ledger.votes() && ledger.has_begun(), append.entries.last()) {
                 let index = position_index(last.log_id().index);
                 ledger.rights.may_append(message.epoch, index).map_err(|e| e.to_string())?;
             }
