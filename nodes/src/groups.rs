@@ -101,7 +101,7 @@ impl Replica {
         let peers = settings.peers.clone();
         let rights = if group == CONTROL { Rights::free() } else { settings.rights.clone() };
         let right = (rights, plan.ends);
-        let ledger = Ledger::open(group, id, members, disk.clone(), opened, peers, options, right).await?;
+        let ledger = Ledger::open((group, id), members, disk.clone(), opened, peers, options, right).await?;
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }

@@ -3,6 +3,7 @@
 
 use nodes::ledger::log_store::{decode_entry, encode_entry};
 use nodes::ledger::recovery::{self, BASES, Keeper, LOG, Opened, VIEWS};
+use nodes::ledger::epochs::Plan;
 use nodes::ledger::state_machine::{apply_entries, decode_batch};
 use nodes::ledger::types::{Data, Entry};
 use openraft::EntryPayload;
@@ -33,12 +34,12 @@ fn entries() -> Vec<Entry> {
 
 fn open(disk: &Arc<dyn Disk>, alone: bool) -> Result<Opened, String> {
     let log = LogOptions { segment_bytes_max: 4000, cache_bytes_max: 0 };
-    recovery::open(disk, log, proofs::options(), alone, false).map_err(|e| e.to_string())
+    recovery::open(disk, log, proofs::options(), (alone, false), (1, &Plan::first())).map_err(|e| e.to_string())
 }
 
 /// A replica that has lived: purged segments, two bases, a checkpoint, and entries behind it.
 fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
-    let Opened { log, shard, bases } = open(disk, false)?;
+    let Opened { log, shard, bases, .. } = open(disk, false)?;
     let keeper = Keeper { log: log.clone(), bases, base_bytes_min: 0 };
     let mut digests = vec![shard.digest().1];
     for (entry, index) in entries().into_iter().zip(1..) {

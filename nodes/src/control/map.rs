@@ -136,7 +136,8 @@ fn one() -> u64 {
 }
 
 impl ShardEntry {
-    fn new(epoch: u64, members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
+    /// One whose ledger begins in an epoch.
+    pub fn new(epoch: u64, members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
         let (founded, handover, learners, chosen, ends) = Default::default();
         let first_epoch = epoch;
         ShardEntry { epoch, members, slots, founded, handover, learners, chosen, first_epoch, ends }

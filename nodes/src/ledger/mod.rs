@@ -154,8 +154,7 @@ impl Ledger {
     /// Joins the peers with what this replica has on `disk`. `members` are all voters by id: the first start anywhere forms the group from
     /// them, later ones find it on disk. Without members it waits until the group takes it in.
     pub async fn open(
-        group: GroupId,
-        id: u64,
+        (group, id): (GroupId, u64),
         members: Option<BTreeMap<u64, String>>,
         disk: Arc<dyn Disk>,
         opened: Opened,
