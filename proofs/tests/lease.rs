@@ -4,6 +4,9 @@
 //! A reading of a clock is the true time or a tick more, as it happens; where two clocks are read at once, one is ahead. There are three epochs, two terms
 //! of leaders, two crashes, and any number of pauses, one at a time. At most one message of each kind is under way, so they overtake one another.
 //!
+//! A renewal that is not written is confirmed: that the record was read, by a majority, is one step, at any time after the question. What was read then
+//! decides; the leader that asked may have been deposed meanwhile. The second epoch may be prepared, and any withdrawn again, at any time.
+//!
 //! Time has no end here: a tick moves every moment that is remembered one back, until it is past for every clock. So a
 //! state is what the processes know, and all of them are visited, however long it takes to get there.
 
@@ -29,6 +32,11 @@ enum Message {
         term: Term,
         epoch: Epoch,
         ceiling: Index,
+        answer: Answer,
+    },
+    /// The record is to be read for an answer, which a leader of this term gives.
+    Confirm {
+        term: Term,
         answer: Answer,
     },
     Next {
@@ -86,6 +94,9 @@ enum Action {
     Leads(usize, Ms),
     /// A holder asks, and a leader hears it: a question that takes long to arrive makes a lease shorter, nothing else.
     Asks(usize, usize, Ms, Ms),
+    /// The present epoch is to run out, or is not to after all.
+    Prepared(usize),
+    Withdrawn(usize),
     /// The next epoch is wanted for the other holder.
     Wanted(usize, Ms),
     /// Takes a message to the record, a holder or the fence.
@@ -114,6 +125,10 @@ enum Mutant {
     NoSecondCheck,
     FenceHasNoLease,
     NoCeiling,
+    /// A renewal that is not written is not confirmed either.
+    AnswersUnconfirmed,
+    /// What may be in the ledger is taken back.
+    ProposedIsWithdrawn,
 }
 
 /// How often something rare was seen.
@@ -123,6 +138,9 @@ struct Probes {
     unknown: AtomicU64,
     superseded: AtomicU64,
     deposed_refused: AtomicU64,
+    confirmed: AtomicU64,
+    unconfirmed: AtomicU64,
+    withdrawn: AtomicU64,
 }
 
 struct Leases {
@@ -173,9 +191,12 @@ impl Leases {
     /// A grantor takes an event; what it proposes goes on its way.
     fn grants(&self, state: &mut State, at: usize, event: GrantorEvent, now: Ms) -> Option<()> {
         let grantor = state.grantors[at].clone()?;
+        let withdrawn = event == GrantorEvent::Withdrawn;
         let (mut next, effects) = grantor.on(&self.granting(), event, now);
-        if self.mutant == Some(Mutant::RenewalExtendsNothing) {
-            next.runs_out = grantor.runs_out;
+        match self.mutant {
+            Some(Mutant::RenewalExtendsNothing) => next.runs_out = grantor.runs_out,
+            Some(Mutant::ProposedIsWithdrawn) if withdrawn => next.next = None,
+            _ => {}
         }
         // What a deposed leader remembers stays as it is at its worst: nothing to wait for.
         if grantor.record.term == state.record.term || self.mutant == Some(Mutant::OldTermIsTaken) {
@@ -192,6 +213,12 @@ impl Leases {
                 GrantorEffect::Propose { entry: Entry::Next { term, epoch, holder }, .. } => {
                     state.net.insert(Message::Next { term, epoch, holder });
                 }
+                GrantorEffect::Confirm { then } if self.mutant == Some(Mutant::AnswersUnconfirmed) => {
+                    state.net.insert(Message::Answer(then));
+                }
+                GrantorEffect::Confirm { then } => {
+                    state.net.insert(Message::Confirm { term: grantor.record.term, answer: then });
+                }
                 GrantorEffect::Deposed => state.grantors[at] = None,
                 _ => {}
             }
@@ -206,14 +233,18 @@ impl Leases {
             self.probes.deposed_refused.fetch_add((term < state.record.term) as u64, Relaxed);
             return None;
         };
-        // Its leader sees what it has written; one that was deposed need not notice.
         state.record = record;
+        self.reads(state, term);
+        Some(())
+    }
+
+    /// The leader of a term sees the record; one that was deposed need not notice.
+    fn reads(&self, state: &mut State, term: Term) {
         for at in [0, 1] {
             if state.grantors[at].as_ref().is_some_and(|grantor| grantor.record.term == term) {
                 self.grants(state, at, GrantorEvent::Read(state.record.clone()), NOW);
             }
         }
-        Some(())
     }
 
     fn arrives(&self, state: &mut State, message: Message, off: Ms) {
@@ -222,6 +253,19 @@ impl Leases {
             Message::Renewal { term, epoch, ceiling, answer } => {
                 if self.applies(state, term, |term| Entry::Renew { term, epoch, ceiling }).is_some() {
                     state.net.insert(Message::Answer(answer));
+                }
+            }
+            Message::Confirm { term, answer } => {
+                let record = (state.record.term, state.record.epoch);
+                if record == (term, answer.epoch) {
+                    self.probes.confirmed.fetch_add(1, Relaxed);
+                    state.net.insert(Message::Answer(answer));
+                } else {
+                    self.probes.unconfirmed.fetch_add(1, Relaxed);
+                }
+                // One that was deposed is left as it was at its worst, as if it had read nothing.
+                if record.0 == term {
+                    self.reads(state, term);
                 }
             }
             Message::Next { term, epoch, holder } => {
@@ -316,7 +360,10 @@ impl Leases {
         let keeps =
             matches!(self.mutant, Some(Mutant::CountsFromTheAnswer | Mutant::FenceCountsFromTheAnswer));
         let back = |mut message: Message| {
-            if let Message::Renewal { answer, .. } | Message::Answer(answer) = &mut message {
+            if let Message::Renewal { answer, .. }
+            | Message::Confirm { answer, .. }
+            | Message::Answer(answer) = &mut message
+            {
                 answer.stamp.at = (answer.stamp.at - 1).max(NOW - answer.span_ms);
                 (keeps || answer.stamp.at + answer.span_ms > NOW).then_some(message)
             } else {
@@ -400,8 +447,13 @@ impl Model for Leases {
                 if state.record.term < self.terms && at == 1 {
                     actions.extend(OFF.map(|off| Action::Leads(at, off)));
                 }
-                if state.grantors[at].is_some() {
+                if let Some(grantor) = &state.grantors[at] {
                     actions.extend(OFF.map(|off| Action::Wanted(at, off)));
+                    match grantor.next {
+                        Some(_) => actions.push(Action::Withdrawn(at)),
+                        None if grantor.record.epoch == 1 => actions.push(Action::Prepared(at)),
+                        None => {}
+                    }
                 }
             }
             if awake(Process::Holder(at)) {
@@ -423,7 +475,10 @@ impl Model for Leases {
                     actions.extend(awake(to).then_some(Action::Arrives(message, 0)));
                 }
                 Message::Append { .. } => actions.extend(OFF.map(|off| Action::Arrives(message, off))),
-                Message::Renewal { .. } | Message::Next { .. } | Message::Answer(_) => {
+                Message::Renewal { .. }
+                | Message::Confirm { .. }
+                | Message::Next { .. }
+                | Message::Answer(_) => {
                     actions.push(Action::Arrives(message, 0));
                 }
             }
@@ -457,11 +512,22 @@ impl Model for Leases {
                 let ask = state.holders[at].ask(state.written, NOW + off);
                 self.grants(&mut state, to, GrantorEvent::Asked(ask), NOW + to_off)?;
             }
+            Action::Prepared(at) => {
+                let grantor = state.grantors[at].as_ref()?;
+                // Later it is as good as wanted.
+                (NOW < grantor.runs_out).then_some(())?;
+                let other = 1 - grantor.record.holder.unwrap_or(1);
+                self.grants(&mut state, at, GrantorEvent::Prepared(other), NOW)?;
+            }
+            Action::Withdrawn(at) => {
+                self.grants(&mut state, at, GrantorEvent::Withdrawn, NOW)?;
+                self.probes.withdrawn.fetch_add((state != *last) as u64, Relaxed);
+            }
             Action::Wanted(at, off) => {
                 let grantor = state.grantors[at].as_ref()?;
                 (grantor.record.epoch < self.epochs).then_some(())?;
                 let other = 1 - grantor.record.holder.unwrap_or(1);
-                // Wanted earlier, it would stop renewals, and wait.
+                // Wanted earlier, it would stop renewals, and wait, as if it were prepared.
                 (NOW + off >= grantor.runs_out).then_some(())?;
                 self.grants(&mut state, at, GrantorEvent::Wanted(other), NOW + off)?;
             }
@@ -500,9 +566,15 @@ impl Model for Leases {
     }
 
     fn within_boundary(&self, state: &State) -> bool {
-        // At most one message of a kind.
-        let kinds: Vec<_> = state.net.iter().map(std::mem::discriminant).collect();
-        state.net.len() <= self.net && (kinds.len() < 2 || kinds[0] != kinds[1])
+        // At most one message of a kind; a renewal is written or confirmed.
+        let kind = |message: &Message| match message {
+            Message::Renewal { .. } | Message::Confirm { .. } => 0,
+            Message::Next { .. } => 1,
+            Message::Answer(_) => 2,
+            Message::Append { .. } => 3,
+        };
+        let kinds: BTreeSet<u8> = state.net.iter().map(kind).collect();
+        state.net.len() <= self.net && kinds.len() == state.net.len()
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
@@ -537,6 +609,7 @@ fn no_epoch_is_acknowledged_after_the_next_is_granted() {
     let seen = |probe: &AtomicU64| probe.load(Relaxed) > 0;
     assert!(probes.acknowledged[1..].iter().all(seen), "an epoch without acknowledgements");
     assert!(seen(&probes.unknown) && seen(&probes.superseded) && seen(&probes.deposed_refused));
+    assert!(seen(&probes.confirmed) && seen(&probes.unconfirmed) && seen(&probes.withdrawn));
 }
 
 #[test]
@@ -553,6 +626,8 @@ fn each_missing_guard_is_found() {
         (NoSecondCheck, ACKNOWLEDGED),
         (FenceHasNoLease, APPENDED),
         (NoCeiling, CEILING),
+        (AnswersUnconfirmed, ONE_HOLDS),
+        (ProposedIsWithdrawn, ONE_HOLDS),
     ] {
         let checked = check(&format!("{mutant:?}"), Leases::new(Some(mutant)), &[broken]);
         let Some(path) = checked.found.get(broken) else { panic!("{mutant:?} was not found") };
