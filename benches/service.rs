@@ -71,7 +71,7 @@ struct Echo(bytes::Bytes);
 #[tonic::async_trait]
 impl replica_server::Replica for Echo {
     async fn query(&self, _: Request<Body>) -> std::result::Result<Response<Body>, Status> {
-        Ok(Response::new(Body { body: self.0.clone(), group: 0 }))
+        Ok(Response::new(Body { body: self.0.clone(), ..Body::default() }))
     }
     type ExchangeStream = Streaming<Answers>;
     async fn exchange(
@@ -90,6 +90,21 @@ impl replica_server::Replica for Echo {
         self.query(request).await
     }
     async fn reconfigure(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn reaches(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn renew(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn halt(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn has_tail(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
+    async fn elsewhere(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
     async fn touched(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
@@ -330,7 +345,11 @@ async fn run(length: Duration, dir: &Path) -> Result<()> {
     );
     let channel = sim::net::connect(&addr)?;
     let body = bytes::Bytes::from(vec![7u8; 1500]);
-    while ReplicaClient::new(channel.clone()).query(Body { body: body.clone(), group: 0 }).await.is_err() {
+    while ReplicaClient::new(channel.clone())
+        .query(Body { body: body.clone(), ..Body::default() })
+        .await
+        .is_err()
+    {
         sleep(Duration::from_millis(20)).await;
     }
     let mut echoes = vec![];
@@ -339,7 +358,7 @@ async fn run(length: Duration, dir: &Path) -> Result<()> {
         let mut rate = load(clients, length, move |_| {
             let (mut client, body) = (ReplicaClient::new(channel.clone()), body.clone());
             async move {
-                client.query(Body { body, group: 0 }).await?;
+                client.query(Body { body, ..Body::default() }).await?;
                 Ok(())
             }
         })

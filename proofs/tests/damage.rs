@@ -1,9 +1,9 @@
 //! A bit flips in every file that a replica stores, at every 64th byte, and every file is cut short: it is found before anything is
 //! served, told with the file's name, and mended from a second copy, a base and the log, or left to the peers; and nothing panics.
 
+use nodes::ledger::epochs::Plan;
 use nodes::ledger::log_store::{decode_entry, encode_entry};
 use nodes::ledger::recovery::{self, BASES, Keeper, LOG, Opened, VIEWS};
-use nodes::ledger::epochs::Plan;
 use nodes::ledger::state_machine::{apply_entries, decode_batch};
 use nodes::ledger::types::{Data, Entry};
 use openraft::EntryPayload;
@@ -34,7 +34,8 @@ fn entries() -> Vec<Entry> {
 
 fn open(disk: &Arc<dyn Disk>, alone: bool) -> Result<Opened, String> {
     let log = LogOptions { segment_bytes_max: 4000, cache_bytes_max: 0 };
-    recovery::open(disk, log, proofs::options(), (alone, false), (1, &Plan::first())).map_err(|e| e.to_string())
+    recovery::open(disk, log, proofs::options(), (alone, false), (1, &Plan::first()))
+        .map_err(|e| e.to_string())
 }
 
 /// A replica that has lived: purged segments, two bases, a checkpoint, and entries behind it.

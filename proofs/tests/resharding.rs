@@ -147,8 +147,7 @@ struct Resharding {
 }
 
 fn entry(slots: SlotSet) -> ShardEntry {
-    let (members, handover, learners) = Default::default();
-    ShardEntry { epoch: 1, members, slots, founded: true, handover, learners }
+    ShardEntry { founded: true, ..ShardEntry::new(1, Default::default(), slots) }
 }
 
 fn hash_of(row: u32) -> u128 {
