@@ -417,7 +417,12 @@ impl Failover {
         let missing = || Error::NotFound(format!("node {node}"));
         let addr = map.nodes.get(&node).map(|node| &node.addr).ok_or_else(missing)?;
         let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-        let body = Body { group: shard, epoch, ..Body::default() };
+        let ends = map.shards.get(&shard).map(|entry| &entry.ends);
+        let body = Body {
+            body: codec::encode_serde(&ends.cloned().unwrap_or_default()).into(),
+            group: shard,
+            epoch,
+        };
         match time::timeout(STEP, client.halt(self.peers.request(body, STEP))).await {
             Ok(Ok(answer)) => {
                 codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))

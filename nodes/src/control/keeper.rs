@@ -9,12 +9,14 @@
 
 use super::Control;
 use super::map::{ClusterMap, Learner, NodeEntry, ShardEntry, ShardId};
+use super::regions::End;
 use crate::error::Error;
 use crate::groups::{Groups, Replica, Settings, Start, name_of};
 use crate::ledger::epochs::{Plan, Report, Way};
 use sim::disk::Disk;
 use sim::sync::Semaphore;
 use sim::time::{self, Duration, Instant};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -44,7 +46,7 @@ fn start(map: &ClusterMap, shard: ShardId, node: u64) -> Option<Start> {
     })
 }
 
-fn addrs(map: &ClusterMap, entry: &ShardEntry) -> std::collections::BTreeMap<u64, String> {
+fn addrs(map: &ClusterMap, entry: &ShardEntry) -> BTreeMap<u64, String> {
     let addr = |id: &u64| Some((*id, map.nodes.get(id)?.addr.clone()));
     entry.members.iter().filter_map(addr).collect()
 }
@@ -72,8 +74,7 @@ impl Keeper {
             let plan = self.plan(map, entry);
             if let Some(replica) = self.groups.get(shard) {
                 // It may have halted for an epoch that the map does not show yet.
-                let begins = matches!(plan.way, Way::Begin(_)) && !replica.ledger.has_begun();
-                if replica.ledger.epoch() > plan.epoch || (replica.ledger.epoch() == plan.epoch && !begins) {
+                if replica.ledger.epoch() > plan.epoch || replica.ledger.held.of >= plan.epoch {
                     continue;
                 }
                 self.close(replica).await?;
@@ -89,7 +90,8 @@ impl Keeper {
         let replica = Replica::open(&self.settings, shard, start, plan).await?;
         let (index, epoch) = (replica.ledger.shard.applied().0.index, replica.ledger.epoch());
         sim::info!("{} opened at {index} in epoch {epoch}", name_of(shard));
-        if begins {
+        // One that has forgotten something must not lead.
+        if begins && !replica.ledger.is_repairing() {
             // Nobody else can lead it yet.
             let _ = replica.ledger.raft.trigger().elect(true).await;
         }
@@ -118,13 +120,18 @@ impl Keeper {
     }
 
     /// Ends this replica's part in all epochs before `epoch`: it takes no message of them any more. What it has; `None`: it has
-    /// forgotten what others may count on.
-    pub async fn halt(&self, shard: ShardId, epoch: u64) -> Result<Option<Report>, Error> {
+    /// forgotten what others may count on. `ends`: how the epochs ended that are over, since this node's map may not say so yet.
+    pub async fn halt(
+        &self,
+        shard: ShardId,
+        epoch: u64,
+        ends: BTreeMap<u64, End>,
+    ) -> Result<Option<Report>, Error> {
         let Ok(_changing) = self.changing.acquire().await else { return Ok(None) };
         let missing = || Error::NotHere(format!("this node has no replica of {}", name_of(shard)));
         let replica = self.groups.get(shard).ok_or_else(missing)?;
         if replica.ledger.epoch() < epoch {
-            let plan = Plan { epoch, first: replica.ledger.held.first, way: Way::Halt, ..Plan::default() };
+            let plan = Plan { epoch, first: replica.ledger.held.first, ends, way: Way::Halt };
             sim::info!("{} halts for epoch {epoch}", name_of(shard));
             self.close(replica).await?;
             if let Err(error) = self.open(shard, Start::Learner, plan).await {

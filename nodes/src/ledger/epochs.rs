@@ -9,6 +9,9 @@
 //!   everybody else:    return ── what the new epoch has not is taken away ──► follows
 //! ```
 //!
+//! A replica that halted takes no message at all until the map says how its epoch begins: then it begins it, or returns, also if it halted too late to be asked. One
+//! that halts returns from the epochs that are over first: what they have not must not be taken for part of the one that ends now.
+//!
 //! Each is done while the replica is closed, between two openings ([`recovery::open`](super::recovery::open)), and may be interrupted anywhere: the fact that
 //! names the epoch is written last, and until then the next opening does all of it again.
 //!
@@ -87,6 +90,8 @@ pub struct Report {
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Held {
     pub epoch: u64,
+    /// The epoch that its log is of: behind `epoch` from its halt until it begins or returns.
+    pub of: u64,
     /// The epoch in which its ledger began.
     pub first: u64,
     /// What it had when it halted.
@@ -96,6 +101,11 @@ pub struct Held {
 }
 
 impl Held {
+    /// It takes no messages.
+    pub fn is_halted(&self) -> bool {
+        self.of < self.epoch
+    }
+
     pub fn old_disks(&self) -> impl Iterator<Item = (u64, OldDisk)> + use<'_> {
         self.taken.iter().map(|(epoch, (kept, last, commands))| {
             (*epoch, OldDisk { kept: *kept, last: *last, commands: *commands })
@@ -140,7 +150,7 @@ fn failed(what: &str, error: impl std::fmt::Display) -> Error {
 pub fn held(log: &Log, first: u64) -> Result<Held, Error> {
     match log.get_meta(EPOCH).map_err(|e| failed("fact", e))? {
         Some(bytes) => codec::decode(&bytes).map_err(|e| failed("fact", e)),
-        None => Ok(Held { epoch: first, first, report: None, taken: vec![] }),
+        None => Ok(Held { epoch: first, of: first, first, report: None, taken: vec![] }),
     }
 }
 
@@ -203,10 +213,12 @@ fn begin(log: &Log, id: u64, epoch: u64, voters: &BTreeMap<u64, String>) -> Resu
         Membership::new(vec![voters.keys().copied().collect()], nodes).map_err(|e| failed("members", e))?;
     let id_of_entry = openraft::alias::LogIdOf::<Types>::new(leader.to_committed(), log.last_index());
     let entry = Entry::new(id_of_entry, EntryPayload::Membership(membership));
+    // The vote first: an attempt that is interrupted behind the entry is not made again.
+    let vote = Vote::new(term, id);
+    log.put_meta(log_store::VOTE, &codec::encode_serde(&vote)).map_err(|e| failed("vote", e))?;
     let index = log.last_index() + 1;
     log.append(&[(index, &encode_entry(&entry))]).and_then(|()| log.sync()).map_err(|e| failed("log", e))?;
-    let vote = Vote::new(term, id);
-    log.put_meta(log_store::VOTE, &codec::encode_serde(&vote)).map_err(|e| failed("vote", e))
+    Ok(())
 }
 
 /// Up to where a log agrees with what a next epoch has of the one that ended so.
@@ -241,6 +253,51 @@ fn quarantine(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<
     Ok(commands)
 }
 
+/// What going over the ends of epochs left.
+struct Gone {
+    views_max: u64,
+    start_over: bool,
+}
+
+/// Takes away what the epochs before have not that are over.
+fn go_over(
+    disk: &Arc<dyn Disk>,
+    log: &Log,
+    bases: &Bases,
+    held: &mut Held,
+    plan: &Plan,
+) -> Result<Gone, Error> {
+    let (mut views_max, mut start_over) = (u64::MAX, false);
+    let halted = held.is_halted();
+    // It may have missed several.
+    for (epoch, end) in plan.ends.range(held.of..plan.epoch) {
+        let (last, kept) = (log.last_index(), agrees(log, end)?);
+        views_max = views_max.min(kept.max(end.certain));
+        let commands = if last > kept { quarantine(disk, log, *epoch, kept)? } else { 0 };
+        if last > kept {
+            sim::trace::probe("epoch: a returning replica's entries were taken away");
+            sim::warn!(
+                "entries {} to {last} of epoch {epoch} are not in the next one: {commands} commands go into {QUARANTINE}",
+                kept + 1
+            );
+        }
+        held.taken.retain(|(of, _)| of != epoch);
+        // One that halted for the epoch that came next followed there: it is no old disk, unless it had more.
+        // Nor is one that was damaged: it has forgotten what it had.
+        let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
+        if whole && (!halted || last > kept) {
+            held.taken.push((*epoch, (kept.min(last), last, commands)));
+        }
+        start_over |= log.first_index() > kept + 1;
+        if !start_over {
+            log.truncate_from(kept + 1).map_err(|e| failed("log", e))?;
+        }
+        bases.forget_above(kept).map_err(|e| failed("bases", e))?;
+    }
+    held.of = plan.ends.range(held.of..plan.epoch).last().map_or(held.of, |(epoch, _)| epoch + 1);
+    Ok(Gone { views_max, start_over })
+}
+
 /// What is left of a closed replica when it has gone over to an epoch.
 pub struct Turned {
     pub held: Held,
@@ -264,42 +321,24 @@ pub fn turn(
     let (mut views_max, mut start_over) = (u64::MAX, false);
     match &plan.way {
         Way::Halt if held.epoch < plan.epoch => {
+            let Gone { views_max: most, start_over: over } = go_over(disk, log, bases, &mut held, plan)?;
+            (views_max, start_over) = (most, over);
             // One whose log was damaged, or is gone, has forgotten what others count on.
-            let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
-            held.report = if whole { Some(report(log, certain()?)?) } else { None };
+            let whole = log.repair().map_err(|e| failed("log", e))?.is_none() && !start_over;
+            held.report = if whole { Some(report(log, certain()?.min(views_max))?) } else { None };
             held.epoch = plan.epoch;
             sim::trace::probe("epoch: a replica halted");
         }
-        Way::Begin(voters) if held.epoch <= plan.epoch => {
+        Way::Begin(voters) if held.epoch == plan.epoch && held.is_halted() && held.report.is_some() => {
             begin(log, id, plan.epoch, voters)?;
-            held.epoch = plan.epoch;
+            held.of = plan.epoch;
             sim::trace::probe("epoch: begun");
         }
-        Way::Return if held.epoch < plan.epoch => {
-            // It may have missed several.
-            for (epoch, end) in plan.ends.range(held.epoch..plan.epoch) {
-                let (last, kept) = (log.last_index(), agrees(log, end)?);
-                views_max = views_max.min(kept.max(end.certain));
-                let commands = if last > kept { quarantine(disk, log, *epoch, kept)? } else { 0 };
-                if last > kept {
-                    sim::trace::probe("epoch: a returning replica's entries were taken away");
-                    sim::warn!(
-                        "entries {} to {last} of epoch {epoch} are not in the next one: {commands} commands go into {QUARANTINE}",
-                        kept + 1
-                    );
-                }
-                held.taken.retain(|(of, _)| of != epoch);
-                // One that was damaged has forgotten what it had.
-                if log.repair().map_err(|e| failed("log", e))?.is_none() {
-                    held.taken.push((*epoch, (kept.min(last), last, commands)));
-                }
-                start_over |= log.first_index() > kept + 1;
-                if !start_over {
-                    log.truncate_from(kept + 1).map_err(|e| failed("log", e))?;
-                }
-                bases.forget_above(kept).map_err(|e| failed("bases", e))?;
-            }
-            held.epoch = plan.epoch;
+        // Also one that was chosen, and has forgotten what it had.
+        Way::Return | Way::Begin(_) if held.epoch <= plan.epoch && held.of < plan.epoch => {
+            let Gone { views_max: most, start_over: over } = go_over(disk, log, bases, &mut held, plan)?;
+            (views_max, start_over) = (most, over);
+            (held.epoch, held.of) = (plan.epoch, plan.epoch);
             held.report = None;
             sim::trace::probe("epoch: a replica returned");
         }
@@ -365,7 +404,7 @@ mod tests {
         let (log, halted) = turned(&[(3, 25), (5, 5)], &plan)?;
         let runs = vec![place(3, 21), place(5, 26)];
         let report = Report { last: Some(place(5, 30)), certain: 20, runs };
-        assert_eq!(halted.held, Held { epoch: 2, first: 1, report: Some(report), taken: vec![] });
+        assert_eq!(halted.held, Held { epoch: 2, of: 1, first: 1, report: Some(report), taken: vec![] });
         assert_eq!(log.last_index(), 30, "it keeps all");
         // One that has forgotten something says nothing.
         log.start_over()?;
@@ -380,10 +419,12 @@ mod tests {
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let (log, bases) = (log(&disk, &[(3, 9)])?, Bases::open(disk.clone(), "bases")?);
         let voters = BTreeMap::from([(7, "a:1".to_string()), (8, "b:1".to_string())]);
+        let halt = Plan { epoch: 2, first: 1, way: Way::Halt, ..Plan::default() };
+        keep(&log, &turn(&disk, &log, &bases, 7, &halt, || Ok(9))?.held)?;
         let plan = Plan { epoch: 2, first: 1, way: Way::Begin(voters), ..Plan::default() };
         for _ in 0..2 {
             // The second time as after a crash before the end.
-            assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(9))?.held.epoch, 2);
+            assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(9))?.held.of, 2);
             assert_eq!(log.last_index(), 10);
         }
         let mut last = None;

@@ -120,9 +120,9 @@ pub fn open(
     let before = epochs::held(&log, plan.first)?;
     let epochs::Turned { held, views_max, start_over } = epochs::turn(disk, &log, &bases, id, plan, certain)?;
     // The last thing that is written: until then all of it is done again.
-    let done = |log: Arc<Log>, shard: Shard, bases: Arc<Bases>| -> Result<Opened, Error> {
-        if held != before || plan.first > FIRST_EPOCH {
-            epochs::keep(&log, &held)?;
+    let done = |log: Arc<Log>, shard: Shard, bases: Arc<Bases>, held: &Held| -> Result<Opened, Error> {
+        if *held != before || plan.first > FIRST_EPOCH {
+            epochs::keep(&log, held)?;
         }
         Ok(Opened { log, shard: Arc::new(shard), bases, held: held.clone() })
     };
@@ -130,7 +130,7 @@ pub fn open(
     let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {
         _ if start_over => "what is left of an old epoch lies before the log's beginning".to_string(),
         Ok(views) if (purged..=views_max).contains(&views.applied().0.index) => {
-            return done(log, views, bases);
+            return done(log, views, bases, &held);
         }
         Ok(views) if views.applied().0.index > views_max => {
             let applied = views.applied().0.index;
@@ -168,7 +168,7 @@ pub fn open(
                     position.index,
                     started.elapsed()
                 );
-                return done(log, views, bases);
+                return done(log, views, bases, &held);
             }
             Err(error) => {
                 sim::trace::probe("views: a base could not be used");
@@ -191,7 +191,8 @@ pub fn open(
     log.start_over().and_then(|()| log.remove_meta(log_store::PURGED)).map_err(|e| failed("ledger", e))?;
     let views = Shard::open_anew(disk.clone(), VIEWS, shard).map_err(|e| failed("views", e))?;
     views.acquit().map_err(|e| failed("views", e))?;
-    done(log, views, bases)
+    // What it said that it has is gone.
+    done(log, views, bases, &Held { report: None, ..held })
 }
 
 /// Applies the log's entries from where the views are up to `to`, also purged ones.

@@ -64,9 +64,10 @@ fn replica(groups: &Groups, group: GroupId) -> Result<Replica, Error> {
     groups.get(group).ok_or_else(missing)
 }
 
-/// Whether a message is of the replica's own epoch: one that has seen a newer one takes nothing of the old.
+/// Whether a message is of the replica's own epoch: one that has seen a newer one takes nothing of the old, and one that halted nothing at all.
 fn of_epoch(ledger: &Ledger, epoch: u64) -> Result<(), Error> {
-    if epoch == ledger.epoch() || sim::planted!("take-messages-of-an-old-epoch") {
+    if (epoch == ledger.epoch() && !ledger.held.is_halted()) || sim::planted!("take-messages-of-an-old-epoch")
+    {
         return Ok(());
     }
     sim::trace::probe("epoch: a message of another one refused");
@@ -196,10 +197,12 @@ impl replica_server::Replica for ReplicaService {
     }
 
     async fn halt(&self, request: Request<Body>) -> Reply {
-        let Body { group, epoch, .. } = request.into_inner();
+        let Body { group, epoch, body } = request.into_inner();
+        let ends = codec::decode_serde(&body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable ends of epochs: {e}")))?;
         let keeper = self.keeper.clone().ok_or_else(|| Status::not_found("this node keeps no replicas"))?;
         // It goes on if the caller hangs up: half a halt helps nobody.
-        let halted = sim::task::spawn(async move { keeper.halt(group, epoch).await }).await;
+        let halted = sim::task::spawn(async move { keeper.halt(group, epoch, ends).await }).await;
         encoded(&halted.map_err(|e| Status::internal(e.to_string()))??)
     }
 
