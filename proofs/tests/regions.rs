@@ -18,7 +18,10 @@
 //! **Promises.** Whoever can be told of a write is told at once, also at REGION, which makes the most of promises. Replicas between which nothing makes a
 //! difference are put into order; the chosen one is always the first.
 //!
-//! A fault is a crash of the control group's leader, of the writing region's, or of a replica, which forgets what it had applied.
+//! A fault is a crash of the control group's leader, of the writing region's, or of a replica, which forgets what it had applied. There are two regions, so the third epoch
+//! is the failback. Checked are three epochs with one fault, three with a longer tail, and two with two faults; two faults in three epochs are more states than memory has room for.
+//! What the last epoch can do is looked at from each state in which it can be granted, by going on to its first write. Disks that are lost, `--accept-data-loss` and planned
+//! changes are not here.
 
 mod exhaustive;
 
@@ -113,6 +116,7 @@ struct Region {
     replicas: [Replica; REPLICAS],
 }
 
+/// What a leader of the control group asks of the record or the map.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Message {
     /// To the record, for an answer.
@@ -973,13 +977,6 @@ fn a_longer_tail_is_lost_as_reported() {
 #[test]
 fn two_faults_in_a_failover_lose_no_more() {
     holds(2, 2, 2);
-}
-
-/// Takes many minutes, and gigabytes.
-#[test]
-#[ignore]
-fn two_faults_in_failover_and_failback_lose_no_more() {
-    holds(3, 1, 2);
 }
 
 #[test]
