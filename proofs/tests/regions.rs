@@ -357,7 +357,8 @@ impl Regions {
                 if self.applies(state, &entry).is_some() {
                     // By then the one that was deposed has noticed.
                     state.grantors[0].take_if(|grantor| grantor.record.term < *term);
-                    state.map = self.changed(&state.map, epoch, |map| map.region_granted(*epoch, 0));
+                    let to = NAMES[*holder as usize];
+                    state.map = self.changed(&state.map, epoch, |map| map.region_granted(*epoch, to, 0));
                 }
             }
             Message::Promote(epoch, voters, chosen, (log, applied), ceiling) => {

@@ -69,6 +69,8 @@ struct Seen {
     validated: Option<Instant>,
     /// Since when a planned change has waited for the new region to have everything.
     pausing: Option<Instant>,
+    /// The map was compared with the right to write since this node leads.
+    compared: bool,
 }
 
 fn soon() -> Instant {
@@ -143,8 +145,24 @@ impl Failover {
         }
     }
 
+    /// A leader before this one may have granted an epoch and not written it into the map, or another one have withdrawn the change meanwhile.
+    async fn follow_the_grant(&self, regions: &Regions) -> Result<(), Error> {
+        let (record, _) = self.control.lease(soon()).await?;
+        let to = record.holder.and_then(|holder| regions.names.get(holder as usize));
+        if let Some(to) = to.filter(|_| record.epoch > regions.epoch) {
+            sim::warn!("epoch {} is {to}'s, which the map does not say", record.epoch);
+            let granted = |map: &ClusterMap| Ok(map.region_granted(record.epoch, to, time::calendar_ms()));
+            self.control.update(granted, soon()).await?;
+        }
+        Ok(())
+    }
+
     async fn look(&self, seen: &mut Seen) -> Result<(), Error> {
         let known = self.control.map();
+        if let Some(regions) = known.regions.as_ref().filter(|_| !seen.compared) {
+            self.follow_the_grant(regions).await?;
+            seen.compared = true;
+        }
         let map = match &known.regions {
             // What is watched needs no confirmed map; what is carried out does.
             Some(Regions { change: None, .. }) => self.control.glance(soon()).await?,
@@ -252,7 +270,7 @@ impl Failover {
         self.control
             .update(|map| Ok(map.region_step(Step::Validating, next, time::calendar_ms())), soon())
             .await?;
-        *seen = Seen::default();
+        *seen = Seen { compared: true, ..Seen::default() };
         Ok(())
     }
 
@@ -295,7 +313,8 @@ impl Failover {
             Granted::Epoch { epoch, .. } => {
                 sim::trace::probe("region: an epoch granted");
                 sim::warn!("epoch {epoch} is {}'s", change.to);
-                let granted = |map: &ClusterMap| Ok(map.region_granted(epoch, time::calendar_ms()));
+                let to = &change.to;
+                let granted = |map: &ClusterMap| Ok(map.region_granted(epoch, to, time::calendar_ms()));
                 self.control.update(granted, soon()).await?;
                 Ok(())
             }

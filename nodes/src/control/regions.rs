@@ -394,15 +394,24 @@ impl ClusterMap {
         })
     }
 
-    /// The control group has granted the next epoch.
-    pub fn region_granted(&self, epoch: u64, now: i64) -> ClusterMap {
+    /// The control group has granted the next epoch to a region, whatever became of the change meanwhile.
+    pub fn region_granted(&self, epoch: u64, to: &str, now: i64) -> ClusterMap {
         if epoch <= self.epoch() {
             return self.clone();
         }
         let granted = self.change_region(|regions| {
-            let Some(change) = &mut regions.change else { return };
+            let from = regions.primary.clone();
+            let change = regions.change.get_or_insert_with(|| RegionChange {
+                from,
+                to: to.into(),
+                planned: false,
+                accept_data_loss: false,
+                cause: "it was granted while its change was withdrawn".into(),
+                steps: vec![(Step::Granting, now)],
+                epoch,
+            });
             change.epoch = epoch;
-            (regions.primary, regions.epoch) = (change.to.clone(), epoch);
+            (regions.primary, regions.epoch) = (to.into(), epoch);
         });
         granted.region_step(Step::Granting, Step::Promoting, now)
     }
@@ -542,7 +551,8 @@ mod tests {
         assert_eq!((regions(&withdrawn)?.change, regions(&withdrawn)?.past.len()), (None, 1));
         let granting = begun.region_step(Step::Validating, Step::Granting, 2);
         assert_eq!(granting, granting.region_step(Step::Validating, Step::Withdrawn, 3), "a late step");
-        let mut map = granting.region_granted(2, 3);
+        assert_eq!(withdrawn.region_granted(2, "west", 3).primary(), "west", "there is no way back");
+        let mut map = granting.region_granted(2, "west", 3);
         assert_eq!((map.primary(), map.epoch(), map.to_promote()), ("west", 2, vec![0, 1]));
         assert_eq!(
             (map.plan_learners(), map.plan_handover()),

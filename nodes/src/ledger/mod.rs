@@ -328,18 +328,14 @@ impl Ledger {
     /// What of the ledger a position names: itself, if it is still there; what it names may be lost if its epoch is over.
     pub fn surviving(&self, position: Position) -> Result<Position, Error> {
         let lost = || Error::LostInFailover { epoch: position.epoch, index: position.index };
-        let ended = self.ends.range(position.epoch..self.held.epoch).next();
-        if position.epoch < self.held.epoch && ended.is_none() {
+        let mut ends = self.ends.range(position.epoch..self.held.epoch).peekable();
+        if position.epoch < self.held.epoch && ends.peek().is_none() {
             return Err(Error::Unavailable("how that epoch ended is not known here yet".into()));
         }
-        match ended {
-            Some((_, end))
-                if position.index > end.certain
-                    && !sim::planted!("believe-tokens-of-an-epoch-that-is-over") =>
-            {
-                Err(lost())
-            }
-            _ => Ok(position),
+        let gone = ends.any(|(_, end)| position.index > end.certain);
+        match gone && !sim::planted!("believe-tokens-of-an-epoch-that-is-over") {
+            true => Err(lost()),
+            false => Ok(position),
         }
     }
 
