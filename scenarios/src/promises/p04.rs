@@ -60,14 +60,19 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
-/// When the first operation began that an epoch after the first one answered; `None`: there is one epoch.
+/// Up to when all answers are of the first epoch: until an operation began that a later one answered, and no longer than answers name the first one, since refusals
+/// name none. `None`: there is one epoch.
 fn next_epochs(history: &History) -> Option<u64> {
-    let of_next = |op: &&Op| match op.response {
-        Response::Written { at, .. } => at.epoch > 1,
-        Response::Value { epoch, .. } => epoch > 1,
-        _ => false,
+    let epoch = |op: &Op| match (&op.request, &op.response) {
+        (_, Response::Written { at, .. }) => Some(at.epoch),
+        (Request::Get { token: None, .. }, Response::Value { epoch, .. }) => Some(*epoch),
+        _ => None,
     };
-    history.ops.iter().filter(of_next).map(|op| op.call_ns).min().filter(|_| !history.ends.is_empty())
+    let first = |op: &&Op| epoch(op) == Some(1);
+    let later = |op: &&Op| epoch(op).is_some_and(|epoch| epoch > 1);
+    let last_ns = history.ops.iter().filter(first).map(|op| op.return_ns).max().unwrap_or(0) + 1;
+    let next_ns = history.ops.iter().filter(later).map(|op| op.call_ns).min();
+    next_ns.map(|next_ns| next_ns.min(last_ns)).filter(|_| !history.ends.is_empty())
 }
 
 /// Whether a memory may lack in the end what was seen of it before.
