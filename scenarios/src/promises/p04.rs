@@ -5,7 +5,7 @@
 //! last reads, are linearizable.
 //!
 //! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
-//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write of the old region was never answered, only what ended before
+//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write was under way when the old region went, only what ended before
 //! anybody asked the next epoch for anything must be linearizable.
 
 use super::linearizable::{Verdict, check as linearize, describe};
@@ -77,10 +77,12 @@ fn next_epochs(history: &History) -> Option<u64> {
 
 /// Whether a memory may lack in the end what was seen of it before.
 fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
-    ops.iter().any(|op| match &op.response {
-        Response::Unknown => op.request.is_write() && op.call_ns < next_ns,
-        response => is_gone(history, op, response),
-    })
+    // Was a write under way, it may have been seen, be lost, and have been written again by the same key.
+    let open = |op: &Op| {
+        let answered = op.response != Response::Unknown && op.return_ns < next_ns;
+        op.request.is_write() && op.call_ns < next_ns && !answered
+    };
+    ops.iter().any(|op| open(op) || is_gone(history, op, &op.response))
 }
 
 /// Whether no replica has in the end what an answer showed or said to be written.
