@@ -5,8 +5,8 @@
 //! last reads, are linearizable.
 //!
 //! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
-//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write was under way when the old region went, only what ended before
-//! anybody asked the next epoch for anything must be linearizable.
+//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write was under way when the old region went, only what the first
+//! epoch answered must be linearizable.
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
@@ -60,8 +60,8 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
-/// Up to when all answers are of the first epoch: until an operation began that a later one answered, and no longer than answers name the first one, since refusals
-/// name none. `None`: there is one epoch.
+/// Until when all answers are of the first epoch: those that came before any that names a later one, and no later than the last that names the first one, since
+/// refusals name none. `None`: there is one epoch.
 fn next_epochs(history: &History) -> Option<u64> {
     let epoch = |op: &Op| match (&op.request, &op.response) {
         (_, Response::Written { at, .. }) => Some(at.epoch),
@@ -71,7 +71,7 @@ fn next_epochs(history: &History) -> Option<u64> {
     let first = |op: &&Op| epoch(op) == Some(1);
     let later = |op: &&Op| epoch(op).is_some_and(|epoch| epoch > 1);
     let last_ns = history.ops.iter().filter(first).map(|op| op.return_ns).max().unwrap_or(0) + 1;
-    let next_ns = history.ops.iter().filter(later).map(|op| op.call_ns).min();
+    let next_ns = history.ops.iter().filter(later).map(|op| op.return_ns).min();
     next_ns.map(|next_ns| next_ns.min(last_ns)).filter(|_| !history.ends.is_empty())
 }
 
