@@ -14,6 +14,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use storage::codec;
 use storage::facts::FactError;
 use storage::log::{Entries, Log, LogError};
@@ -29,6 +30,18 @@ const READ_BYTES_MAX: usize = 4 << 20;
 pub struct LogStore {
     log: Arc<Log>,
     flush: mpsc::UnboundedSender<IOFlushed<Types>>,
+    pub missed: Missed,
+}
+
+/// A stream to a peer has asked for entries that are purged. openraft goes on asking for them until a message to the peer fails, and only then sends it a snapshot.
+#[derive(Clone, Default)]
+pub struct Missed(Arc<AtomicBool>);
+
+impl Missed {
+    /// Whether one has, since this was last asked.
+    pub fn take(&self) -> bool {
+        self.0.swap(false, Ordering::SeqCst)
+    }
 }
 
 /// Loci counts positions from 1 (0: nothing yet); openraft counts entries from 0.
@@ -53,7 +66,7 @@ impl LogStore {
     pub fn new(log: Arc<Log>) -> LogStore {
         let (flush, waiting) = mpsc::unbounded_channel();
         sim::task::spawn(flusher(log.clone(), waiting));
-        LogStore { log, flush }
+        LogStore { log, flush, missed: Missed::default() }
     }
 
     fn meta<T: serde::de::DeserializeOwned>(&self, name: &str) -> io::Result<Option<T>> {
@@ -210,6 +223,7 @@ impl RaftLogReader<Types> for LogStore {
         let chunk = match self.chunk(position_index(start)..position_index(end)) {
             Err(_) if position_index(start) < self.log.first_index() => {
                 sim::trace::probe("ledger: a stream asked for entries that are purged");
+                self.missed.0.store(true, Ordering::SeqCst);
                 return Ok(vec![]);
             }
             chunk => chunk?,
@@ -314,6 +328,7 @@ mod tests {
                 store.limited_get_log_entries(there, 40).await?.first().map(|e| e.log_id().index),
                 Some(there)
             );
+            assert!(store.missed.take() && !store.missed.take(), "the next message to the peer fails, once");
             let beyond = store.limited_get_log_entries(41, 43).await;
             assert!(beyond.is_err(), "what was never there is no purged entry: {beyond:?}");
             Ok(())

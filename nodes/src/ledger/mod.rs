@@ -187,7 +187,8 @@ impl Ledger {
         let keeper = Keeper { log: log.clone(), bases, base_bytes_min: options.base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
-        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch };
+        let missed = store.missed.clone();
+        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, missed };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(sim::planted!("vote-with-a-damaged-log"));
@@ -382,10 +383,14 @@ impl Ledger {
     /// A leader whose followers hear it, though it does not hear them, would lead for ever and commit nothing: it lets one of them
     /// take over.
     async fn give_way_when_unheard(self) {
-        // One that has given way takes no more writes: it goes on until somebody takes over.
-        let mut attempts = 0;
+        // One that has given way takes no more writes in its term: it goes on until somebody takes over.
+        let (mut attempts, mut of) = (0, 0);
         while !self.stopping.load(Ordering::SeqCst) {
             self.rest_until(Instant::now() + self.deposed_after).await;
+            let term = self.term();
+            if std::mem::replace(&mut of, term) != term {
+                attempts = 0;
+            }
             match self.raft.is_leader() && (attempts > 0 || self.is_unheard()) {
                 true if attempts == 0 => {
                     sim::trace::probe("ledger: an unheard leader gave way");

@@ -1,5 +1,6 @@
 //! openraft's messages to a peer: snapshots by calls of their own, all else over the link that all groups share ([`crate::links`]).
 
+use super::log_store::Missed;
 use super::recovery;
 use super::state_machine::SnapshotSource;
 use super::types::{Types, Vote};
@@ -30,6 +31,7 @@ pub struct Network {
     pub disk: Arc<dyn Disk>,
     pub group: GroupId,
     pub epoch: u64,
+    pub missed: Missed,
 }
 
 /// One peer.
@@ -75,6 +77,9 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, Error> {
+        if rpc.entries.is_empty() && self.network.missed.take() {
+            return Err(unreachable("it needs entries that are purged, and with that a snapshot").into());
+        }
         self.call(Method::Append, &rpc, option.hard_ttl()).await
     }
 
