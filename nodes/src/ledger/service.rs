@@ -20,7 +20,7 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream, FuturesUnordered};
 use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
-use openraft::raft::AppendEntriesRequest;
+use openraft::raft::{AppendEntriesRequest, SnapshotResponse};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sim::time::{Duration, Instant};
@@ -140,11 +140,13 @@ impl replica_server::Replica for ReplicaService {
         of_epoch(&replica.ledger, head.epoch)?;
         let (vote, meta): (Vote, SnapshotMeta) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
-        // One that comes late, behind entries of the same leader, must not take those away again.
+        // One that comes late, behind entries of the same leader, must not take those away again: what it is of is here, and committed.
         let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;
         let newer = held.filter(|held| held.leader_id.term == vote.leader_id.term);
         if newer.is_some_and(|held| meta.last_log_id.is_some_and(|last| last.index < held.index)) {
-            return Err(Status::unavailable("this replica has more than the snapshot by now"));
+            let own = replica.ledger.raft.server_metrics().borrow_watched().vote;
+            let body = codec::encode_serde(&SnapshotResponse::<Types>::new(own)).into();
+            return Ok(Response::new(Body { body, ..Body::default() }));
         }
         let path = format!("snapshot-in-{}.tmp", replica.received.fetch_add(1, Ordering::Relaxed));
         let broken = |e: std::io::Error| Status::internal(format!("snapshot cannot be stored: {e}"));
