@@ -269,6 +269,16 @@ impl fmt::Display for Response {
     }
 }
 
+impl Response {
+    /// Where it was written, if it was.
+    pub fn at(&self) -> Option<At> {
+        match self {
+            Response::Written { at, .. } => Some(*at),
+            _ => None,
+        }
+    }
+}
+
 impl Request {
     /// The memory that it is about, if it is about one.
     pub fn id(&self) -> Option<&Id> {
@@ -292,10 +302,10 @@ impl History {
         self.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).count()
     }
 
-    /// What the cluster said of the end of the epoch in which a write was acknowledged, if it lies where something may be lost.
-    pub fn reported(&self, at: &At) -> Option<&End> {
-        let end = self.ends.get(&(at.shard, at.epoch))?;
-        (end.certain < at.index && at.index <= end.ceiling).then_some(end)
+    /// Whether the cluster said that what was acknowledged there may be lost with the epoch.
+    pub fn may_be_lost(&self, at: &At) -> bool {
+        let end = self.ends.get(&(at.shard, at.epoch));
+        end.is_some_and(|end| end.certain < at.index && at.index <= end.ceiling)
     }
 
     /// Operations by tenant and memory.

@@ -154,14 +154,9 @@ pub fn row(memory: &v1::Memory) -> Row {
 }
 
 /// What a token names of the shard that an answer came from, which the answer's own token names first.
-fn index(token: Option<&v1::Token>, shard: u32) -> u64 {
-    let of = |t: &v1::Token| t.positions.iter().find(|p| p.shard == shard).map(|p| p.index);
-    token.and_then(of).unwrap_or(0)
-}
-
-fn epoch(token: Option<&v1::Token>, shard: u32) -> u64 {
-    let of = |t: &v1::Token| t.positions.iter().find(|p| p.shard == shard).map(|p| p.epoch);
-    token.and_then(of).unwrap_or(0)
+fn position(token: Option<&v1::Token>, shard: u32) -> v1::ShardPosition {
+    let of = |t: &v1::Token| t.positions.iter().find(|p| p.shard == shard).copied();
+    token.and_then(of).unwrap_or_default()
 }
 
 fn shard(token: Option<&v1::Token>) -> u32 {
@@ -179,11 +174,11 @@ fn at(info: Option<&v1::WriteInfo>) -> At {
     }
 }
 
-fn epoch_of(response: &Response) -> u64 {
-    match response {
-        Response::Written { at, .. } => at.epoch,
-        _ => 0,
-    }
+/// Whether an answered key was decided again in a later epoch, since what was decided first is lost with its region. An answer that names no epoch is of the
+/// first one, as far as anybody knows.
+fn decided_anew(first: &Response, again: &Response) -> bool {
+    let epoch = |response: &Response| response.at().map_or(1, |at| at.epoch);
+    epoch(again) > epoch(first)
 }
 
 /// Whether an answered key got the same answer again. On the way to another shard a write gets another place.
@@ -404,14 +399,11 @@ impl Client {
             if self.several && answer == Response::Refused(Refusal::NotFound) {
                 // Where there are several shards, what was refused because nothing with that id ever was is not remembered.
                 answer = again;
-            } else if epoch_of(&again) > epoch_of(&answer) {
-                // The first one was lost with its region: P2 judges the one that stands.
+            } else if decided_anew(&answer, &again) {
+                // P2 judges the one that stands.
                 answer = again;
             } else if !matches!(again, Response::Unknown) && !same(&answer, &again) {
-                let at = match answer {
-                    Response::Written { at, .. } => Some(at),
-                    _ => None,
-                };
+                let at = answer.at();
                 answer = Response::Changed { first: answer.to_string(), then: again.to_string(), at };
             }
         }
@@ -548,12 +540,12 @@ impl Client {
                 let answer = answer.into_inner();
                 let shown = answer.info.as_ref().and_then(|i| i.token.clone());
                 let shard = shard(shown.as_ref());
-                asked = token.map(|token| index(Some(&token), shard));
-                let index = index(shown.as_ref(), shard);
+                asked = token.map(|token| position(Some(&token), shard).index);
+                let v1::ShardPosition { epoch, index, .. } = position(shown.as_ref(), shard);
                 self.saw(shown.as_ref());
                 let Some(memory) = &answer.memory else { return };
                 self.versions.insert(id.clone(), memory.version);
-                Response::Value { row: row(memory), shown: index, epoch: epoch(shown.as_ref(), shard) }
+                Response::Value { row: row(memory), shown: index, epoch }
             }
             Some(Err(status)) if reason(&status).as_deref() == Some("LOST_IN_FAILOVER") => {
                 self.token = v1::Token::default();
@@ -698,6 +690,30 @@ impl Kind {
             Kind::Add => "add",
             Kind::Update => "update",
             Kind::Delete => "delete",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_decided_anew_only_in_a_later_epoch() {
+        let written = |epoch, index| {
+            let at = At { shard: 0, epoch, index, item: 0 };
+            Response::Written { version: 1, at, map_version: 1, elsewhere: false }
+        };
+        let refused = Response::Refused(Refusal::AlreadyExists { version: 4 });
+        for (first, again, anew) in [
+            (&refused, &written(1, 9), false),
+            (&written(1, 5), &written(1, 9), false),
+            (&written(1, 5), &refused, false),
+            (&written(2, 5), &written(2, 9), false),
+            (&written(1, 5), &written(2, 4), true),
+            (&refused, &written(2, 9), true),
+        ] {
+            assert_eq!(decided_anew(first, again), anew, "{first} {again}");
         }
     }
 }

@@ -20,7 +20,7 @@ pub struct Missing<'a> {
 impl Missing<'_> {
     /// Whether the cluster said that it may be lost, and had not said before that it could not be.
     pub fn is_reported(&self, history: &History) -> bool {
-        !self.elsewhere && history.reported(&self.at).is_some()
+        !self.elsewhere && history.may_be_lost(&self.at)
     }
 }
 

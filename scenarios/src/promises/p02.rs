@@ -6,7 +6,7 @@
 
 use super::p01::{Missing, missing};
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Op, Request, Response};
+use crate::history::{History, Op, Request};
 use std::collections::BTreeSet;
 
 /// Acknowledged writes that are lost as the cluster says.
@@ -16,11 +16,9 @@ pub fn reported(history: &History) -> Vec<Missing<'_>> {
 
 /// Operations of which nobody can say that they stand: those, and deletions that may be lost.
 pub fn doubtful(history: &History) -> Vec<usize> {
-    let deletion = |(_, op): &(usize, &Op)| match op.response {
-        Response::Written { at, .. } => {
-            matches!(op.request, Request::Delete { .. }) && history.reported(&at).is_some()
-        }
-        _ => false,
+    let deletion = |(_, op): &(usize, &Op)| {
+        let may_be_lost = op.response.at().is_some_and(|at| history.may_be_lost(&at));
+        may_be_lost && matches!(op.request, Request::Delete { .. })
     };
     let deletions = history.ops.iter().enumerate().filter(deletion).map(|(number, _)| number);
     reported(history).into_iter().map(|missing| missing.number).chain(deletions).collect()
@@ -37,7 +35,7 @@ pub fn check(history: &History) -> Vec<Violation> {
         let Some(end) = history.ends.get(&(at.shard, at.epoch)) else { continue };
         let problem = match end.exact {
             _ if *elsewhere => "acknowledged as durable in the other region, and lost".to_string(),
-            _ if history.reported(at).is_none() => {
+            _ if !history.may_be_lost(at) => {
                 format!("lost, though only entries {} to {} may be", end.certain + 1, end.ceiling)
             }
             Some((kept, last)) if at.index <= kept || at.index > last => {
@@ -47,20 +45,13 @@ pub fn check(history: &History) -> Vec<Violation> {
         };
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
-    for (number, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let (Response::Written { at, .. }, false) =
-            (&op.response, matches!(op.request, Request::Delete { .. }))
-        else {
-            continue;
-        };
+    for (_, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
+        let at = op.response.at().filter(|_| !matches!(op.request, Request::Delete { .. }));
+        let Some(at) = at else { continue };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);
-            found.push(violation(
-                "P2",
-                op.return_ns,
-                format!("{problem}: {}", describe(&history.ops[number])),
-            ));
+            found.push(violation("P2", op.return_ns, format!("{problem}: {}", describe(op))));
         }
     }
     found

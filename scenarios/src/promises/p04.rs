@@ -24,16 +24,14 @@ pub fn check(history: &History) -> Vec<Violation> {
         };
         let mut ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
         let before = next_epochs.filter(|at| may_have_lost(history, &ops, *at));
+        let mut open: Vec<Op> = vec![];
         if let Some(before) = before {
-            ops.retain(|op| op.return_ns < before || op.request.is_write() && op.call_ns < before);
+            let (ended, later): (Vec<&Op>, Vec<&Op>) = ops.into_iter().partition(|op| op.return_ns < before);
+            ops = ended;
+            // A write that ended later may have come before, or be lost.
+            let began = later.into_iter().filter(|op| op.request.is_write() && op.call_ns < before);
+            open.extend(began.map(|op| Op { response: Response::Unknown, ..op.clone() }));
         }
-        // A write that ended later may have come before, or be lost.
-        let open: Vec<Op> = ops
-            .iter()
-            .filter(|op| before.is_some_and(|before| op.return_ns >= before))
-            .map(|op| Op { response: Response::Unknown, ..(*op).clone() })
-            .collect();
-        ops.retain(|op| before.is_none_or(|before| op.return_ns < before));
         ops.extend(&open);
         let last_ns = ops.iter().map(|op| op.return_ns).max().unwrap_or(0);
         let finals = history.finals.iter().filter(|_| before.is_none());
@@ -82,18 +80,18 @@ fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
         let answered = op.response != Response::Unknown && op.return_ns < next_ns;
         op.request.is_write() && op.call_ns < next_ns && !answered
     };
-    ops.iter().any(|op| open(op) || is_gone(history, op, &op.response))
+    ops.iter().any(|op| open(op) || is_gone(history, op))
 }
 
 /// Whether no replica has in the end what an answer showed or said to be written.
-fn is_gone(history: &History, op: &Op, response: &Response) -> bool {
-    let (version, marker) = match (response, &op.request) {
+fn is_gone(history: &History, op: &Op) -> bool {
+    let (version, marker) = match (&op.response, &op.request) {
         (Response::Value { row, .. }, _) => (row.version, Some(&row.marker)),
         (Response::Written { version, .. }, Request::Add { marker, .. } | Request::Update { marker, .. }) => {
             (*version, Some(marker))
         }
         // Another deletion may have made that version since.
-        (Response::Written { at, .. }, _) if history.reported(at).is_some() => return true,
+        (Response::Written { at, .. }, _) if history.may_be_lost(at) => return true,
         (Response::Written { version, .. }, _) => (*version, None),
         _ => return false,
     };
@@ -155,7 +153,7 @@ fn sessions(history: &History) -> Vec<Violation> {
             found.push(violation("P4", op.return_ns, what));
         }
         if version >= *before || *gone {
-            (*before, *gone) = (version, is_gone(history, op, &op.response));
+            (*before, *gone) = (version, is_gone(history, op));
         }
     }
     found

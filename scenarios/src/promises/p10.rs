@@ -10,7 +10,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     for op in &history.ops {
         if let Response::Changed { at, .. } = &op.response
-            && at.is_none_or(|at| history.reported(&at).is_none())
+            && at.is_none_or(|at| !history.may_be_lost(&at))
         {
             found.push(violation(
                 "P10",
