@@ -281,12 +281,14 @@ fn go_over(
                 kept + 1
             );
         }
-        held.taken.retain(|(of, _)| of != epoch);
         // One that halted for the epoch that came next followed there: it is no old disk, unless it had more.
         // Nor is one that was damaged: it has forgotten what it had.
         let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
-        if whole && (!halted || last > kept) {
+        let told = held.taken.iter().any(|(of, _)| of == epoch);
+        if !told && whole && (!halted || last > kept) {
             held.taken.push((*epoch, (kept.min(last), last, commands)));
+            // Before anything is cut: an attempt that is made again no longer sees it.
+            keep(log, held)?;
         }
         start_over |= log.first_index() > kept + 1;
         if !start_over {
@@ -458,10 +460,15 @@ mod tests {
             (vec![(2, 24)], 20, 24),
             (vec![(3, 12)], 12, 12),
         ] {
-            let (log, returned) = turned(&leaders, &plan)?;
-            assert_eq!(log.last_index(), kept, "{leaders:?}");
-            assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
-            assert_eq!((returned.views_max, returned.start_over), (kept.max(20), false), "{leaders:?}");
+            let disk: Arc<dyn Disk> = SimDisk::new(1);
+            let (log, bases) = (log(&disk, &leaders)?, Bases::open(disk.clone(), "bases")?);
+            for _ in 0..2 {
+                // The second time as after a crash before the end.
+                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+                assert_eq!(log.last_index(), kept, "{leaders:?}");
+                assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
+                assert_eq!((returned.views_max, returned.start_over), (kept.max(20), false), "{leaders:?}");
+            }
         }
         Ok(())
     }
