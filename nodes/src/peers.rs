@@ -1,12 +1,13 @@
 //! Channels to the other nodes of the cluster: one connection per address, shared by everything that talks to it.
 
 use crate::links::Links;
-use crate::proto::internal::replica_client::ReplicaClient;
+use crate::proto::internal::{Body, replica_client::ReplicaClient};
 use sim::net::Channel;
 use sim::time::Duration;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
+use storage::codec;
 use tonic::metadata::{Ascii, MetadataValue};
 
 /// Names the cluster's secret in a call's metadata.
@@ -44,6 +45,14 @@ impl Peers {
         };
         let client = ReplicaClient::new(channel);
         Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
+    }
+
+    /// Whether the node at an address answers in time; `version`: of the cluster map that it should read if it knows an older one.
+    pub async fn is_there(&self, addr: &str, version: u64, within: Duration) -> bool {
+        let Ok(mut client) = self.client(addr) else { return false };
+        let body = Body { body: codec::encode(&version).into(), ..Body::default() };
+        let asked = client.is_there(self.request(body, within));
+        sim::time::timeout(within, asked).await.is_ok_and(|answer| answer.is_ok())
     }
 
     /// A request with the cluster's secret and a deadline.

@@ -13,7 +13,7 @@
 //! alone ([`crate::roles`]) stay learners, and go by the same way.
 
 use super::map::{ClusterMap, Handover, Learner, Move, NodeId, ShardId};
-use super::regions::{Regions, RegionsConfig};
+use super::regions::RegionsConfig;
 use super::{Control, TENANT};
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups, name_of};
@@ -116,7 +116,7 @@ impl Driver {
 
     /// Takes the next step of what slots are to do.
     async fn slots(&self, map: &ClusterMap) -> Result<bool, Error> {
-        if map.regions.as_ref().is_some_and(Regions::holds_still) {
+        if map.holds_still() {
             return Ok(false);
         }
         if let Some((shard, entry)) = map.shards.iter().find(|(_, entry)| !entry.founded) {
@@ -250,7 +250,7 @@ impl Driver {
 
     /// Takes the next step of what replicas are to do.
     async fn replicas(&self, map: &ClusterMap) -> Result<bool, Error> {
-        if map.regions.as_ref().is_some_and(Regions::holds_still) {
+        if map.holds_still() {
             return Ok(false);
         }
         let next = self.planned(map, ClusterMap::plan_handover).await?;

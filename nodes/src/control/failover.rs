@@ -79,28 +79,17 @@ fn soon() -> Instant {
 
 /// Which of some nodes answer. `version`: of the map that they should know.
 pub async fn reach(peers: &Peers, addrs: &[String], version: u64) -> Vec<bool> {
-    let body = bytes::Bytes::from(codec::encode(&version));
-    join_all(addrs.iter().map(|addr| {
-        let body = Body { body: body.clone(), ..Body::default() };
-        async move {
-            let Ok(mut client) = peers.client(addr) else { return false };
-            let asked = client.is_there(peers.request(body, REACH_WITHIN));
-            time::timeout(REACH_WITHIN, asked).await.is_ok_and(|answer| answer.is_ok())
-        }
-    }))
-    .await
+    join_all(addrs.iter().map(|addr| peers.is_there(addr, version, REACH_WITHIN))).await
 }
 
-/// Whether of each shard a majority of those who vote is there.
-fn is_well(map: &ClusterMap, there: &BTreeSet<&String>) -> bool {
+/// Whether of each shard a majority of those who vote is there, of whom some were reached.
+fn well(map: &ClusterMap, addrs: &[String], reached: &[bool]) -> bool {
+    let there = addrs.iter().zip(reached).filter(|(_, there)| **there);
+    let there: BTreeSet<&String> = there.map(|(addr, _)| addr).collect();
     map.shards.keys().all(|shard| {
         let addrs = map.addrs(*shard);
         addrs.iter().filter(|addr| there.contains(addr)).count() * 2 > addrs.len()
     })
-}
-
-fn well(map: &ClusterMap, addrs: &[String], reached: &[bool]) -> bool {
-    is_well(map, &addrs.iter().zip(reached).filter(|(_, there)| **there).map(|(addr, _)| addr).collect())
 }
 
 /// The nodes that vote in some shard.
@@ -286,14 +275,11 @@ impl Failover {
             .ok_or_else(|| Error::Internal(format!("region {} is none", change.to)))?;
         if change.planned && self.control.lease(soon()).await?.0.epoch == regions.epoch {
             let since = *seen.pausing.get_or_insert_with(Instant::now);
-            let ready = match self.grants.prepare(holder)? {
-                Granted::Wait(left) => {
-                    time::sleep(left.min(LOOK)).await;
-                    return Ok(());
-                }
-                _ => self.has_everything(map, change).await,
-            };
-            if let Err(error) = ready {
+            if let Some(left) = self.grants.prepare(holder)? {
+                time::sleep(left.min(LOOK)).await;
+                return Ok(());
+            }
+            if let Err(error) = self.has_everything(map, change).await {
                 if since.elapsed() < PAUSE_MAX || !self.grants.withdraw() {
                     return Err(error);
                 }
@@ -310,7 +296,7 @@ impl Failover {
         seen.pausing = None;
         sim::rand::buggify_wait("before an epoch is granted", 0.2, Duration::from_secs(3)).await;
         match self.grants.grant(holder, regions.epoch).await? {
-            Granted::Epoch { epoch, .. } => {
+            Granted::Epoch(epoch) => {
                 sim::trace::probe("region: an epoch granted");
                 sim::warn!("epoch {epoch} is {}'s", change.to);
                 let to = &change.to;
@@ -322,7 +308,6 @@ impl Failover {
                 time::sleep(left.min(LOOK)).await;
                 Ok(())
             }
-            Granted::RanOut => Ok(()),
         }
     }
 
@@ -332,11 +317,10 @@ impl Failover {
             return Ok(());
         }
         for shard in map.shards.keys() {
-            let body = bytes::Bytes::from(codec::encode(&()));
             let mut has_all =
                 Err(Error::Unavailable(format!("nobody leads shard {shard} in {}", change.from)));
             for addr in map.addrs(*shard) {
-                let request = Body { body: body.clone(), group: *shard, epoch: 0 };
+                let request = Body { group: *shard, ..Body::default() };
                 let Ok(mut client) = self.peers.client(&addr) else { continue };
                 let asked = time::timeout(STEP, client.has_tail(self.peers.request(request, STEP))).await;
                 if let Ok(Ok(answer)) = asked {

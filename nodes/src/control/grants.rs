@@ -4,7 +4,7 @@
 //! whole lease instead.
 
 use super::Control;
-use super::lease::{Ask, Entry, Grantor, GrantorEffect, GrantorEvent, HolderId, Ms, Settings, Term};
+use super::lease::{Ask, Entry, Grantor, GrantorEffect, GrantorEvent, HolderId, Ms, Record, Settings, Term};
 use super::rights::Renewed;
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups};
@@ -37,10 +37,8 @@ struct Leading {
 pub enum Granted {
     /// Nothing is granted for so long.
     Wait(Duration),
-    /// The present epoch has run out.
-    RanOut,
-    /// This epoch was granted; what the one before can have acknowledged at most.
-    Epoch { epoch: u64, ceiling: u64 },
+    /// This epoch was granted.
+    Epoch(u64),
 }
 
 impl Grants {
@@ -152,10 +150,10 @@ impl Grants {
         self.not_leader()
     }
 
-    /// Lets the present epoch run out.
-    pub fn prepare(&self, holder: HolderId) -> Result<Granted, Error> {
+    /// Lets the present epoch run out; how long that still takes, if it does.
+    pub fn prepare(&self, holder: HolderId) -> Result<Option<Duration>, Error> {
         let (effects, _) = self.on(GrantorEvent::Prepared(holder)).ok_or_else(not_yet)?;
-        Ok(self.waits(&effects).unwrap_or(Granted::RanOut))
+        Ok(self.waits(&effects))
     }
 
     /// It is not to run out after all; whether it does not.
@@ -164,11 +162,9 @@ impl Grants {
         heard && self.state().as_ref().is_some_and(|leading| leading.grantor.next.is_none())
     }
 
-    fn waits(&self, effects: &[GrantorEffect]) -> Option<Granted> {
+    fn waits(&self, effects: &[GrantorEffect]) -> Option<Duration> {
         effects.iter().find_map(|effect| match effect {
-            GrantorEffect::Wait { until } => {
-                Some(Granted::Wait(Duration::from_millis(until.saturating_sub(self.now()))))
-            }
+            GrantorEffect::Wait { until } => Some(Duration::from_millis(until.saturating_sub(self.now()))),
             _ => None,
         })
     }
@@ -178,24 +174,26 @@ impl Grants {
         let deadline = Instant::now() + STEP;
         let (record, _) = self.control.lease(deadline).await?;
         if record.epoch > epoch && record.holder == Some(holder) {
-            let granted = Granted::Epoch { epoch: record.epoch, ceiling: record.ceiling_before };
-            self.on(GrantorEvent::Read(record));
-            return Ok(granted);
+            return Ok(self.granted(record));
         }
         let (effects, _) = self.on(GrantorEvent::Wanted(holder)).ok_or_else(not_yet)?;
         if let Some(wait) = self.waits(&effects) {
-            return Ok(wait);
+            return Ok(Granted::Wait(wait));
         }
         for effect in effects {
             let GrantorEffect::Propose { entry, .. } = effect else { continue };
             let Some(record) = self.control.enter(&entry, deadline).await? else {
                 return Err(Error::Unavailable("another one leads the control group".into()));
             };
-            let granted = Granted::Epoch { epoch: record.epoch, ceiling: record.ceiling_before };
-            self.on(GrantorEvent::Read(record));
-            return Ok(granted);
+            return Ok(self.granted(record));
         }
         Err(not_yet())
+    }
+
+    fn granted(&self, record: Record) -> Granted {
+        let granted = Granted::Epoch(record.epoch);
+        self.on(GrantorEvent::Read(record));
+        granted
     }
 }
 

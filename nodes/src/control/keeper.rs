@@ -135,8 +135,7 @@ impl Keeper {
             sim::info!("{} halts for epoch {epoch}", name_of(shard));
             self.close(replica).await?;
             if let Err(error) = self.open(shard, Start::Learner, plan).await {
-                sim::task::abort(&format!("{error}; this process ends, and its next start tries again"))
-                    .await;
+                end(error).await;
             }
         }
         let replica = self.groups.get(shard).ok_or_else(missing)?;
@@ -153,8 +152,7 @@ impl Keeper {
             let map = maps.borrow_and_update().clone();
             if map.version > 0 {
                 if let Err(error) = self.open_all(&map).await {
-                    sim::task::abort(&format!("{error}; this process ends, and its next start tries again"))
-                        .await;
+                    end(error).await;
                 }
                 self.tell(&map).await;
                 let kept = map.kept_by(self.settings.id);
@@ -211,6 +209,11 @@ impl Keeper {
             Err(error) => sim::warn!("{} is no longer here, but its files stay: {error}", name_of(group)),
         }
     }
+}
+
+/// What cannot be opened ends the process.
+async fn end(error: Error) -> ! {
+    sim::task::abort(&format!("{error}; this process ends, and its next start tries again")).await
 }
 
 fn remove_all(disk: &dyn Disk, dir: &str, depth: usize) -> io::Result<()> {

@@ -22,7 +22,6 @@ use super::Control;
 use super::map::{Liveness, NodeId};
 use crate::groups::{CONTROL, Groups};
 use crate::peers::Peers;
-use crate::proto::internal::Body;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use sim::time::{self, Duration, Instant};
@@ -88,7 +87,7 @@ impl Watch {
         let mut asked: FuturesUnordered<_> = map
             .nodes
             .iter()
-            .map(|(id, node)| async move { (*id, self.is_there(&node.addr).await) })
+            .map(|(id, node)| async move { (*id, self.peers.is_there(&node.addr, 0, BEAT).await) })
             .collect();
         while let Some((node, is_there)) = asked.next().await {
             if is_there {
@@ -124,12 +123,6 @@ impl Watch {
         {
             sim::debug!("who is down is not written: {error}");
         }
-    }
-
-    async fn is_there(&self, addr: &str) -> bool {
-        let Ok(mut client) = self.peers.client(addr) else { return false };
-        let asked = client.is_there(self.peers.request(Body::default(), BEAT));
-        time::timeout(BEAT, asked).await.is_ok_and(|answer| answer.is_ok())
     }
 }
 

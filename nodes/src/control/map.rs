@@ -580,7 +580,7 @@ impl ClusterMap {
     /// Plans the next handover: away from nodes that are drained, lost, or may not vote, then to shards that lack replicas.
     pub fn plan_handover(&self) -> ClusterMap {
         let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.keeps(Role::Ledger));
-        if self.regions.as_ref().is_some_and(Regions::holds_still) {
+        if self.holds_still() {
             return self.clone();
         }
         let primary = self.primary();
@@ -639,7 +639,7 @@ impl ClusterMap {
     /// Plans learners: of each view as many replicas as its policy has, voters included, where there are as many nodes; in a region that keeps
     /// replicas but takes no writes, as many of the ledger too. None for nodes that are drained, or gone, or have no view any more.
     pub fn plan_learners(&self) -> ClusterMap {
-        if self.regions.as_ref().is_some_and(Regions::holds_still) {
+        if self.holds_still() {
             return self.clone();
         }
         let primary = self.primary();
@@ -648,7 +648,7 @@ impl ClusterMap {
                 self.shards.iter().filter(|(_, shard)| shard.founded && shard.handover.is_none())
             {
                 let mut planned = shard.clone();
-                let mut spare = BTreeSet::new();
+                let mut short = BTreeSet::new();
                 for region in self.serving() {
                     let away = region != primary;
                     let roles = Role::ALL
@@ -666,7 +666,7 @@ impl ClusterMap {
                             map.least_loaded(role, region).filter(|node| !holds(node)).collect();
                         let lacking = role.policy().replicas.saturating_sub(held);
                         if away && free.len() < lacking {
-                            spare.insert(region);
+                            short.insert(region);
                         }
                         planned
                             .learners
@@ -681,7 +681,7 @@ impl ClusterMap {
                         let new = joins && shard.epoch == shard.first_epoch;
                         let allowed = if new { NodeEntry::may } else { NodeEntry::keeps };
                         // A region that is away as a whole comes back with what it had: nobody there could take its place.
-                        let away = node.state == NodeState::Member && spare.contains(node.region.as_str());
+                        let away = node.state == NodeState::Member && short.contains(node.region.as_str());
                         node.follows(primary, allowed) || away
                     });
                     if !stays && (settled || joins) {

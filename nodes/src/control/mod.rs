@@ -183,9 +183,8 @@ impl Control {
         loop {
             let (record, version) = self.lease(deadline).await?;
             let Some(next) = record.apply(entry) else { return Ok(None) };
-            match self.write(LEASE, &next, version, deadline).await? {
-                true => return Ok(Some(next)),
-                false => continue,
+            if self.write(LEASE, &next, version, deadline).await? {
+                return Ok(Some(next));
             }
         }
     }

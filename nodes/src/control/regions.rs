@@ -266,12 +266,6 @@ impl Regions {
     pub fn serving(&self) -> impl Iterator<Item = &String> {
         self.names.iter().filter(|name| Some(*name) != self.witness.as_ref())
     }
-
-    /// The change is at a step at which replicas stay where they are.
-    pub fn holds_still(&self) -> bool {
-        let step = self.change.as_ref().map(RegionChange::step);
-        matches!(step, Some(Step::Granting | Step::Promoting))
-    }
 }
 
 impl ClusterMap {
@@ -286,6 +280,12 @@ impl ClusterMap {
     /// Where replicas that vote are; empty in a cluster without regions.
     pub fn primary(&self) -> &str {
         self.regions.as_ref().map_or("", |regions| &regions.primary)
+    }
+
+    /// A change of the primary is at a step at which replicas and slots stay where they are.
+    pub fn holds_still(&self) -> bool {
+        let change = self.regions.as_ref().and_then(|regions| regions.change.as_ref());
+        matches!(change.map(RegionChange::step), Some(Step::Granting | Step::Promoting))
     }
 
     /// The epoch in which shards write.

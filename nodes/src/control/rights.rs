@@ -57,17 +57,18 @@ impl Rights {
     /// Of a node; `limited`: it may write nothing before it has asked.
     pub fn new(limited: bool) -> Rights {
         let incarnation = sim::rand::below(u64::MAX);
-        let leased = limited.then(|| Leased::starts(0, incarnation));
-        let (elsewhere, lag_warned) = (BTreeSet::new(), Duration::MAX);
-        let state = Mutex::new(State { leased, elsewhere, lag_warned, incarnation });
-        Rights(Arc::new(Inner { began: Instant::now(), state }))
+        Rights::begin(incarnation, limited.then(|| Leased::starts(0, incarnation)))
     }
 
     /// For what needs no right.
     pub fn free() -> Rights {
-        let state =
-            State { leased: None, elsewhere: BTreeSet::new(), lag_warned: Duration::MAX, incarnation: 0 };
-        Rights(Arc::new(Inner { began: Instant::now(), state: Mutex::new(state) }))
+        Rights::begin(0, None)
+    }
+
+    fn begin(incarnation: u64, leased: Option<Leased>) -> Rights {
+        let (elsewhere, lag_warned) = (BTreeSet::new(), Duration::MAX);
+        let state = Mutex::new(State { leased, elsewhere, lag_warned, incarnation });
+        Rights(Arc::new(Inner { began: Instant::now(), state }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -253,26 +253,19 @@ fn quarantine(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<
     Ok(commands)
 }
 
-/// What going over the ends of epochs left.
-struct Gone {
-    views_max: u64,
-    start_over: bool,
-}
-
 /// Takes away what the epochs before have not that are over.
 fn go_over(
     disk: &Arc<dyn Disk>,
     log: &Log,
     bases: &Bases,
-    held: &mut Held,
+    Turned { held, views_max, start_over }: &mut Turned,
     plan: &Plan,
-) -> Result<Gone, Error> {
-    let (mut views_max, mut start_over) = (u64::MAX, false);
+) -> Result<(), Error> {
     let halted = held.is_halted();
     // It may have missed several.
     for (epoch, end) in plan.ends.range(held.of..plan.epoch) {
         let (last, kept) = (log.last_index(), agrees(log, end)?);
-        views_max = views_max.min(kept.max(end.certain));
+        *views_max = (*views_max).min(kept.max(end.certain));
         let commands = if last > kept { quarantine(disk, log, *epoch, kept)? } else { 0 };
         if last > kept {
             sim::trace::probe("epoch: a returning replica's entries were taken away");
@@ -290,14 +283,14 @@ fn go_over(
             // Before anything is cut: an attempt that is made again no longer sees it.
             keep(log, held)?;
         }
-        start_over |= log.first_index() > kept + 1;
-        if !start_over {
+        *start_over |= log.first_index() > kept + 1;
+        if !*start_over {
             log.truncate_from(kept + 1).map_err(|e| failed("log", e))?;
         }
         bases.forget_above(kept).map_err(|e| failed("bases", e))?;
     }
     held.of = plan.ends.range(held.of..plan.epoch).last().map_or(held.of, |(epoch, _)| epoch + 1);
-    Ok(Gone { views_max, start_over })
+    Ok(())
 }
 
 /// What is left of a closed replica when it has gone over to an epoch.
@@ -319,34 +312,32 @@ pub fn turn(
     plan: &Plan,
     certain: impl FnOnce() -> Result<u64, Error>,
 ) -> Result<Turned, Error> {
-    let mut held = held(log, plan.first)?;
-    let (mut views_max, mut start_over) = (u64::MAX, false);
+    let mut turned = Turned { held: held(log, plan.first)?, views_max: u64::MAX, start_over: false };
+    let Held { epoch, of, report: reported, .. } = &turned.held;
     match &plan.way {
-        Way::Halt if held.epoch < plan.epoch => {
-            let Gone { views_max: most, start_over: over } = go_over(disk, log, bases, &mut held, plan)?;
-            (views_max, start_over) = (most, over);
+        Way::Halt if *epoch < plan.epoch => {
+            go_over(disk, log, bases, &mut turned, plan)?;
             // One whose log was damaged, or is gone, has forgotten what others count on.
-            let whole = log.repair().map_err(|e| failed("log", e))?.is_none() && !start_over;
-            held.report = if whole { Some(report(log, certain()?.min(views_max))?) } else { None };
-            held.epoch = plan.epoch;
+            let whole = log.repair().map_err(|e| failed("log", e))?.is_none() && !turned.start_over;
+            turned.held.report =
+                if whole { Some(report(log, certain()?.min(turned.views_max))?) } else { None };
+            turned.held.epoch = plan.epoch;
             sim::trace::probe("epoch: a replica halted");
         }
-        Way::Begin(voters) if held.epoch == plan.epoch && held.is_halted() && held.report.is_some() => {
+        Way::Begin(voters) if *epoch == plan.epoch && turned.held.is_halted() && reported.is_some() => {
             begin(log, id, plan.epoch, voters)?;
-            held.of = plan.epoch;
+            turned.held.of = plan.epoch;
             sim::trace::probe("epoch: begun");
         }
         // Also one that was chosen, and has forgotten what it had.
-        Way::Return | Way::Begin(_) if held.epoch <= plan.epoch && held.of < plan.epoch => {
-            let Gone { views_max: most, start_over: over } = go_over(disk, log, bases, &mut held, plan)?;
-            (views_max, start_over) = (most, over);
-            (held.epoch, held.of) = (plan.epoch, plan.epoch);
-            held.report = None;
+        Way::Return | Way::Begin(_) if *epoch <= plan.epoch && *of < plan.epoch => {
+            go_over(disk, log, bases, &mut turned, plan)?;
+            turned.held = Held { epoch: plan.epoch, of: plan.epoch, report: None, ..turned.held };
             sim::trace::probe("epoch: a replica returned");
         }
         _ => {}
     }
-    Ok(Turned { held, views_max, start_over })
+    Ok(turned)
 }
 
 #[cfg(test)]
