@@ -14,7 +14,7 @@
 //! | a memory changes while it is being read for the cache | what changed lately is remembered; what was read before its last change is not kept |
 //! | the cache, or the replica that it hears from, is cut off | its position stands still: sessions that saw more are not answered, nobody is after [`UNHEARD_MAX`] |
 //! | what changed since its position is not known any more (a replica started anew, slots moved) | it forgets all of that shard |
-//! | a reader is answered with more than the cache's position shows | the answer names the position that the memory was read at |
+//! | a reader is answered with more than the cache's position shows | the answer names the positions that the memory was read between |
 //! | a cache dies | gateways ask the replicas instead, after [`crate::router::CACHE_WITHIN`] once, then at once |
 //!
 //! Strong and bounded reads are not for it: they need a majority's word for each answer. How often a memory was shown is not cached: it may
@@ -72,6 +72,8 @@ struct Kept {
     /// The position that it was read at, at least.
     epoch: u64,
     index: u64,
+    /// And at most.
+    seen: Position,
     at: Instant,
 }
 
@@ -267,7 +269,7 @@ impl CacheView {
             // A probe, of whoever found this cache silent.
             let position = Position::default();
             let (found, replica) = (Found::Slots(vec![]), self.name.to_string());
-            return Ok(Answered { found, position, staleness_ms: u64::MAX, replica });
+            return Ok(Answered { found, position, seen: position, staleness_ms: u64::MAX, replica });
         };
         let least = match query.freshness {
             Freshness::Any => Position::default(),
@@ -295,7 +297,7 @@ impl CacheView {
         let answered = replicas.reach.query(query, deadline).await?;
         if let Found::Memory(Some(memory)) = &answered.found {
             let (memory, Position { epoch, index, .. }) = (memory.clone(), answered.position);
-            let kept = Kept { tenant, slot, memory, epoch, index, at: Instant::now() };
+            let kept = Kept { tenant, slot, memory, epoch, index, seen: answered.seen, at: Instant::now() };
             sim::rand::buggify_wait("before a cache keeps what it read", 1.0, Duration::from_millis(75))
                 .await;
             self.state().keep(shard, id, kept);
@@ -331,14 +333,15 @@ impl CacheView {
                 && kept.at.elapsed() < self.ttl
         };
         let kept = state.memories.get(&(shard, *id)).filter(good);
-        let found = kept.map(|kept| (kept.memory.clone(), kept.index.max(here)));
+        let found = kept.map(|kept| (kept.memory.clone(), kept.index.max(here), kept.seen));
         match found {
-            Some((memory, index)) if index >= least => {
+            Some((memory, index, seen)) if index >= least => {
                 state.hits += 1;
                 sim::trace::probe("cache: answered");
                 Looked::Hit(Box::new(Answered {
                     found: Found::Memory(Some(memory)),
                     position: at((epoch, index)),
+                    seen: seen.max(at((epoch, index))),
                     staleness_ms: age_ms,
                     replica: self.name.to_string(),
                 }))
@@ -388,7 +391,8 @@ mod tests {
             ..Default::default()
         };
         let memory = Arc::new(convert::new_memory("t", new, "", 0)?);
-        Ok(Kept { tenant: "t".into(), slot: None, memory, epoch: 1, index, at: Instant::now() })
+        let seen = at((1, index));
+        Ok(Kept { tenant: "t".into(), slot: None, memory, epoch: 1, index, seen, at: Instant::now() })
     }
 
     fn state(bytes_max: u64) -> State {

@@ -1,5 +1,8 @@
 //! Errors as values with a cause and an action for the caller; at the edge they become `google.rpc.Status` with details.
 
+use crate::auth::hex;
+use crate::proto::v1;
+use prost::Message;
 use sim::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -14,6 +17,9 @@ pub enum Error {
     Invalid { field: String, problem: String },
     #[error("no memory {0} in this tenant")]
     NotFound(String),
+    /// What a read found instead of a memory, between which positions.
+    #[error("no memory {id} in this tenant")]
+    Absent { id: String, seen: v1::Token, complete_to: v1::Token },
     #[error("memory {id} exists already (version {version})")]
     AlreadyExists { id: String, version: u64 },
     #[error("memory {id} is at version {actual}, not at the expected one; read it again and decide anew")]
@@ -60,7 +66,7 @@ impl Error {
     pub fn reason(&self) -> &'static str {
         match self {
             Error::Invalid { .. } => "INVALID_ARGUMENT",
-            Error::NotFound(_) => "NOT_FOUND",
+            Error::NotFound(_) | Error::Absent { .. } => "NOT_FOUND",
             Error::AlreadyExists { .. } => "ALREADY_EXISTS",
             Error::VersionMismatch { .. } => "VERSION_MISMATCH",
             Error::KeyReused => "IDEMPOTENCY_KEY_REUSED",
@@ -80,7 +86,7 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Error::Invalid { .. } | Error::KeyReused => Code::InvalidArgument,
-            Error::NotFound(_) => Code::NotFound,
+            Error::NotFound(_) | Error::Absent { .. } => Code::NotFound,
             Error::AlreadyExists { .. } => Code::AlreadyExists,
             Error::VersionMismatch { .. } => Code::FailedPrecondition,
             Error::Unauthenticated(_) => Code::Unauthenticated,
@@ -101,6 +107,10 @@ impl From<Error> for Status {
         let mut details = ErrorDetails::new();
         let metadata = match &error {
             Error::VersionMismatch { actual, .. } => vec![("actual_version".to_string(), actual.to_string())],
+            Error::Absent { seen, complete_to, .. } => {
+                let text = |token: &v1::Token| hex(&token.encode_to_vec());
+                vec![("token".to_string(), text(seen)), ("complete_to".to_string(), text(complete_to))]
+            }
             Error::AlreadyExists { id, version } => {
                 vec![("id".to_string(), id.clone()), ("version".to_string(), version.to_string())]
             }
@@ -127,7 +137,33 @@ impl From<Error> for Status {
     }
 }
 
+/// A token of those that a read's absent memory comes with: `token` or `complete_to`, as in [`v1::ReadInfo`].
+pub fn token_in(status: &Status, which: &str) -> Option<v1::Token> {
+    let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN)?;
+    let text = info.metadata.get(which)?;
+    let byte = |at: usize| text.get(at..at + 2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(byte).collect();
+    v1::Token::decode(&bytes?[..]).ok()
+}
+
 /// The stable reason in a status that Loci made, if it has one.
 pub fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().filter(|i| i.domain == DOMAIN).map(|i| i.reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::convert;
+    use storage::model::Position;
+
+    #[test]
+    fn an_absent_memory_comes_with_what_was_seen() {
+        let token = |index| convert::token([(3, Position { epoch: 2, index, item: 0 })], 7);
+        let status = Status::from(Error::Absent { id: "m".into(), seen: token(9), complete_to: token(8) });
+        assert_eq!((status.code(), reason(&status).as_deref()), (Code::NotFound, Some("NOT_FOUND")));
+        assert_eq!(token_in(&status, "token"), Some(token(9)));
+        assert_eq!(token_in(&status, "complete_to"), Some(token(8)));
+        assert_eq!(token_in(&Status::from(Error::NotFound("node 4".into())), "token"), None);
+    }
 }

@@ -64,8 +64,12 @@ fn reading(
 fn info(answers: &[(ShardId, Answered)], consistency: v1::Consistency, map_version: u64) -> v1::ReadInfo {
     let mut replicas: Vec<&str> = answers.iter().map(|(_, answered)| answered.replica.as_str()).collect();
     replicas.dedup();
+    let token = |of: fn(&Answered) -> Position| {
+        convert::token(answers.iter().map(|(shard, answered)| (*shard, of(answered))), map_version)
+    };
     v1::ReadInfo {
-        token: Some(convert::token(answers.iter().map(|(shard, a)| (*shard, a.position)), map_version)),
+        token: Some(token(|answered| answered.seen)),
+        complete_to: Some(token(|answered| answered.position)),
         consistency: consistency as i32,
         level: "L0".into(),
         tiers: vec![v1::Tier::Hot as i32],
@@ -73,6 +77,11 @@ fn info(answers: &[(ShardId, Answered)], consistency: v1::Consistency, map_versi
         complete: true,
         replica: replicas.join(","),
     }
+}
+
+fn absent(id: String, info: v1::ReadInfo) -> Error {
+    let (seen, complete_to) = (info.token.unwrap_or_default(), info.complete_to.unwrap_or_default());
+    Error::Absent { id, seen, complete_to }
 }
 
 /// Which shards have what owners have: of each shard its owners, and the slots that it must show for them.
@@ -135,12 +144,10 @@ impl Reader {
             Found::Memory(memory) => memory.as_ref(),
             _ => None,
         });
-        let Some(memory) = memory else { return Err(Error::NotFound(request.id)) };
+        let info = self.info(&answers, given);
+        let Some(memory) = memory else { return Err(absent(request.id, info)) };
         self.accesses.note([memory]);
-        Ok(v1::GetResponse {
-            memory: Some(convert::memory(memory, with_vector)),
-            info: Some(self.info(&answers, given)),
-        })
+        Ok(v1::GetResponse { memory: Some(convert::memory(memory, with_vector)), info: Some(info) })
     }
 
     /// One page of a listing.
@@ -306,10 +313,11 @@ impl Reader {
             _ => vec![],
         };
         let changes: Vec<v1::Change> = answers.iter().flat_map(of_shard).collect();
-        if changes.is_empty() {
-            return Err(Error::NotFound(request.id));
+        let info = self.info(&answers, given);
+        match changes.is_empty() {
+            true => Err(absent(request.id, info)),
+            false => Ok(v1::HistoryResponse { changes, info: Some(info) }),
         }
-        Ok(v1::HistoryResponse { changes, info: Some(self.info(&answers, given)) })
     }
 
     /// Walks along the edges from some memories.

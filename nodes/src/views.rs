@@ -135,11 +135,14 @@ pub fn unexpected() -> Error {
     Error::Internal("another question was answered than the one that was asked".into())
 }
 
-/// An answer, and the position that it shows at least.
+/// An answer, and between which positions it was read.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct Answered {
     pub found: Found,
+    /// What it shows at least.
     pub position: Position,
+    /// What it shows at most: who has seen it must not be shown less.
+    pub seen: Position,
     pub staleness_ms: u64,
     pub replica: String,
 }
@@ -305,6 +308,10 @@ impl LocalViews {
             found => found.map_err(|e| Error::Internal(e.to_string()))?,
         };
         shown(&query.needs, &shard.slots())?;
-        Ok(Answered { found, position, staleness_ms, replica: self.name.clone() })
+        let seen = match sim::planted!("name-only-what-an-answer-shows-at-least") {
+            true => position,
+            false => shard.seen_at_most(),
+        };
+        Ok(Answered { found, position, seen, staleness_ms, replica: self.name.clone() })
     }
 }

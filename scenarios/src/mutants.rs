@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 46] = [
+pub const MUTANTS: [Mutant; 47] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -24,6 +24,10 @@ pub const MUTANTS: [Mutant; 46] = [
         "a read is answered one entry before the position that it waits for",
     ),
     mutant("read-before-the-position-is-published", "a strong read does not wait for the views"),
+    mutant(
+        "name-only-what-an-answer-shows-at-least",
+        "a session's token leaves out what was applied while its answer was read",
+    ),
     mutant(
         "vote-with-a-damaged-log",
         "a replica that lost acknowledged entries votes before it has them back",

@@ -81,6 +81,8 @@ pub struct Shard {
     pub(crate) upkeep: Upkeep,
     pub(crate) cache: Cache,
     pub(crate) published: Mutex<Arc<State>>,
+    /// Where the last transaction that began to commit leads.
+    pub(crate) committing: Mutex<Position>,
     pub(crate) touched: Touched,
     /// Held by whoever changes the views.
     pub(crate) applying: Mutex<()>,
@@ -175,6 +177,7 @@ impl Shard {
             upkeep,
             cache: Cache::new(options.cache_bytes_max),
             touched: Touched::new(state.position.index),
+            committing: Mutex::new(state.position),
             published: Mutex::new(Arc::new(state)),
             applying: Mutex::new(()),
         })
@@ -205,6 +208,12 @@ impl Shard {
     pub fn applied(&self) -> (Position, Vec<u8>) {
         let state = self.state();
         (state.position, state.meta.clone())
+    }
+
+    /// What no read that has ended by now shows more than. It may be ahead of [`Shard::applied`]: rows can be read before their position is
+    /// published.
+    pub fn seen_at_most(&self) -> Position {
+        *lock(&self.committing)
     }
 
     /// Which slots are here, and the move that this shard takes part in.
@@ -251,6 +260,7 @@ impl Shard {
         // Nor do they wait while what the buffer has is copied to where there is room for more.
         let mut grown = self.tree().buffer.grown(effects.iter().filter_map(Effect::coded));
         let mut tree = self.tree_mut();
+        *lock(&self.committing) = state.position;
         transaction.commit()?;
         tree.buffer.take_grown(&mut grown);
         let (mut touched, mut any) = (vec![], state.slots != before.slots);

@@ -135,6 +135,7 @@ impl Shard {
         let tree = self.tree_from(&transaction, state.position)?;
         let old = {
             let mut current = self.tree_mut();
+            *lock(&self.committing) = state.position;
             transaction.commit()?;
             self.cache.clear();
             self.touched.forget(state.position.index);

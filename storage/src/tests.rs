@@ -152,6 +152,29 @@ fn versions_go_on_after_a_deletion() -> Result<()> {
 }
 
 #[test]
+fn no_read_shows_more_than_it_says() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    apply(&shard, 1, vec![command("t", "k1", 1, 1, add(1))])?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let id = memory("t", 1, "").id;
+            let mut last = 0;
+            while last < 300 {
+                let shown = shard.get("t", None, &id, 1).expect("reads").expect("it is there").version;
+                // Each entry makes one version.
+                assert!(shown <= shard.seen_at_most().index && last <= shown);
+                last = shown;
+            }
+        });
+        for index in 2..=300 {
+            let key = format!("k{index}");
+            apply(&shard, index, vec![command("t", &key, 1, 1, update(1, &key, None))])?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn filtered_search_returns_k_while_k_exist() -> Result<()> {
     let shard = open(&SimDisk::new(1))?;
     let add = |id: u64| {

@@ -12,7 +12,7 @@ use super::machines::{Machines, Waiting};
 use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row, SEARCH_K};
 use crate::operation::{Act, Operation};
 use crate::spec::Scenario;
-use nodes::error::reason;
+use nodes::error::{reason, token_in};
 use nodes::proto::v1::{
     self, graph_service_client::GraphServiceClient, memory_service_client::MemoryServiceClient,
 };
@@ -538,11 +538,12 @@ impl Client {
         let response = match answer {
             Some(Ok(answer)) => {
                 let answer = answer.into_inner();
-                let shown = answer.info.as_ref().and_then(|i| i.token.clone());
-                let shard = shard(shown.as_ref());
+                let info = answer.info.unwrap_or_default();
+                let shown = info.complete_to.as_ref();
+                let shard = shard(shown);
                 asked = token.map(|token| position(Some(&token), shard).index);
-                let v1::ShardPosition { epoch, index, .. } = position(shown.as_ref(), shard);
-                self.saw(shown.as_ref());
+                let v1::ShardPosition { epoch, index, .. } = position(shown, shard);
+                self.saw(info.token.as_ref());
                 let Some(memory) = &answer.memory else { return };
                 self.versions.insert(id.clone(), memory.version);
                 Response::Value { row: row(memory), shown: index, epoch }
@@ -552,8 +553,15 @@ impl Client {
                 self.versions.clear();
                 Response::Lost
             }
-            // An absence shows no position.
-            Some(Err(status)) if status.code() == Code::NotFound => Response::Absent { shown: 0 },
+            Some(Err(status)) if status.code() == Code::NotFound => {
+                // Where several shards were asked, none of them answers for all.
+                let shown = token_in(&status, "complete_to").filter(|shown| shown.positions.len() == 1);
+                let shard = shard(shown.as_ref());
+                let least = |token| shown.as_ref().map_or(0, |_| position(Some(&token), shard).index);
+                asked = token.map(least);
+                self.saw(token_in(&status, "token").as_ref());
+                Response::Absent { shown: position(shown.as_ref(), shard).index }
+            }
             _ => return,
         };
         self.record(call, Request::Get { id, token: asked }, response);
