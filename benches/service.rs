@@ -107,6 +107,9 @@ impl replica_server::Replica for Echo {
     async fn elsewhere(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
+    async fn quarantined(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
     async fn touched(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }

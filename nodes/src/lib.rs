@@ -31,6 +31,7 @@ pub mod proto;
 pub mod reach;
 pub mod reader;
 pub mod remote;
+pub mod resubmit;
 pub mod roles;
 pub mod router;
 pub mod standing;

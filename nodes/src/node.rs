@@ -165,7 +165,7 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), control, edge: edge_services, waits_for };
+        let admin = AdminService { about: about.clone(), control, edge: edge_services, peers, waits_for };
         builder.add_service(AdminServiceServer::new(admin));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)

@@ -363,7 +363,7 @@ impl Router {
 
     /// Where a command is decided.
     async fn place(&self, map: &ClusterMap, command: &Command, deadline: Instant) -> Result<Place, Error> {
-        let slot = match (&command.operation, command.slot) {
+        let slot = match (command.operation.plain(), command.slot) {
             (_, Some(slot)) => slot,
             (_, None) if map.shards.len() == 1 => {
                 return Ok(map.shards.keys().next().map_or(Place::Nowhere, |shard| Place::At(*shard, None)));
@@ -424,10 +424,7 @@ impl Router {
                     part.1.push(Command { slot, ..command.clone() });
                 }
                 Place::Nowhere => {
-                    let id = match &command.operation {
-                        Operation::Update { id, .. } | Operation::Delete { id, .. } => *id,
-                        _ => [0; 16],
-                    };
+                    let id = command.operation.id().unwrap_or_default();
                     decided[at] = Some(Ok((0, Outcome::NotFound { id })));
                 }
             }

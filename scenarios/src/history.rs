@@ -204,6 +204,8 @@ pub struct History {
     pub finals: Vec<Final>,
     /// Of each shard's epochs that are over.
     pub ends: BTreeMap<(u32, u64), End>,
+    /// What an operator's re-submission of lost writes said, if there was one: by memory, whether all of it was written again.
+    pub resubmitted: Option<BTreeMap<(usize, Id), bool>>,
     /// When the last fault ended, and when all replicas agreed.
     pub healed_ns: u64,
     pub converged_ns: Option<u64>,
@@ -300,6 +302,19 @@ impl History {
     /// Writes that were acknowledged.
     pub fn acked(&self) -> usize {
         self.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).count()
+    }
+
+    /// Whether lost writes of a memory were written again.
+    pub fn is_again(&self, tenant: usize, id: &Id) -> bool {
+        self.resubmitted.as_ref().is_some_and(|memories| memories.contains_key(&(tenant, id.clone())))
+    }
+
+    /// Whether all that was lost of an operation's memory was written again; of one of which nothing was in a quarantine, nothing was.
+    pub fn is_wholly_again(&self, op: &Op) -> bool {
+        let of = |memories: &BTreeMap<(usize, Id), bool>| {
+            op.request.id().is_some_and(|id| memories.get(&(op.tenant, id.clone())).copied().unwrap_or(true))
+        };
+        self.resubmitted.as_ref().is_some_and(of)
     }
 
     /// Whether the cluster said that what was acknowledged there may be lost with the epoch.

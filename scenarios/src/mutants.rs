@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 47] = [
+pub const MUTANTS: [Mutant; 48] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -85,6 +85,10 @@ pub const MUTANTS: [Mutant; 47] = [
     mutant(
         "promote-the-first-that-halts",
         "an epoch begins with what one replica has, whatever the others have",
+    ),
+    mutant(
+        "re-submit-over-what-was-written-since",
+        "what was lost with a region is written again over what others wrote meanwhile",
     ),
     mutant("promote-the-one-with-least", "an epoch begins with the replica that has least"),
     mutant(

@@ -140,6 +140,9 @@ pub struct Change {
     /// The region that is to be the primary again, without loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fail_back: Option<String>,
+    /// What was lost with a region, and has come back with its disks, is written again.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub resubmit: bool,
     /// Nothing is done, but waited for: that the cluster has given a node up, and its replicas to others.
     #[serde(default, skip_serializing_if = "is_default")]
     pub lost: bool,
@@ -616,7 +619,8 @@ impl Scenario {
             let slots = change.shards.is_some() || change.pin.is_some() != change.unpin.is_some();
             let both = change.pin.is_some() && change.unpin.is_some();
             let regions = (change.fail_over.is_some(), change.fail_back.is_some());
-            let nodes = [change.join.is_some(), change.drain.is_some(), change.lost, regions.0, regions.1];
+            let nodes = [change.join.is_some(), change.drain.is_some(), change.lost, change.resubmit];
+            let nodes = nodes.into_iter().chain([regions.0, regions.1]).collect::<Vec<_>>();
             !both && slots as usize + nodes.iter().filter(|is| **is).count() == 1
         };
         let tenant = |change: &Change| {
@@ -634,7 +638,7 @@ impl Scenario {
                 && change.shards.is_none_or(|n| (1..=64).contains(&n))
         }) {
             return Err(
-                "changes: each is one of join, drain (the number of a node), lost (true), fail_over, fail_back (a region), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
+                "changes: each is one of join, drain (the number of a node), lost (true), fail_over, fail_back (a region), resubmit (true), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
                  those alone"
                     .into(),
             );

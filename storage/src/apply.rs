@@ -121,7 +121,7 @@ impl<'a> Applier<'a> {
         if !self.is_here(command) {
             return Ok(Outcome::NotHere);
         }
-        self.about = match &command.operation {
+        self.about = match command.operation.plain() {
             Operation::Add(memory) => memory.slot(),
             // What one shard did of these, another one still has to do.
             Operation::Touch(_) | Operation::DropMonth(_) => rows::STAYS,
@@ -129,7 +129,7 @@ impl<'a> Applier<'a> {
         };
         let key = &command.idempotency_key;
         if key.is_empty() || sim::planted!("forget-idempotency-keys") {
-            return self.operation(command, at);
+            return self.operation(command, &command.operation, at);
         }
         // A key is the tenant's: were it used for another slot that is here, that counts too.
         let mut held = rows::find_keys(self.db, &command.tenant, key)?;
@@ -141,7 +141,7 @@ impl<'a> Applier<'a> {
             sim::trace::probe("apply: a repeated write answered as before");
             return codec::decode(&row.outcome).map_err(StorageError::corrupt("a remembered outcome"));
         }
-        let outcome = self.operation(command, at)?;
+        let outcome = self.operation(command, &command.operation, at)?;
         self.restore_key(&KeyRow {
             tenant: command.tenant.clone(),
             key: key.clone(),
@@ -157,7 +157,7 @@ impl<'a> Applier<'a> {
     fn is_here(&self, command: &Command) -> bool {
         let slots = &self.state.slots;
         let takes = |slot: Slot| slot < SLOTS && slots.takes(&command.tenant, slot);
-        match (&command.operation, command.slot) {
+        match (command.operation.plain(), command.slot) {
             (Operation::Touch(_) | Operation::Move(_), _) => true,
             (Operation::DropMonth(_), _) => slots.moving().is_none(),
             (_, None) => slots.takes_all(),
@@ -181,9 +181,14 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
-    fn operation(&mut self, command: &Command, at: Position) -> Result<Outcome, StorageError> {
+    fn operation(
+        &mut self,
+        command: &Command,
+        operation: &Operation,
+        at: Position,
+    ) -> Result<Outcome, StorageError> {
         let whose = (&command.tenant[..], command.slot);
-        match &command.operation {
+        match operation {
             Operation::Add(memory) => self.add_memory(&command.tenant, memory, at),
             Operation::Update { id, expected_version, patch } => {
                 self.update(whose, id, *expected_version, patch, command.now, at)
@@ -193,6 +198,19 @@ impl<'a> Applier<'a> {
             Operation::UpsertEdges(edges) => self.upsert_edges(whose, edges, at),
             Operation::DeleteEdges(edges) => self.delete_edges(whose, edges, at),
             Operation::DropMonth(month) => self.drop_month(*month, at),
+            Operation::Again { last, operation } => {
+                let Some(id) = operation.id() else { return Ok(Outcome::MoveRefused) };
+                let slot = match operation.plain() {
+                    Operation::Add(memory) => Some(memory.slot()),
+                    _ => command.slot,
+                };
+                let places = rows::places(self.db, whose.0, &id, slot)?;
+                let actual = places.iter().map(|(_, place)| place.version).max().unwrap_or(0);
+                match actual == *last || sim::planted!("re-submit-over-what-was-written-since") {
+                    true => self.operation(command, operation, at),
+                    false => Ok(Outcome::VersionMismatch { id, actual }),
+                }
+            }
             Operation::Move(step) => self.step(step, at),
         }
     }

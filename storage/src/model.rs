@@ -212,8 +212,34 @@ pub enum Operation {
     DeleteEdges(Vec<(MemoryId, String, MemoryId)>),
     /// Removes everything that was created in a month, of every tenant, with its history. Only operators ask for it.
     DropMonth(Month),
+    /// An addition, update or deletion that is decided only if the memory's last version, deletions counted, is this one (0: there never was any);
+    /// else it is a `VersionMismatch`.
+    Again {
+        last: u64,
+        operation: Box<Operation>,
+    },
     /// A step of a move of slots between shards ([`crate::slots`]). It carries no idempotency key: each step may be repeated.
     Move(MoveStep),
+}
+
+impl Operation {
+    /// The one memory that it is about, if it is about one.
+    pub fn id(&self) -> Option<MemoryId> {
+        match self {
+            Operation::Add(memory) => Some(memory.id),
+            Operation::Update { id, .. } | Operation::Delete { id, .. } => Some(*id),
+            Operation::Again { operation, .. } => operation.id(),
+            _ => None,
+        }
+    }
+
+    /// What is to be done, whatever it depends on.
+    pub fn plain(&self) -> &Operation {
+        match self {
+            Operation::Again { operation, .. } => operation.plain(),
+            plain => plain,
+        }
+    }
 }
 
 /// What a step of a move asks of a shard. Its outcome is `Done`, with the memory id 0, or `MoveRefused`.

@@ -152,6 +152,37 @@ fn versions_go_on_after_a_deletion() -> Result<()> {
 }
 
 #[test]
+fn what_is_written_again_is_decided_by_the_last_version() -> Result<()> {
+    let shard = open(&SimDisk::new(1))?;
+    let again = |last, operation| Operation::Again { last, operation: Box::new(operation) };
+    let mut index = 0;
+    let mut outcome = |key: &str, operation| -> Result<Outcome> {
+        index += 1;
+        apply(&shard, index, vec![command("t", key, 1, 1, operation)])?
+            .pop()
+            .ok_or(StorageError::Snapshot("".into()))
+    };
+    let done = |outcome: &Outcome| match outcome {
+        Outcome::Done { version, .. } => Ok(*version),
+        Outcome::VersionMismatch { actual, .. } => Err(*actual),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(done(&outcome("a", again(3, add(1)))?), Err(0), "there never was one");
+    let first = outcome("b", again(0, add(1)))?;
+    assert_eq!(done(&first), Ok(1));
+    assert_eq!(done(&outcome("c", again(1, update(1, "x", None)))?), Ok(2));
+    assert_eq!(done(&outcome("d", again(1, update(1, "y", None)))?), Err(2));
+    assert_eq!(done(&outcome("e", again(2, update(1, "y", Some(1))))?), Err(2), "by its own expectation");
+    assert_eq!(done(&outcome("f", again(2, delete(1)))?), Ok(3));
+    // What was deleted does not come back by what was lost before that.
+    assert_eq!(done(&outcome("g", again(0, add(1)))?), Err(3));
+    assert_eq!(done(&outcome("h", again(3, add(1)))?), Ok(4));
+    // Its key is asked first.
+    assert_eq!(outcome("b", again(u64::MAX, add(1)))?, first);
+    Ok(())
+}
+
+#[test]
 fn no_read_shows_more_than_it_says() -> Result<()> {
     let shard = open(&SimDisk::new(1))?;
     apply(&shard, 1, vec![command("t", "k1", 1, 1, add(1))])?;

@@ -9,6 +9,7 @@ use clap::Subcommand;
 use nodes::proto::v1::{self, change_cluster_request::Change};
 use serde_json::json;
 use sim::time::{Duration, sleep};
+use std::collections::BTreeMap;
 
 #[derive(Subcommand)]
 pub enum Region {
@@ -29,6 +30,18 @@ pub enum Region {
     Failback {
         #[arg(long)]
         to: String,
+    },
+    /// Writes again what was lost with a region and came back with its disks, where nobody has written since. May be repeated.
+    Resubmit {
+        /// Says what is there and what would become of it, and changes nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Edges too: whatever was done to them since is undone.
+        #[arg(long)]
+        edges: bool,
+        /// Only what was lost with this epoch.
+        #[arg(long, default_value_t = 0)]
+        epoch: u64,
     },
 }
 
@@ -57,7 +70,47 @@ pub async fn run(to: &To, what: Region) -> Done {
         Region::Failback { to: region } => {
             wish(to, &client, v1::RegionWish { to: region, planned: true, accept_data_loss: false }).await
         }
+        Region::Resubmit { dry_run, edges, epoch } => {
+            resubmit(to, &client, v1::ResubmitRequest { dry_run, edges, epoch }).await
+        }
     }
+}
+
+/// One line for each command, and then how many became what.
+async fn resubmit(to: &To, client: &Client, ask: v1::ResubmitRequest) -> Done {
+    let dry_run = ask.dry_run;
+    let answer = client.admin().resubmit(client.request(ask)).await;
+    let mut feed = answer.map_err(|s| client.explain(s))?.into_inner();
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    while let Some(told) = feed.message().await.map_err(|s| client.explain(s))? {
+        let verdict = match (told.verdict(), dry_run) {
+            (v1::ResubmitVerdict::Again, true) => "would be written again",
+            (v1::ResubmitVerdict::Again, false) => "written again",
+            (v1::ResubmitVerdict::Refused, _) => "refused",
+            (v1::ResubmitVerdict::Conflict, _) => "conflict",
+            _ => "left",
+        };
+        *counts.entry(verdict).or_default() += 1;
+        if to.json {
+            println!(
+                "{}",
+                json!({ "shard": told.shard, "epoch": told.epoch, "index": told.index, "item": told.item, "tenant": told.tenant,
+                    "id": told.id, "what": told.what, "verdict": verdict, "why": told.why })
+            );
+            continue;
+        }
+        let why = if told.why.is_empty() { String::new() } else { format!(": {}", told.why) };
+        println!(
+            "shard {:2}  epoch {}  entry {}.{}  {} {} {}  {verdict}{why}",
+            told.shard, told.epoch, told.index, told.item, told.tenant, told.what, told.id
+        );
+    }
+    let all: Vec<String> = counts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
+    match all.is_empty() {
+        true => eprintln!("nothing that was lost with a region has come back"),
+        false => eprintln!("{}", all.join(", ")),
+    }
+    Ok(())
 }
 
 async fn wish(to: &To, client: &Client, wish: v1::RegionWish) -> Done {

@@ -1,6 +1,7 @@
 //! `loci.v1.AdminService`: what an operator asks of one node.
 
 use super::context;
+use super::memory::Feed;
 use crate::cache::CacheView;
 use crate::control::Control;
 use crate::control::map::{ClusterMap, Learner, Liveness, NodeEntry, NodeState, ShardEntry, ShardId};
@@ -8,11 +9,14 @@ use crate::control::regions::{End, OldDisk, RegionChange, Regions, Step};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
 use crate::ledger::{log_store::position_index, recovery};
+use crate::peers::Peers;
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
+use crate::resubmit::Resubmission;
 use crate::roles::{self, Role, Roles};
 use crate::writer::Writer;
 use openraft::async_runtime::WatchReceiver;
+use sim::sync::mpsc;
 use sim::time::Instant;
 use std::sync::{Arc, Mutex};
 use storage::StorageError;
@@ -24,6 +28,7 @@ pub struct AdminService {
     pub control: Control,
     /// Of a node with the edge's roles.
     pub edge: Option<(Writer, Reader)>,
+    pub peers: Peers,
     /// Of who leads the control group: what a change of the primary region waits for.
     pub waits_for: Arc<Mutex<String>>,
 }
@@ -131,6 +136,20 @@ async fn shard_status(
 
 #[tonic::async_trait]
 impl admin_service_server::AdminService for AdminService {
+    type ResubmitStream = Feed<v1::Resubmitted>;
+
+    async fn resubmit(
+        &self,
+        request: Request<v1::ResubmitRequest>,
+    ) -> Result<Response<Self::ResubmitStream>, Status> {
+        operator(&request)?;
+        let (control, peers, router) =
+            (self.control.clone(), self.peers.clone(), self.edge()?.0.router.clone());
+        let (told, feed) = mpsc::channel(16);
+        sim::task::spawn(Resubmission { control, peers, router }.run(request.into_inner(), told));
+        Ok(Response::new(Feed(feed)))
+    }
+
     async fn status(
         &self,
         request: Request<v1::StatusRequest>,

@@ -29,7 +29,7 @@ pub struct MemoryService {
 }
 
 /// A stream fed by a task, which ends when its reader has gone.
-pub struct Feed<T>(mpsc::Receiver<Result<T, Status>>);
+pub struct Feed<T>(pub(super) mpsc::Receiver<Result<T, Status>>);
 
 impl<T> Stream for Feed<T> {
     type Item = Result<T, Status>;

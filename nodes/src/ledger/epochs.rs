@@ -16,11 +16,12 @@
 //! names the epoch is written last, and until then the next opening does all of it again.
 //!
 //! **Return.** What a replica of the old epoch has behind [`End::certain`] is compared with the beginnings of terms that the new epoch recorded there: up to where
-//! they agree it has the same entries (a term's entries come from one leader). The rest goes into a file in `quarantine`, then the log is cut. Views that
+//! they agree it has the same entries (a term's entries come from one leader). The rest goes into the [`quarantine`], then the log is cut. Views that
 //! had applied more than is left are made anew, from a base that is old enough and the log, not copied from a peer. What lies before `certain` and differs was never
 //! applied; the new leader's log replaces it as Raft does.
 
 use super::log_store::{self, decode_entry, encode_entry, position_index};
+use super::quarantine;
 use super::recovery::LOG;
 use super::types::{Entry, Types, Vote};
 use crate::control::regions::{End, OldDisk};
@@ -41,8 +42,6 @@ use storage::log::{Log, LogError};
 pub const FIRST_EPOCH: u64 = 1;
 /// The fact that names a replica's epoch.
 const EPOCH: &str = "epoch";
-/// Where entries go that an epoch took away.
-pub const QUARANTINE: &str = "quarantine";
 
 /// The first term of an epoch.
 pub fn term_of(epoch: u64) -> u64 {
@@ -66,7 +65,7 @@ pub struct Place {
 }
 
 impl Place {
-    fn of(entry: &Entry) -> Place {
+    pub(super) fn of(entry: &Entry) -> Place {
         let id = entry.log_id();
         Place { term: id.leader_id.term, node: id.leader_id.node_id, index: position_index(id.index) }
     }
@@ -158,7 +157,7 @@ pub fn keep(log: &Log, held: &Held) -> Result<(), Error> {
     log.put_meta(EPOCH, &codec::encode(held)).map_err(|e| failed("fact", e))
 }
 
-fn each(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<(), Error> {
+pub(super) fn each(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<(), Error> {
     let from = from.max(log.first_index());
     let end = log.last_index() + 1;
     if from >= end {
@@ -228,31 +227,6 @@ fn agrees(log: &Log, end: &End) -> Result<u64, Error> {
     Ok(agreed)
 }
 
-/// Puts what lies behind `kept` into the quarantine; how many commands that are.
-fn quarantine(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<u64, Error> {
-    let (mut bytes, mut commands) = (vec![], 0);
-    each(log, kept + 1, |entry| {
-        if let Ok(Some(batch)) = super::state_machine::decode_batch(&entry) {
-            commands += batch.commands.len() as u64;
-        }
-        let encoded = encode_entry(&entry);
-        bytes.extend_from_slice(&(encoded.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&encoded);
-    })?;
-    if bytes.is_empty() {
-        return Ok(0);
-    }
-    let (io, path) = (|e| failed(QUARANTINE, e), format!("{QUARANTINE}/epoch-{epoch}.entries"));
-    disk.create_dir_all(QUARANTINE).map_err(io)?;
-    // An earlier attempt was interrupted: the log still has all that its file had.
-    let file = disk.create(&path).map_err(io)?;
-    file.set_len(0).map_err(io)?;
-    file.write_at(&bytes, 0).map_err(io)?;
-    file.sync().map_err(io)?;
-    disk.sync_dir(QUARANTINE).map_err(io)?;
-    Ok(commands)
-}
-
 /// Takes away what the epochs before have not that are over.
 fn go_over(
     disk: &Arc<dyn Disk>,
@@ -266,11 +240,11 @@ fn go_over(
     for (epoch, end) in plan.ends.range(held.of..plan.epoch) {
         let (last, kept) = (log.last_index(), agrees(log, end)?);
         *views_max = (*views_max).min(kept.max(end.certain));
-        let commands = if last > kept { quarantine(disk, log, *epoch, kept)? } else { 0 };
+        let commands = if last > kept { quarantine::put(disk, log, *epoch, kept)? } else { 0 };
         if last > kept {
             sim::trace::probe("epoch: a returning replica's entries were taken away");
             sim::warn!(
-                "entries {} to {last} of epoch {epoch} are not in the next one: {commands} commands go into {QUARANTINE}",
+                "entries {} to {last} of epoch {epoch} are not in the next one: {commands} commands go into the quarantine",
                 kept + 1
             );
         }

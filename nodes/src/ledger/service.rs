@@ -1,6 +1,7 @@
 //! What peers ask of this replica: openraft's messages, proposals, read positions and queries of the views.
 
 use super::log_store::position_index;
+use super::quarantine::{self, Look};
 use super::state_machine::SnapshotSource;
 use super::types::{SnapshotMeta, Types, Vote};
 use super::{Ledger, Proposed};
@@ -230,6 +231,13 @@ impl replica_server::Replica for ReplicaService {
             .map_err(|e| Status::invalid_argument(format!("unreadable change: {e}")))?;
         ledger.change(change).await?;
         encoded(&())
+    }
+
+    async fn quarantined(&self, request: Request<Body>) -> Reply {
+        let disk = self.replica(request.get_ref())?.disk;
+        let look: Look = codec::decode(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable question: {e}")))?;
+        encoded(&sim::task::blocking(move || quarantine::page(&*disk, look)).await?)
     }
 
     async fn touched(&self, request: Request<Body>) -> Reply {

@@ -1,28 +1,59 @@
 //! What an operator does while a run goes on: shards and nodes that come and go, by the commands that `loci cluster` gives.
 
 use super::cluster::{Cluster, tenant};
+use crate::history::Id;
 use crate::spec::{Change, Topology};
 use nodes::proto::v1::{self, change_cluster_request::Change as Wish};
 use sim::time::{self, Duration};
 use sim::trace::Level;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Makes the changes one after the other, each as often as it takes; how many were done in the end.
-pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change>) -> usize {
+#[derive(Default)]
+pub struct Played {
+    /// How many were done in the end.
+    pub done: usize,
+    /// Of lost writes that were written again: by memory, whether all of it was.
+    pub resubmitted: Option<BTreeMap<(usize, Id), bool>>,
+}
+
+/// Makes the changes one after the other, each as often as it takes.
+pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change>) -> Played {
     let machines = &cluster.machines;
-    let mut done = 0;
+    let mut played = Played::default();
     for change in changes {
         time::sleep(Duration::from_secs(change.at_s).saturating_sub(machines.now())).await;
         machines.note(0, Level::Info, &format!("operator: {}", describe(&change)));
         while !make(&cluster, &topology, &change).await {
             time::sleep(LOOK).await;
         }
+        while change.resubmit && played.resubmitted.is_none() {
+            played.resubmitted = resubmit(&cluster).await;
+            time::sleep(LOOK).await;
+        }
         machines.note(0, Level::Info, &format!("operator: done: {}", describe(&change)));
-        done += 1;
+        played.done += 1;
     }
-    done
+    played
+}
+
+/// Has everything written again that was lost with a region, once the old disks are there.
+async fn resubmit(cluster: &Cluster) -> Option<BTreeMap<(usize, Id), bool>> {
+    let map = cluster.map().await?;
+    if !map.shards.iter().all(|shard| shard.ends.iter().all(|end| end.resolved)) {
+        return None;
+    }
+    let mut memories = BTreeMap::new();
+    for told in cluster.resubmit().await? {
+        let tenant = told.tenant.strip_prefix("tenant-").and_then(|number| number.parse().ok());
+        if let (Some(tenant), false) = (tenant, told.id.is_empty()) {
+            let again = told.verdict() == v1::ResubmitVerdict::Again;
+            *memories.entry((tenant, told.id)).or_insert(true) &= again;
+        }
+    }
+    Some(memories)
 }
 
 fn describe(change: &Change) -> String {
@@ -30,6 +61,7 @@ fn describe(change: &Change) -> String {
     let all = [
         change.fail_over.as_ref().map(|to| format!("fail over to {to}")),
         change.fail_back.as_ref().map(|to| format!("fail back to {to}")),
+        change.resubmit.then(|| "write again what was lost with a region".to_string()),
         lost.then(|| "wait until a node is lost and replaced".to_string()),
         pin.map(|(of, to)| format!("pin {} to shard {to}", tenant(of))),
         unpin.map(|of| format!("unpin {}", tenant(of))),

@@ -240,6 +240,29 @@ impl Cluster {
         false
     }
 
+    /// Has what was lost with a region written again; what became of each command, if a gateway went through all of them.
+    pub async fn resubmit(&self) -> Option<Vec<v1::Resubmitted>> {
+        let limit = Duration::from_secs(30);
+        for gateway in &self.gateways {
+            let Ok(mut client) = self.admin(*gateway) else { continue };
+            let request = self.request(v1::ResubmitRequest::default(), limit)?;
+            let all = async {
+                let mut feed = client.resubmit(request).await?.into_inner();
+                let mut told = vec![];
+                while let Some(one) = feed.message().await? {
+                    told.push(one);
+                }
+                Ok::<_, tonic::Status>(told)
+            };
+            match sim::time::timeout(limit, all).await {
+                Ok(Ok(told)) => return Some(told),
+                Ok(Err(status)) => self.machines.note(*gateway, Level::Warn, status.message()),
+                Err(_) => self.machines.note(*gateway, Level::Warn, "the re-submission did not end"),
+            }
+        }
+        None
+    }
+
     /// An operator's request.
     pub fn request<T>(&self, message: T, limit: Duration) -> Option<tonic::Request<T>> {
         let mut request = tonic::Request::new(message);

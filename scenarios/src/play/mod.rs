@@ -26,6 +26,7 @@ use crate::promises;
 use crate::recovery::{Measured, QUIET_CALLS_MIN};
 use crate::report::{Class, Fired, Report, Verdict, empty};
 use crate::spec::Scenario;
+use changes::Played;
 use client::{Recorded, Recorder};
 use nodes::error::Error;
 use nodes::ledger::recovery;
@@ -189,11 +190,11 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
         time::sleep(Duration::from_millis(250)).await;
     }
     let healed = healed.max(machines.now().min(until));
-    let changes_done = match changing.is_finished() {
+    let changed = match changing.is_finished() {
         true => changing.await.map_err(|e| Error::Internal(format!("the operator: {e}")))?,
         false => {
             changing.abort();
-            0
+            Played::default()
         }
     };
     machines.note(0, Level::Info, "load and faults have ended; the system recovers");
@@ -230,11 +231,12 @@ pub async fn scenes(machines: Arc<dyn Machines>, scenario: Scenario) -> Result<S
         samples: std::mem::take(&mut *samples.lock().unwrap_or_else(|p| p.into_inner())),
         finals,
         ends,
+        resubmitted: changed.resubmitted,
         healed_ns: healed.as_nanos() as u64,
         converged_ns: converged.map(|at| at.as_nanos() as u64),
         converge_limit_ns: limit.as_nanos() as u64,
     };
-    let undone = scenario.changes.len() - changes_done;
+    let undone = scenario.changes.len() - changed.done;
     Ok(Seen { history, measured, fired, disk_faults, probes, mended, undone, region_changes })
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Read so: an acknowledged write of an epoch that is over and whose effect some replica lacks in the end lies where the cluster map says that something
 //! may be lost, and its answer did not say that the other region has it. Once a majority of the old disks was read, the map names the entries that are lost: an acknowledged
-//! write of that epoch is missing if and only if it is among them. (But for deletions: which one made a version nobody can tell.)
+//! write of that epoch is missing if and only if it is among them. (But for deletions: which one made a version nobody can tell.) What an operator had written again is not missing, unless
+//! something of its memory was a conflict.
 
 use super::p01::{Missing, missing};
 use super::{Violation, linearizable::describe, violation};
@@ -14,14 +15,20 @@ pub fn reported(history: &History) -> Vec<Missing<'_>> {
     missing(history).into_iter().filter(|missing| missing.is_reported(history)).collect()
 }
 
-/// Operations of which nobody can say that they stand: those, and deletions that may be lost.
+/// Operations of which nobody can say that they stand, or stood all the time: those, deletions that may be lost, and what was written again.
 pub fn doubtful(history: &History) -> Vec<usize> {
-    let deletion = |(_, op): &(usize, &Op)| {
+    let unsure = |(_, op): &(usize, &Op)| {
         let may_be_lost = op.response.at().is_some_and(|at| history.may_be_lost(&at));
-        may_be_lost && matches!(op.request, Request::Delete { .. })
+        may_be_lost && (matches!(op.request, Request::Delete { .. }) || is_again(history, op))
     };
-    let deletions = history.ops.iter().enumerate().filter(deletion).map(|(number, _)| number);
-    reported(history).into_iter().map(|missing| missing.number).chain(deletions).collect()
+    let unsure = history.ops.iter().enumerate().filter(unsure).map(|(number, _)| number);
+    let all: BTreeSet<usize> =
+        reported(history).into_iter().map(|missing| missing.number).chain(unsure).collect();
+    all.into_iter().collect()
+}
+
+fn is_again(history: &History, op: &Op) -> bool {
+    op.request.id().is_some_and(|id| history.is_again(op.tenant, id))
 }
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -41,12 +48,16 @@ pub fn check(history: &History) -> Vec<Violation> {
             Some((kept, last)) if at.index <= kept || at.index > last => {
                 format!("lost, though the old disks say that entries {} to {last} are", kept + 1)
             }
+            Some(_) if history.is_wholly_again(op) => "said to be written again, and lost".to_string(),
             _ => continue,
         };
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (_, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let at = op.response.at().filter(|_| !matches!(op.request, Request::Delete { .. }));
+        let at = op
+            .response
+            .at()
+            .filter(|_| !matches!(op.request, Request::Delete { .. }) && !is_again(history, op));
         let Some(at) = at else { continue };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {

@@ -5,7 +5,7 @@
 //! last reads, are linearizable.
 //!
 //! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
-//! (P2 judges whether that was reported). Of a memory that lost something, or may have, since a write was under way when the old region went, only what the first
+//! (P2 judges whether that was reported), or was written again by an operator. Of a memory that lost something, or may have, since a write was under way when the old region went, only what the first
 //! epoch answered must be linearizable.
 
 use super::linearizable::{Verdict, check as linearize, describe};
@@ -83,8 +83,11 @@ fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
     ops.iter().any(|op| open(op) || is_gone(history, op))
 }
 
-/// Whether no replica has in the end what an answer showed or said to be written.
+/// Whether no replica has in the end what an answer showed or said to be written, or has it only since it was written again.
 fn is_gone(history: &History, op: &Op) -> bool {
+    if op.request.id().is_some_and(|id| history.is_again(op.tenant, id)) {
+        return true;
+    }
     let (version, marker) = match (&op.response, &op.request) {
         (Response::Value { row, .. }, _) => (row.version, Some(&row.marker)),
         (Response::Written { version, .. }, Request::Add { marker, .. } | Request::Update { marker, .. }) => {

@@ -75,6 +75,7 @@ fn sound() -> History {
     let finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(4, "c")], &versions));
     History {
         ends: BTreeMap::new(),
+        resubmitted: None,
         ops: vec![
             op(0, 1, 2, add("a"), written(1, 1)),
             op(1, 3, 6, update(None, "b"), written(2, 2)),
@@ -228,6 +229,30 @@ fn a_loss_that_was_not_reported_breaks_p2() {
         h.ops.push(op(0, 29, 30, get(None), value(4, "e", 5)));
     };
     assert_eq!(plant(told), Vec::<String>::new());
+}
+
+#[test]
+fn what_is_written_again_must_be_there_and_nothing_else() {
+    let after = |memories: Option<&[bool]>, there: bool| {
+        broken(|h| {
+            let finals = h.finals.clone();
+            after_a_failover(h);
+            if there {
+                // Nobody wrote meanwhile.
+                h.finals = finals;
+                h.ops.pop();
+            }
+            h.ends.values_mut().for_each(|end| end.exact = Some((3, 4)));
+            h.resubmitted =
+                memories.map(|of| of.iter().map(|again| ((0, KEY.to_string()), *again)).collect());
+        })
+    };
+    let nothing = Vec::<String>::new();
+    assert_eq!(after(Some(&[false]), false), nothing, "somebody had written since");
+    assert_eq!(after(Some(&[true]), false), ["P2"], "said to be written again");
+    assert_eq!(after(Some(&[]), false), ["P2"], "not in any quarantine");
+    assert_eq!(after(Some(&[true]), true), nothing);
+    assert_eq!(after(None, true), ["P2"], "nobody wrote it again");
 }
 
 #[test]
