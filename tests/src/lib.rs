@@ -71,6 +71,20 @@ impl Process {
         Ok(())
     }
 
+    /// SIGSTOP: it stands still until [`Process::resume`].
+    pub fn pause(&self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status()?;
+        if sent.success() { Ok(()) } else { Err(format!("SIG{name} could not be sent: {sent}").into()) }
+    }
+
     /// SIGTERM, and its exit status.
     pub fn stop(mut self) -> Result<std::process::ExitStatus> {
         Command::new("kill").arg(self.0.id().to_string()).status()?;
