@@ -1,7 +1,7 @@
 //! Re-submission: what was lost with a region, and came back with its disks, is written again where nobody has written since.
 //!
 //! ```text
-//!   quarantines of the epoch's old disks ─► the one whose log won (greatest term, then index) ─► commands, memory by memory, in the ledger's order
+//!   quarantines of the epoch's old disks ─► at each index the entry of the greatest term ─► commands, memory by memory, in the ledger's order
 //!        ─► is the memory as the epoch left it? ─► Again { its version } ─► the ledger ─► the next one of that memory expects what this one made
 //! ```
 //!
@@ -60,10 +60,27 @@ fn soon() -> Instant {
     Instant::now() + WITHIN
 }
 
-/// The log of those whose last entry is the greatest: each acknowledged entry that the old disks have is in it.
-fn winner(logs: Vec<Vec<(Place, Vec<Command>)>>) -> Vec<(Place, Vec<Command>)> {
-    let last = |log: &Vec<(Place, Vec<Command>)>| log.last().map(|(place, _)| (place.term, place.index));
-    logs.into_iter().max_by_key(last).unwrap_or_default()
+/// What the old disks have together: at each index the entry of the greatest term, which is the committed one if there is any, up to where the term falls:
+/// what lies behind there is of a leader that was no longer one. A disk whose log began behind what is left of it, since it had been sent a snapshot, lacks what
+/// another one has.
+fn together(logs: Vec<Vec<(Place, Vec<Command>)>>) -> Vec<(Place, Vec<Command>)> {
+    let mut by_index: BTreeMap<u64, (Place, Vec<Command>)> = BTreeMap::new();
+    for entry in logs.into_iter().flatten() {
+        let held = by_index.get(&entry.0.index);
+        if held.is_none_or(|(place, _)| place.term < entry.0.term) {
+            by_index.insert(entry.0.index, entry);
+        }
+    }
+    let mut term = 0;
+    let rises = |(place, _): &(Place, _)| std::mem::replace(&mut term, place.term) <= place.term;
+    by_index.into_values().take_while(rises).collect()
+}
+
+/// The entries that none of them has, between what the next epoch has and the last one: from and to.
+fn holes(after: u64, entries: &[(Place, Vec<Command>)]) -> Vec<(u64, u64)> {
+    let ends = entries.iter().map(|(place, _)| place.index);
+    let begins = std::iter::once(after).chain(ends.clone());
+    begins.zip(ends).filter(|(from, to)| from + 1 < *to).map(|(from, to)| (from + 1, to - 1)).collect()
 }
 
 fn in_order(entries: Vec<(Place, Vec<Command>)>) -> Vec<Lost> {
@@ -179,7 +196,17 @@ impl Resubmission {
         }
         let mut memories: BTreeMap<(String, MemoryId), Vec<Lost>> = BTreeMap::new();
         let mut others = vec![];
-        for lost in in_order(winner(logs)) {
+        let entries = together(logs);
+        let kept = end.old_disks.values().map(|old| old.kept).max().unwrap_or(end.last);
+        for (from, to) in holes(kept, &entries) {
+            let why = format!("entries {from} to {to} are in no quarantine: every old disk had purged them");
+            let (index, verdict, what) = (from, Verdict::Left as i32, "unknown".into());
+            let said = v1::Resubmitted { shard, epoch, index, what, verdict, why, ..Default::default() };
+            if told.send(Ok(said)).await.is_err() {
+                return Ok(Err(Gone));
+            }
+        }
+        for lost in in_order(entries) {
             match lost.command.operation.id() {
                 Some(id) => memories.entry((lost.command.tenant.clone(), id)).or_default().push(lost),
                 None => others.push(lost),
@@ -332,11 +359,14 @@ mod tests {
     }
 
     #[test]
-    fn of_two_old_disks_that_differ_the_one_counts_whose_log_would_have_won() {
-        // The first one led, was cut off, and kept what nobody acknowledged.
+    fn old_disks_that_differ_have_together_what_would_have_won() {
+        // The first one led, was cut off, and kept what nobody acknowledged; the second one was sent a snapshot.
         let cut_off = vec![entry(3, 8, &["a"]), entry(3, 9, &["b"]), entry(3, 10, &["c"])];
-        let followed = vec![entry(3, 8, &["a"]), entry(4, 9, &["d", "e"])];
-        let lost = in_order(winner(vec![cut_off, followed, vec![]]));
+        let followed = vec![entry(4, 9, &["d", "e"])];
+        let entries = together(vec![cut_off, followed, vec![]]);
+        assert_eq!(holes(7, &entries), []);
+        assert_eq!(holes(5, &entries), [(6, 7)]);
+        let lost = in_order(entries);
         let keys: Vec<_> =
             lost.iter().map(|lost| (lost.index, lost.item, &lost.command.idempotency_key[..])).collect();
         assert_eq!(keys, [(8, 0, "a"), (9, 0, "d"), (9, 1, "e")]);

@@ -574,6 +574,9 @@ pub struct Promises {
     /// So often another region becomes the primary; absent: as often as it happens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region_changes: Option<usize>,
+    /// What is lost with a region was acknowledged within so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_within_s: Option<f64>,
 }
 
 /// A shipped scenario by name, or one read from a file that ends in `.toml`.

@@ -59,6 +59,9 @@ pub struct RegionPolicy {
     pub automatic: bool,
     /// What may be lost, as time, in milliseconds: half of it is worth a warning.
     pub rpo_ms: u64,
+    /// From half of that on writes are slowed down, and at all of it refused, until the other region has caught up: while it is gone for longer, nothing is
+    /// written.
+    pub throttle: bool,
 }
 
 impl Default for RegionPolicy {
@@ -70,6 +73,7 @@ impl Default for RegionPolicy {
             validate_ms: 30_000,
             automatic: true,
             rpo_ms: 300_000,
+            throttle: false,
         }
     }
 }

@@ -50,6 +50,8 @@ struct State {
     elsewhere: BTreeSet<NodeId>,
     /// The lag at which somebody is warned.
     lag_warned: Duration,
+    /// The lag at which writes are refused.
+    lag_max: Option<Duration>,
     incarnation: u64,
 }
 
@@ -67,7 +69,7 @@ impl Rights {
 
     fn begin(incarnation: u64, leased: Option<Leased>) -> Rights {
         let (elsewhere, lag_warned) = (BTreeSet::new(), Duration::MAX);
-        let state = Mutex::new(State { leased, elsewhere, lag_warned, incarnation });
+        let state = Mutex::new(State { leased, elsewhere, lag_warned, lag_max: None, incarnation });
         Rights(Arc::new(Inner { began: Instant::now(), state }))
     }
 
@@ -91,6 +93,7 @@ impl Rights {
         }
         state.elsewhere = map.elsewhere();
         state.lag_warned = Duration::from_millis(regions.policy.lag_warned_ms());
+        state.lag_max = regions.policy.throttle.then(|| Duration::from_millis(regions.policy.rpo_ms));
     }
 
     pub fn elsewhere(&self) -> BTreeSet<NodeId> {
@@ -99,6 +102,10 @@ impl Rights {
 
     pub fn lag_warned(&self) -> Duration {
         self.state().lag_warned
+    }
+
+    pub fn lag_max(&self) -> Option<Duration> {
+        self.state().lag_max
     }
 
     /// Whether entries of an epoch may be appended, up to `index`.

@@ -63,7 +63,38 @@ impl Moments {
     }
 }
 
+/// How long a write waits at most while the other region lags.
+const THROTTLE_MAX: Duration = Duration::from_millis(500);
+
+/// How long a write waits at a lag of which `max` is too much; `None`: it is refused.
+fn throttle(lag: Duration, max: Duration) -> Option<Duration> {
+    let half = max / 2;
+    match lag {
+        lag if lag >= max => None,
+        lag => {
+            Some(THROTTLE_MAX.mul_f64(lag.saturating_sub(half).as_secs_f64() / half.as_secs_f64().max(1e-3)))
+        }
+    }
+}
+
 impl Ledger {
+    /// Slows a write down, or refuses it, if that was configured and the other region lags too far.
+    pub(super) async fn throttled(&self) -> Result<(), String> {
+        let Some((lag, max)) = self.lag.get().zip(self.rights.lag_max()) else { return Ok(()) };
+        let Some(wait) = throttle(lag, max) else {
+            sim::trace::probe("region: a write refused, since the other region lags too far");
+            return Err(format!(
+                "the other region lacks the writes of the last {lag:.0?}, and more than {max:.0?} must not be lost: \
+                 writes go on when it has caught up"
+            ));
+        };
+        if !wait.is_zero() {
+            sim::trace::probe("region: a write slowed down, since the other region lags");
+            sim::time::sleep(wait).await;
+        }
+        Ok(())
+    }
+
     /// What a majority of the other region's replicas has on disk; `None` if there are none. Only on the leader.
     fn had_elsewhere(&self) -> Option<u64> {
         let elsewhere = self.rights.elsewhere();
@@ -147,6 +178,16 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn writes_are_slowed_down_from_half_of_what_may_be_lost_and_refused_at_all_of_it() {
+        let ms = Duration::from_millis;
+        let waits: Vec<Option<u128>> = [0, 500, 600, 750, 999, 1000, 5000]
+            .map(|lag| throttle(ms(lag), ms(1000)).map(|wait| wait.as_millis()))
+            .into();
+        assert_eq!(waits, [Some(0), Some(0), Some(100), Some(250), Some(499), None, None]);
+        assert_eq!(throttle(ms(0), ms(0)), None);
+    }
 
     #[test]
     fn lag_is_the_age_of_the_oldest_entry_that_is_missing() {

@@ -414,6 +414,10 @@ impl Ledger {
             let leader = self.leader().filter(|(id, _)| id != self.raft.node_id());
             return Proposed::NotLeader(leader.map(|(_, addr)| addr));
         }
+        // Those without commands only ask whether this replica can write.
+        if let (false, Err(why)) = (commands.is_empty(), self.throttled().await) {
+            return Proposed::Overloaded(why);
+        }
         // What is appended next lies at most so far behind what there is.
         let ahead = (BATCHES_IN_FLIGHT + 1) as u64;
         if let Err(refusal) = self.rights.may_append(self.held.epoch, self.reached() + ahead) {
