@@ -10,6 +10,7 @@
 //! id = 1                          # of a node with a ledger: its number in the cluster
 //! shards = 1                      # of a new cluster; `loci cluster resize` changes it
 //! advertise = "n1.example:7401"   # the address under which peers know the node, when it is not the one it listens on
+//! public = "east.example:7401"    # the address at which callers reach its gateway, when it is not the one that peers use
 //!
 //! [replicas]                      # the nodes that keep the cluster map, and a new cluster's first ones: number = address
 //! 1 = "127.0.0.1:7401"
@@ -30,7 +31,7 @@
 
 use crate::cache::CacheOptions;
 use crate::control::liveness::Patience;
-use crate::control::map::SHARDS_MAX;
+use crate::control::map::{Gateway, SHARDS_MAX};
 use crate::control::regions::RegionsConfig;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
@@ -51,6 +52,9 @@ pub struct NodeConfig {
     /// The address under which peers know this node: the cluster map's, and [replicas]'. Not given: the one in [replicas], or `listen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
+    /// The address at which callers reach this node's gateway, when it is not the one that peers use: what the director answers with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<String>,
     #[serde(default = "data_default")]
@@ -179,6 +183,12 @@ impl NodeConfig {
             }
             reachable("advertise", advertise)?;
         }
+        if let Some(public) = &config.public {
+            reachable("public", public)?;
+            if !config.is_edge()? {
+                return Err(Error::invalid("public", "is given, but this node has no gateway"));
+            }
+        }
         if let Some(regions) = &config.regions {
             regions.check(&voters.keys().copied().collect())?;
         }
@@ -213,6 +223,15 @@ impl NodeConfig {
         let mut voters = self.voters()?;
         let listed = self.id.and_then(|id| voters.remove(&id));
         Ok(self.advertise.clone().or(listed).unwrap_or_else(|| self.listen.clone()))
+    }
+
+    /// Where callers reach this node's gateway.
+    pub fn gateway(&self) -> Result<Gateway, Error> {
+        Ok(match (self.is_edge()?, &self.public) {
+            (false, _) => Gateway::Nowhere,
+            (true, None) => Gateway::Here,
+            (true, Some(public)) => Gateway::At(public.clone()),
+        })
     }
 
     pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {
@@ -340,6 +359,8 @@ mod tests {
             (GOOD.replace("id = 1", "id = 7\nadvertise = 'b'"), "advertise"),
             (GOOD.replace("id = 1", "id = 7\nadvertise = ':1'"), "advertise"),
             (GOOD.replace("id = 1", "id = 7\nvia = { 'b:1' = 'c:0' }"), "via"),
+            (GOOD.replace("id = 1", "id = 1\npublic = 'b'"), "public"),
+            (GOOD.replace("id = 1", "id = 1\nroles = ['ledger', 'records']\npublic = 'b:1'"), "public"),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
             (GOOD.replace("name", "nmae"), "configuration"),
         ];

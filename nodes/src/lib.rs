@@ -34,6 +34,7 @@ pub mod remote;
 pub mod roles;
 pub mod router;
 pub mod standing;
+pub mod time;
 pub mod upkeep;
 pub mod views;
 pub mod walk;

@@ -11,7 +11,7 @@ use crate::control::rights::Rights;
 use crate::control::{self, Control, driver::Driver, liveness::Watch};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
-use crate::gateway::{About, AdminService, GraphService, MemoryService};
+use crate::gateway::{About, AdminService, DirectorService, GraphService, MemoryService};
 use crate::groups::{CONTROL, Groups, Replica, Settings, Start};
 use crate::ledger::epochs::Plan;
 use crate::ledger::service::ReplicaService;
@@ -19,8 +19,8 @@ use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
 use crate::proto::internal::replica_server::ReplicaServer;
 use crate::proto::v1::{
-    admin_service_server::AdminServiceServer, graph_service_server::GraphServiceServer,
-    memory_service_server::MemoryServiceServer,
+    admin_service_server::AdminServiceServer, director_service_server::DirectorServiceServer,
+    graph_service_server::GraphServiceServer, memory_service_server::MemoryServiceServer,
 };
 use crate::reader::Reader;
 use crate::roles::Role;
@@ -72,6 +72,7 @@ impl Node {
                 id,
                 here: here.clone(),
                 roles,
+                gateway: config.gateway()?,
                 disk: disk.clone(),
                 peers: peers.clone(),
                 ledger: config.ledger_options(),
@@ -136,6 +137,9 @@ impl Node {
             groups: groups.clone(),
             disk_bytes: Box::new(move || disk_bytes(&*counted, "", 0)),
             cache: cache.clone(),
+            control: control.clone(),
+            peers: peers.clone(),
+            waits_for,
         });
 
         let mut edge_services = None;
@@ -165,8 +169,9 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), control, edge: edge_services, waits_for };
+        let admin = AdminService { about: about.clone(), edge: edge_services };
         builder.add_service(AdminServiceServer::new(admin));
+        builder.add_service(DirectorServiceServer::new(DirectorService { about: about.clone() }));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
             .build_v1()

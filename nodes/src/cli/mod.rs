@@ -14,9 +14,9 @@ mod operate;
 mod region;
 mod serve;
 mod split;
-mod time;
 
 use clap::{Parser, Subcommand};
+use nodes::time;
 use std::path::PathBuf;
 use std::process::ExitCode;
 

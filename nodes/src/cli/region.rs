@@ -6,6 +6,7 @@ use super::cluster::{change, status};
 use super::time::format_time;
 use super::{Done, Failure};
 use clap::Subcommand;
+use nodes::http;
 use nodes::proto::v1::{self, change_cluster_request::Change};
 use serde_json::json;
 use sim::time::{Duration, sleep};
@@ -14,6 +15,8 @@ use sim::time::{Duration, sleep};
 pub enum Region {
     /// Which region writes, a change that is under way, those before, and what each lost.
     Status,
+    /// Every change of the primary as an account: its steps, how long writes paused, what was lost, when redundancy was back.
+    Incidents,
     /// Gives the primary up, reachable or not: another region goes on with what it has. Waits for the end.
     Failover {
         #[arg(long)]
@@ -36,6 +39,7 @@ pub async fn run(to: &To, what: Region) -> Done {
     let client = to.connect()?;
     match what {
         Region::Status => show(to, &client, &status(&client).await?).await,
+        Region::Incidents => incidents(to, &client).await,
         Region::Failover { to: region, dry_run: true, .. } => {
             let cluster = status(&client).await?;
             let regions = regions_of(&cluster)?;
@@ -159,6 +163,38 @@ async fn show(to: &To, client: &Client, cluster: &v1::ClusterResponse) -> Done {
     for shard in &cluster.shards {
         for end in &shard.ends {
             println!("shard {:2}  lost with epoch {}: {}", shard.shard, end.epoch, lost(end));
+        }
+    }
+    Ok(())
+}
+
+async fn incidents(to: &To, client: &Client) -> Done {
+    let answer = client.admin().incidents(client.request(v1::IncidentsRequest {})).await;
+    let incidents = answer.map_err(|s| client.explain(s))?.into_inner().incidents;
+    if to.json {
+        incidents.iter().for_each(|incident| println!("{}", http::incident_json(incident)));
+        return Ok(());
+    }
+    if incidents.is_empty() {
+        println!("no region was ever changed here");
+    }
+    for incident in &incidents {
+        println!("{}  {}  {}", incident.id, incident.state, http::headline(incident));
+        println!("    {}", incident.cause);
+        println!("    {}  silent or ordered", format_time(incident.silent_since));
+        for step in &incident.steps {
+            println!("    {}  {}", format_time(step.at_ms), step.step);
+        }
+        for (at, what) in [(incident.accounted_at, "the loss is known"), (incident.closed_at, "closed")] {
+            if let Some(at) = at {
+                println!("    {}  {what}", format_time(at));
+            }
+        }
+        if !incident.waits_for.is_empty() {
+            println!("    waits: {}", incident.waits_for);
+        }
+        for told in http::figures(incident) {
+            println!("    {told}");
         }
     }
     Ok(())
