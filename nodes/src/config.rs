@@ -22,6 +22,9 @@
 //! witness = "north"               # votes, and keeps nothing
 //! members = { east = [1, 2, 3], west = [4, 5, 6], north = [7, 8, 9] }
 //!
+//! [announce]                      # on every node of [replicas] the same: where to post what happens to incidents (control/announce.rs)
+//! webhooks = ["http://127.0.0.1:9000/loci"]
+//!
 //! [via]                           # peers that this node reaches by another way, such as a tunnel's end: advertised = where to connect
 //! "n2.example:7401" = "127.0.0.1:9002"
 //! ```
@@ -30,6 +33,7 @@
 //! graph, vector: [`crate::roles`]) a process has any. It may have both groups. A node that caches has the role cache alone.
 
 use crate::cache::CacheOptions;
+use crate::control::announce::Webhook;
 use crate::control::liveness::Patience;
 use crate::control::map::{Gateway, SHARDS_MAX};
 use crate::control::regions::RegionsConfig;
@@ -38,7 +42,7 @@ use crate::ledger::LedgerOptions;
 use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
 use sim::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use storage::ShardOptions;
 use storage::vectors::VectorOptions;
 
@@ -82,8 +86,30 @@ pub struct NodeConfig {
     /// The region that an edge without a place in the cluster map is in: it asks that region's replicas first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
+    #[serde(default, skip_serializing_if = "Announce::is_empty")]
+    pub announce: Announce,
     #[serde(default)]
     pub tuning: Tuning,
+}
+
+/// Who hears of incidents.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Announce {
+    /// Addresses that get a POST for each event, as http://host:port/path.
+    pub webhooks: Vec<String>,
+}
+
+impl Announce {
+    fn is_empty(&self) -> bool {
+        self.webhooks.is_empty()
+    }
+
+    /// Each of them once.
+    pub fn webhooks(&self) -> Result<Vec<Webhook>, Error> {
+        let named: BTreeSet<&String> = self.webhooks.iter().collect();
+        named.into_iter().map(|url| Webhook::parse(url)).collect()
+    }
 }
 
 /// Times in milliseconds; the defaults suit one data centre.
@@ -183,6 +209,7 @@ impl NodeConfig {
             }
             reachable("advertise", advertise)?;
         }
+        config.announce.webhooks()?;
         if let Some(public) = &config.public {
             reachable("public", public)?;
             if !config.is_edge()? {
@@ -361,6 +388,10 @@ mod tests {
             (GOOD.replace("id = 1", "id = 7\nvia = { 'b:1' = 'c:0' }"), "via"),
             (GOOD.replace("id = 1", "id = 1\npublic = 'b'"), "public"),
             (GOOD.replace("id = 1", "id = 1\nroles = ['ledger', 'records']\npublic = 'b:1'"), "public"),
+            (
+                GOOD.replace("[replicas]", "announce = { webhooks = ['https://h/'] }\n[replicas]"),
+                "announce.webhooks",
+            ),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
             (GOOD.replace("name", "nmae"), "configuration"),
         ];

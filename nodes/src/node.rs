@@ -4,6 +4,7 @@ use crate::access::Accesses;
 use crate::auth::KeyRing;
 use crate::cache::CacheView;
 use crate::config::NodeConfig;
+use crate::control::announce::Announcer;
 use crate::control::failover::Failover;
 use crate::control::grants::Grants;
 use crate::control::keeper::Keeper;
@@ -113,6 +114,10 @@ impl Node {
                 sim::task::spawn(failover.keep());
                 grants = Some(granted);
                 let (control, groups, peers) = (control.clone(), groups.clone(), peers.clone());
+                let announcer = Announcer { control: control.clone(), groups: groups.clone() };
+                for webhook in config.announce.webhooks()? {
+                    sim::task::spawn(announcer.clone().keep(webhook));
+                }
                 let watch = Watch { control, groups, peers, patience: config.patience() };
                 sim::task::spawn(watch.keep());
             }

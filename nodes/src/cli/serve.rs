@@ -124,6 +124,7 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
             via: BTreeMap::new(),
             regions: None,
             region: None,
+            announce: Default::default(),
             tuning: Default::default(),
         };
         fs::create_dir_all(&dir).map_err(|e| Failure(format!("{}: {e}", dir.display())))?;

@@ -19,6 +19,7 @@
 //! ([`storage::slots`]), reads the map again and asks elsewhere. *The driver dies*: the plan and its progress are in the map, the next
 //! leader of the control group goes on; *two drivers run*: their steps are the same, and each change is made once.
 
+pub mod announce;
 pub mod driver;
 pub mod failover;
 pub mod grants;
