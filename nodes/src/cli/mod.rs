@@ -5,6 +5,7 @@
 mod client;
 mod cluster;
 mod demo;
+mod endpoints;
 mod graph;
 mod import;
 mod jsonl;
