@@ -98,3 +98,45 @@ impl Service<Request<Body>> for Endpoints {
         Box::pin(self.clone().ask(request))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::routing::post;
+    use sim::net::Routes;
+    use std::sync::Mutex;
+
+    #[test]
+    fn a_write_goes_with_the_same_bytes_to_the_gateway_that_takes_it() -> Result<(), Problem> {
+        sim::task::run_test(async {
+            let seen = Arc::<Mutex<Vec<Bytes>>>::default();
+            let noted = seen.clone();
+            // Unavailable at first.
+            let take = move |body: Bytes| async move {
+                let mut seen = noted.lock().unwrap_or_else(|p| p.into_inner());
+                seen.push(body);
+                [("grpc-status", if seen.len() == 1 { "14" } else { "0" })]
+            };
+            let routes = Routes::from(Router::new().route("/write", post(take)));
+            let (told, bound) = sim::sync::oneshot::channel();
+            let ready = move |addr: String| drop(told.send(addr));
+            let serving = sim::task::spawn(async move {
+                sim::net::serve("127.0.0.1:0", routes, ready, std::future::pending()).await
+            });
+            let (absent, there) = ("127.0.0.1:1".to_string(), bound.await?);
+            let mut endpoints = Endpoints::new(&[absent, there.clone(), there], Duration::from_secs(10))?;
+            for _ in 0..2 {
+                let body = Body::new(axum::body::Body::from("a key and a memory"));
+                let answer = endpoints.call(Request::post("http://any/write").body(body)?).await?;
+                assert!(answer.status().is_success() && !is_unavailable(&answer));
+            }
+            serving.abort();
+            // The second call began with who took the first one.
+            let seen = seen.lock().unwrap_or_else(|p| p.into_inner()).clone();
+            assert_eq!(seen, vec![Bytes::from("a key and a memory"); 3]);
+            assert_eq!(endpoints.first.load(Ordering::Relaxed), 2);
+            Ok(())
+        })?
+    }
+}

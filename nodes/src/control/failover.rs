@@ -169,13 +169,13 @@ impl Failover {
 
     async fn detect(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
         seen.validated = None;
-        if map.account(time::calendar_ms()) != *map {
-            self.control.update(|map| Ok(map.account(time::calendar_ms())), soon()).await?;
-        }
         let addrs = voters(map);
         let reached = reach(&self.peers, &addrs, 0).await;
         if well(map, &addrs, &reached) {
             seen.silent = None;
+            if map.account(time::calendar_ms()) != *map {
+                self.control.update(|map| Ok(map.account(time::calendar_ms())), soon()).await?;
+            }
             return Ok(());
         }
         let since = *seen.silent.get_or_insert_with(Instant::now);
