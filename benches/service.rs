@@ -104,6 +104,9 @@ impl replica_server::Replica for Echo {
     async fn has_tail(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
+    async fn lags(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
     async fn elsewhere(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }

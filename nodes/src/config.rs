@@ -10,6 +10,7 @@
 //! id = 1                          # of a node with a ledger: its number in the cluster
 //! shards = 1                      # of a new cluster; `loci cluster resize` changes it
 //! advertise = "n1.example:7401"   # the address under which peers know the node, when it is not the one it listens on
+//! public = "east.example:7401"    # the address at which callers reach its gateway, when it is not the one that peers use
 //!
 //! [replicas]                      # the nodes that keep the cluster map, and a new cluster's first ones: number = address
 //! 1 = "127.0.0.1:7401"
@@ -21,6 +22,9 @@
 //! witness = "north"               # votes, and keeps nothing
 //! members = { east = [1, 2, 3], west = [4, 5, 6], north = [7, 8, 9] }
 //!
+//! [announce]                      # on every node of [replicas] the same: where to post what happens to incidents (control/announce.rs)
+//! webhooks = ["http://127.0.0.1:9000/loci"]
+//!
 //! [via]                           # peers that this node reaches by another way, such as a tunnel's end: advertised = where to connect
 //! "n2.example:7401" = "127.0.0.1:9002"
 //! ```
@@ -29,15 +33,16 @@
 //! graph, vector: [`crate::roles`]) a process has any. It may have both groups. A node that caches has the role cache alone.
 
 use crate::cache::CacheOptions;
+use crate::control::announce::Webhook;
 use crate::control::liveness::Patience;
-use crate::control::map::SHARDS_MAX;
+use crate::control::map::{Gateway, SHARDS_MAX};
 use crate::control::regions::RegionsConfig;
 use crate::error::Error;
 use crate::ledger::LedgerOptions;
 use crate::roles::{self, Role, Roles};
 use serde::{Deserialize, Serialize};
 use sim::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use storage::ShardOptions;
 use storage::vectors::VectorOptions;
 
@@ -51,6 +56,9 @@ pub struct NodeConfig {
     /// The address under which peers know this node: the cluster map's, and [replicas]'. Not given: the one in [replicas], or `listen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
+    /// The address at which callers reach this node's gateway, when it is not the one that peers use: what the director answers with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<String>,
     #[serde(default = "data_default")]
@@ -78,8 +86,30 @@ pub struct NodeConfig {
     /// The region that an edge without a place in the cluster map is in: it asks that region's replicas first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
+    #[serde(default, skip_serializing_if = "Announce::is_empty")]
+    pub announce: Announce,
     #[serde(default)]
     pub tuning: Tuning,
+}
+
+/// Who hears of incidents.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Announce {
+    /// Addresses that get a POST for each event, as http://host:port/path.
+    pub webhooks: Vec<String>,
+}
+
+impl Announce {
+    fn is_empty(&self) -> bool {
+        self.webhooks.is_empty()
+    }
+
+    /// Each of them once.
+    pub fn webhooks(&self) -> Result<Vec<Webhook>, Error> {
+        let named: BTreeSet<&String> = self.webhooks.iter().collect();
+        named.into_iter().map(|url| Webhook::parse(url)).collect()
+    }
 }
 
 /// Times in milliseconds; the defaults suit one data centre.
@@ -179,6 +209,13 @@ impl NodeConfig {
             }
             reachable("advertise", advertise)?;
         }
+        config.announce.webhooks()?;
+        if let Some(public) = &config.public {
+            reachable("public", public)?;
+            if !config.is_edge()? {
+                return Err(Error::invalid("public", "is given, but this node has no gateway"));
+            }
+        }
         if let Some(regions) = &config.regions {
             regions.check(&voters.keys().copied().collect())?;
         }
@@ -213,6 +250,15 @@ impl NodeConfig {
         let mut voters = self.voters()?;
         let listed = self.id.and_then(|id| voters.remove(&id));
         Ok(self.advertise.clone().or(listed).unwrap_or_else(|| self.listen.clone()))
+    }
+
+    /// Where callers reach this node's gateway.
+    pub fn gateway(&self) -> Result<Gateway, Error> {
+        Ok(match (self.is_edge()?, &self.public) {
+            (false, _) => Gateway::Nowhere,
+            (true, None) => Gateway::Here,
+            (true, Some(public)) => Gateway::At(public.clone()),
+        })
     }
 
     pub fn voters(&self) -> Result<BTreeMap<u64, String>, Error> {
@@ -340,6 +386,12 @@ mod tests {
             (GOOD.replace("id = 1", "id = 7\nadvertise = 'b'"), "advertise"),
             (GOOD.replace("id = 1", "id = 7\nadvertise = ':1'"), "advertise"),
             (GOOD.replace("id = 1", "id = 7\nvia = { 'b:1' = 'c:0' }"), "via"),
+            (GOOD.replace("id = 1", "id = 1\npublic = 'b'"), "public"),
+            (GOOD.replace("id = 1", "id = 1\nroles = ['ledger', 'records']\npublic = 'b:1'"), "public"),
+            (
+                GOOD.replace("[replicas]", "announce = { webhooks = ['https://h/'] }\n[replicas]"),
+                "announce.webhooks",
+            ),
             (GOOD.replace("sixteen letters!", "short"), "cluster_secret"),
             (GOOD.replace("name", "nmae"), "configuration"),
         ];

@@ -90,6 +90,10 @@ impl EdgeLayer {
         if path.starts_with("/grpc.health.") || path.starts_with("/grpc.reflection.") {
             return Ok(false);
         }
+        // Which region to talk to is no secret, and whoever asks may be on its way from one that is gone.
+        if path.starts_with("/loci.v1.DirectorService/") {
+            return Ok(true);
+        }
         let header = request.headers().get(http::header::AUTHORIZATION).and_then(|v| v.to_str().ok());
         let key = header.and_then(|h| h.strip_prefix("Bearer ")).ok_or_else(|| {
             Error::Unauthenticated(

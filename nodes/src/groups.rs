@@ -1,6 +1,7 @@
 //! The groups that this node has a replica of: shards, and on some nodes the control group. Each is an openraft group with its own log, views and
 //! directory, and all of them speak through one service ([`crate::ledger::service`]).
 
+use crate::control::map::Gateway;
 use crate::control::rights::Rights;
 use crate::error::Error;
 use crate::ledger::epochs::Plan;
@@ -57,6 +58,8 @@ pub struct Settings {
     pub here: String,
     /// What it keeps and answers of each shard.
     pub roles: Roles,
+    /// Where callers reach its gateway.
+    pub gateway: Gateway,
     pub disk: Arc<dyn Disk>,
     pub peers: Peers,
     pub ledger: LedgerOptions,

@@ -35,6 +35,7 @@ pub mod resubmit;
 pub mod roles;
 pub mod router;
 pub mod standing;
+pub mod time;
 pub mod upkeep;
 pub mod views;
 pub mod walk;

@@ -4,6 +4,7 @@ use crate::access::Accesses;
 use crate::auth::KeyRing;
 use crate::cache::CacheView;
 use crate::config::NodeConfig;
+use crate::control::announce::Announcer;
 use crate::control::failover::Failover;
 use crate::control::grants::Grants;
 use crate::control::keeper::Keeper;
@@ -11,7 +12,7 @@ use crate::control::rights::Rights;
 use crate::control::{self, Control, driver::Driver, liveness::Watch};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
-use crate::gateway::{About, AdminService, GraphService, MemoryService};
+use crate::gateway::{About, AdminService, DirectorService, GraphService, MemoryService};
 use crate::groups::{CONTROL, Groups, Replica, Settings, Start};
 use crate::ledger::epochs::Plan;
 use crate::ledger::service::ReplicaService;
@@ -19,8 +20,8 @@ use crate::limits::MESSAGE_BYTES_MAX;
 use crate::peers::{self, Peers};
 use crate::proto::internal::replica_server::ReplicaServer;
 use crate::proto::v1::{
-    admin_service_server::AdminServiceServer, graph_service_server::GraphServiceServer,
-    memory_service_server::MemoryServiceServer,
+    admin_service_server::AdminServiceServer, director_service_server::DirectorServiceServer,
+    graph_service_server::GraphServiceServer, memory_service_server::MemoryServiceServer,
 };
 use crate::reader::Reader;
 use crate::roles::Role;
@@ -72,6 +73,7 @@ impl Node {
                 id,
                 here: here.clone(),
                 roles,
+                gateway: config.gateway()?,
                 disk: disk.clone(),
                 peers: peers.clone(),
                 ledger: config.ledger_options(),
@@ -112,6 +114,10 @@ impl Node {
                 sim::task::spawn(failover.keep());
                 grants = Some(granted);
                 let (control, groups, peers) = (control.clone(), groups.clone(), peers.clone());
+                let announcer = Announcer { control: control.clone(), groups: groups.clone() };
+                for webhook in config.announce.webhooks()? {
+                    sim::task::spawn(announcer.clone().keep(webhook));
+                }
                 let watch = Watch { control, groups, peers, patience: config.patience() };
                 sim::task::spawn(watch.keep());
             }
@@ -136,6 +142,9 @@ impl Node {
             groups: groups.clone(),
             disk_bytes: Box::new(move || disk_bytes(&*counted, "", 0)),
             cache: cache.clone(),
+            control: control.clone(),
+            peers: peers.clone(),
+            waits_for,
         });
 
         let mut edge_services = None;
@@ -165,8 +174,9 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), control, edge: edge_services, peers, waits_for };
+        let admin = AdminService { about: about.clone(), edge: edge_services };
         builder.add_service(AdminServiceServer::new(admin));
+        builder.add_service(DirectorServiceServer::new(DirectorService { about: about.clone() }));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
             .build_v1()

@@ -1,19 +1,24 @@
 //! Two regions and a witness as real processes on loopback: the region that writes is killed under load, the other one goes on, the killed one comes back as its
-//! follower, gives back what had been lost with it, and is made the primary again.
+//! follower, gives back what had been lost with it, and is made the primary again. All the while any node says which region to talk to, and a webhook hears of what
+//! happens.
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tests::{Directory, Process, Result, addresses, run, run_until_ok, start};
 
 const NODES: usize = 7;
 
 /// A node's file: three nodes that write, three that follow, one that only votes.
-fn configure(dir: &Path, id: usize, at: &[String]) -> Result<String> {
+fn configure(dir: &Path, id: usize, at: &[String], (http, hook): (&str, &str)) -> Result<String> {
     let voters: String = (1..=NODES).map(|id| format!("{id} = '{}'\n", at[id - 1])).collect();
     let text = format!(
-        "name = 'n{id}'\nid = {id}\nlisten = '{}'\ndata = 'n{id}'\ncluster_secret = 'a secret of sixteen'\n[replicas]\n{voters}\
+        "name = 'n{id}'\nid = {id}\nlisten = '{}'\nhttp = '{http}'\ndata = 'n{id}'\ncluster_secret = 'a secret of sixteen'\n[replicas]\n{voters}\
+         [announce]\nwebhooks = ['http://{hook}/loci']\n\
          [regions]\nprimary = 'east'\nwitness = 'north'\nmembers = {{ east = [1, 2, 3], west = [4, 5, 6], north = [7] }}\n\
          policy = {{ lease_ms = 2000, detect_ms = 3000, validate_ms = 3000 }}\n",
         at[id - 1]
@@ -28,6 +33,55 @@ fn texts(listed: &str) -> BTreeSet<String> {
     listed.lines().filter_map(text).collect()
 }
 
+/// What a node's page answers.
+fn get(at: &str, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(at)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {at}\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// A receiver of webhooks that refuses the first two posts; the ids of the events that it took, in order.
+fn receive() -> Result<(String, Arc<Mutex<Vec<String>>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let (at, taken) = (listener.local_addr()?.to_string(), Arc::<Mutex<Vec<String>>>::default());
+    let noted = taken.clone();
+    std::thread::spawn(move || {
+        let mut asked = 0;
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            let (mut request, mut part) = (String::new(), [0; 4096]);
+            let whole = |request: &str| {
+                let (head, body) = request.split_once("\r\n\r\n")?;
+                let length =
+                    head.to_lowercase().split_once("content-length: ")?.1.lines().next()?.parse::<usize>();
+                (body.len() >= length.ok()?).then(|| body.to_string())
+            };
+            while whole(&request).is_none() {
+                match stream.read(&mut part) {
+                    Ok(0) | Err(_) => break,
+                    Ok(read) => request.push_str(&String::from_utf8_lossy(&part[..read])),
+                }
+            }
+            asked += 1;
+            let id = whole(&request)
+                .and_then(|body| Some(body.split("\"event\":\"").nth(1)?.split('"').next()?.to_string()));
+            let (status, id) = match id {
+                Some(id) if asked > 2 => ("204 No Content", Some(id)),
+                _ => ("503 Service Unavailable", None),
+            };
+            let answered =
+                write!(stream, "HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            if let (Ok(()), Some(id), Ok(mut taken)) = (answered, id, noted.lock()) {
+                taken.push(id);
+            }
+        }
+    });
+    Ok((at, taken))
+}
+
 #[test]
 fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     let dir = Directory::new("regions")?;
@@ -39,7 +93,9 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
         fs::create_dir_all(dir.0.join(format!("n{id}")))?;
         fs::copy(dir.0.join("n1/keys.toml"), dir.0.join(format!("n{id}/keys.toml")))?;
     }
-    let files: Vec<String> = (1..=NODES).map(|id| configure(&dir.0, id, &at)).collect::<Result<_>>()?;
+    let (pages, (hook, taken)) = (addresses(NODES)?, receive()?);
+    let file = |id: usize| configure(&dir.0, id, &at, (&pages[id - 1], &hook));
+    let files: Vec<String> = (1..=NODES).map(file).collect::<Result<_>>()?;
     let node = |id: usize| start(&dir.0, &["node", "--config", &files[id - 1]]);
     let mut nodes: Vec<Option<Process>> = (1..=NODES).map(|id| node(id).map(Some)).collect::<Result<_>>()?;
     let go = |id: usize, args: &[&str]| -> Result<String> {
@@ -69,6 +125,15 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     let status = go(4, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"east\"") && status.contains("\"epoch\":1"), "{status}");
 
+    let says =
+        |id: usize, what: &str| -> Result<bool> { Ok(get(&pages[id - 1], "/regions.json")?.contains(what)) };
+    assert!(
+        says(7, "\"primary\":\"east\"")? && says(4, "\"epoch\":1,\"heard_ms\"")?,
+        "{}",
+        get(&pages[6], "/regions.json")?
+    );
+    assert!(get(&pages[0], "/incidents.json")?.contains("\"incidents\":[]"));
+
     // What is written while the other region stands still is durable in one only, and lost with it.
     for west in nodes[3..6].iter().flatten() {
         west.pause()?;
@@ -89,6 +154,27 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     }
     let status = go(6, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"west\"") && status.contains("\"epoch\":2"), "{status}");
+    while !(4..=7)
+        .map(|id| says(id, "\"primary\":\"west\""))
+        .collect::<Result<Vec<bool>>>()?
+        .iter()
+        .all(|west| *west)
+    {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let incident = get(&pages[6], "/incidents.json")?;
+    assert!(incident.contains("\"state\":\"recovering\"") && incident.contains("\"rto_ms\":"), "{incident}");
+    let page = get(&pages[4], "/")?;
+    assert!(
+        page.contains("west writes, in epoch 2") && page.contains("RTO: writes were possible again"),
+        "{page}"
+    );
+    // A client that is given all addresses finds one that answers, by itself, and needs no key to ask which region writes.
+    let all = at.join(",");
+    run_until_ok(&dir.0, &["--addr", &all, "--key", &key, "list"])?;
+    assert!(
+        run_until_ok(&dir.0, &["--addr", &all, "region", "where"])?.starts_with("west writes, in epoch 2")
+    );
     for _ in 0..20 {
         while !add(number, 4 + number % 3, false)? {}
         number += 1;
@@ -107,10 +193,36 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
         let lines = told.lines().filter(|line| line.contains("acme add") && line.ends_with(verdict)).count();
         assert_eq!(lines, 5, "{told}");
     }
+    // Then the incident is closed: every shard has all its replicas again.
+    while !go(4, &["region", "incidents", "--json"])?.contains("\"state\":\"closed\"") {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let told = go(5, &["region", "incidents"])?;
+    assert!(told.contains("RPO: ") && told.contains("MTTR: every shard had all its replicas"), "{told}");
     go(4, &["region", "failback", "--to", "east"])?;
     let status = go(2, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"east\"") && status.contains("\"epoch\":3"), "{status}");
     while !add(number, 2, false)? {}
+    assert!(says(7, "\"primary\":\"east\"")?);
+
+    // Every event of both changes was taken, in order, though the leader of the control group died and the receiver refused at first.
+    let mut wanted =
+        ["validating", "granting", "promoting", "verifying", "done", "accounted", "whole"].to_vec();
+    wanted.extend(["granting", "promoting", "verifying", "done"]);
+    let mut seen: Vec<String> = vec![];
+    for _ in 0..200 {
+        seen = taken.lock().map_err(|_| "poisoned")?.clone();
+        let mut known = BTreeSet::new();
+        seen.retain(|id| known.insert(id.clone()));
+        if seen.len() >= wanted.len() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let mut steps: Vec<&str> = seen.iter().filter_map(|id| id.rsplit('/').next()).collect();
+    // Which of the two comes first is the disks' matter.
+    steps.get_mut(5..7).ok_or("some are missing")?.sort_unstable();
+    assert_eq!(steps.get(..wanted.len()), Some(&wanted[..]), "{seen:?}");
     for id in [1, 4, 6] {
         let listed = texts(&go(id, &["list", "--json"])?);
         let lost: Vec<&String> = sure.difference(&listed).collect();

@@ -1,6 +1,7 @@
-//! How a command reaches a service: flags, then environment, then what `loci up` left in the data directory.
+//! How a command reaches a service: flags, then environment, then what `loci up` left in the data directory. Of several addresses the first one that answers is used.
 
 use super::Failure;
+use super::endpoints::Endpoints;
 use clap::Args;
 use nodes::limits::MESSAGE_BYTES_MAX;
 use nodes::proto::v1::admin_service_client::AdminServiceClient;
@@ -18,9 +19,9 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Args, Clone)]
 pub struct To {
-    /// The service's address, host:port.
-    #[arg(long, env = "LOCI_ADDR", global = true)]
-    addr: Option<String>,
+    /// The service's address, host:port; several, with commas between them, are tried in turn.
+    #[arg(long = "addr", env = "LOCI_ADDR", global = true, value_delimiter = ',')]
+    addrs: Vec<String>,
     /// An API key.
     #[arg(long, env = "LOCI_KEY", global = true, hide_env_values = true)]
     key: Option<String>,
@@ -41,48 +42,79 @@ pub struct ClientFile {
 /// A connection with a key.
 #[derive(Clone)]
 pub struct Client {
-    channel: Channel,
+    endpoints: Endpoints,
     bearer: MetadataValue<Ascii>,
     pub addr: String,
 }
 
 impl To {
     pub fn connect(&self) -> Result<Client, Failure> {
+        let (addrs, key) = self.found()?;
+        let key = key.ok_or_else(|| self.missing("key"))?;
+        Client::to(&addrs, &key)
+    }
+
+    /// The gateways, each by itself, with its address. No key is needed for what they say of regions.
+    pub fn gateways(&self) -> Result<Vec<(String, Channel)>, Failure> {
+        let (addrs, _) = self.found()?;
+        let each = Endpoints::new(&addrs, DEADLINE)?.each().to_vec();
+        Ok(addrs.into_iter().zip(each).collect())
+    }
+
+    fn missing(&self, what: &str) -> Failure {
+        let found = format!("no {} either", self.data.join(CLIENT_FILE).display());
+        Failure(format!("no {what}: start a service here with `loci up`, or give --{what} ({found})"))
+    }
+
+    /// The addresses, and the key if there is one.
+    fn found(&self) -> Result<(Vec<String>, Option<String>), Failure> {
         let path = self.data.join(CLIENT_FILE);
         let file: Option<ClientFile> = match std::fs::read_to_string(&path) {
             Ok(text) => Some(toml::from_str(&text).map_err(|e| Failure(format!("{}: {e}", path.display())))?),
             Err(_) => None,
         };
-        let missing = |what: &str| {
-            let found = format!("no {} either", path.display());
-            Failure(format!("no {what}: start a service here with `loci up`, or give --{what} ({found})"))
-        };
         let (file_addr, file_key) = file.map_or((None, None), |f| (Some(f.addr), Some(f.key)));
-        let addr = self.addr.clone().or(file_addr).ok_or_else(|| missing("addr"))?;
-        let key = self.key.clone().or(file_key).ok_or_else(|| missing("key"))?;
-        Client::new(&addr, &key)
+        let given = self.addrs.iter().filter(|addr| !addr.is_empty()).cloned();
+        let mut addrs: Vec<String> = given.collect();
+        if addrs.is_empty() {
+            addrs.push(file_addr.ok_or_else(|| self.missing("addr"))?);
+        }
+        Ok((addrs, self.key.clone().or(file_key)))
     }
 }
 
 impl Client {
     pub fn new(addr: &str, key: &str) -> Result<Client, Failure> {
+        Client::to(&[addr.into()], key)
+    }
+
+    /// Of several gateways the one that answers.
+    pub fn to(addrs: &[String], key: &str) -> Result<Client, Failure> {
         let bearer =
             format!("Bearer {key}").parse().map_err(|_| Failure("the key holds odd characters".into()))?;
-        Ok(Client { channel: sim::net::connect(addr)?, bearer, addr: addr.into() })
+        Ok(Client { endpoints: Endpoints::new(addrs, DEADLINE)?, bearer, addr: addrs.join(", ") })
     }
 
-    pub fn memories(&self) -> MemoryServiceClient<Channel> {
-        let client = MemoryServiceClient::new(self.channel.clone());
+    /// A write's idempotency key: the caller's, or one of its own where another gateway may be sent the write again.
+    pub fn write_key(&self, given: String) -> String {
+        match given.is_empty() && self.endpoints.are_several() {
+            true => sim::rand::uuid_v7().simple().to_string(),
+            false => given,
+        }
+    }
+
+    pub fn memories(&self) -> MemoryServiceClient<Endpoints> {
+        let client = MemoryServiceClient::new(self.endpoints.clone());
         client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    pub fn graph(&self) -> GraphServiceClient<Channel> {
-        let client = GraphServiceClient::new(self.channel.clone());
+    pub fn graph(&self) -> GraphServiceClient<Endpoints> {
+        let client = GraphServiceClient::new(self.endpoints.clone());
         client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    pub fn admin(&self) -> AdminServiceClient<Channel> {
-        AdminServiceClient::new(self.channel.clone())
+    pub fn admin(&self) -> AdminServiceClient<Endpoints> {
+        AdminServiceClient::new(self.endpoints.clone())
     }
 
     /// A request with the key and a deadline.

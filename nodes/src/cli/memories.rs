@@ -169,8 +169,8 @@ pub async fn add(to: &To, add: Add) -> Done {
         ..Default::default()
     };
     let durability = if add.durable_elsewhere { v1::Durability::Region } else { v1::Durability::Quorum };
-    let options =
-        Some(v1::WriteOptions { idempotency_key: add.idempotency_key, durability: durability.into() });
+    let idempotency_key = client.write_key(add.idempotency_key);
+    let options = Some(v1::WriteOptions { idempotency_key, durability: durability.into() });
     let request = client.request(v1::AddRequest { memory: Some(memory), options });
     let added = client.memories().add(request).await.map_err(|s| client.explain(s))?.into_inner();
     let there = added.info.is_some_and(|info| info.durability == v1::Durability::Region as i32);
@@ -271,6 +271,7 @@ pub async fn update(to: &To, update: Update) -> Done {
         metadata: update.metadata,
         importance: update.importance,
         status,
+        options: options(&client),
         ..Default::default()
     };
     let answer =
@@ -278,9 +279,15 @@ pub async fn update(to: &To, update: Update) -> Done {
     done(to, "updated", &answer.id, answer.version)
 }
 
+/// Of a write for which the caller gave none.
+fn options(client: &Client) -> Option<v1::WriteOptions> {
+    let idempotency_key = client.write_key(String::new());
+    Some(v1::WriteOptions { idempotency_key, ..Default::default() })
+}
+
 pub async fn delete(to: &To, id: String) -> Done {
     let client = to.connect()?;
-    let request = client.request(v1::DeleteRequest { id, ..Default::default() });
+    let request = client.request(v1::DeleteRequest { id, options: options(&client), ..Default::default() });
     let answer = client.memories().delete(request).await.map_err(|s| client.explain(s))?.into_inner();
     done(to, "deleted", &answer.id, answer.version)
 }

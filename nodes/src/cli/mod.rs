@@ -5,6 +5,7 @@
 mod client;
 mod cluster;
 mod demo;
+mod endpoints;
 mod graph;
 mod import;
 mod jsonl;
@@ -14,9 +15,9 @@ mod operate;
 mod region;
 mod serve;
 mod split;
-mod time;
 
 use clap::{Parser, Subcommand};
+use nodes::time;
 use std::path::PathBuf;
 use std::process::ExitCode;
 

@@ -6,15 +6,26 @@ use super::cluster::{change, status};
 use super::time::format_time;
 use super::{Done, Failure};
 use clap::Subcommand;
+use futures::future::join_all;
+use nodes::gateway::director::newest;
+use nodes::http;
+use nodes::proto::v1::director_service_client::DirectorServiceClient;
 use nodes::proto::v1::{self, change_cluster_request::Change};
 use serde_json::json;
-use sim::time::{Duration, sleep};
+use sim::time::{Duration, sleep, timeout};
 use std::collections::BTreeMap;
+
+/// How long each address may take to say which region writes.
+const DIRECTOR_WITHIN: Duration = Duration::from_secs(3);
 
 #[derive(Subcommand)]
 pub enum Region {
     /// Which region writes, a change that is under way, those before, and what each lost.
     Status,
+    /// Which region to talk to, and where its gateways are, by the newest map that one of the addresses knows. Needs no key.
+    Where,
+    /// Every change of the primary as an account: its steps, how long writes paused, what was lost, when redundancy was back.
+    Incidents,
     /// Gives the primary up, reachable or not: another region goes on with what it has. Waits for the end.
     Failover {
         #[arg(long)]
@@ -46,9 +57,15 @@ pub enum Region {
 }
 
 pub async fn run(to: &To, what: Region) -> Done {
+    if matches!(what, Region::Where) {
+        return whither(to).await;
+    }
     let client = to.connect()?;
     match what {
+        // It needs no key.
+        Region::Where => Ok(()),
         Region::Status => show(to, &client, &status(&client).await?).await,
+        Region::Incidents => incidents(to, &client).await,
         Region::Failover { to: region, dry_run: true, .. } => {
             let cluster = status(&client).await?;
             let regions = regions_of(&cluster)?;
@@ -212,6 +229,84 @@ async fn show(to: &To, client: &Client, cluster: &v1::ClusterResponse) -> Done {
     for shard in &cluster.shards {
         for end in &shard.ends {
             println!("shard {:2}  lost with epoch {}: {}", shard.shard, end.epoch, lost(end));
+        }
+    }
+    Ok(())
+}
+
+async fn incidents(to: &To, client: &Client) -> Done {
+    let answer = client.admin().incidents(client.request(v1::IncidentsRequest {})).await;
+    let incidents = answer.map_err(|s| client.explain(s))?.into_inner().incidents;
+    if to.json {
+        incidents.iter().for_each(|incident| println!("{}", http::incident_json(incident)));
+        return Ok(());
+    }
+    if incidents.is_empty() {
+        println!("no region was ever changed here");
+    }
+    for incident in &incidents {
+        println!("{}  {}  {}", incident.id, incident.state, http::headline(incident));
+        println!("    {}", incident.cause);
+        println!("    {}  silent or ordered", format_time(incident.silent_since));
+        for step in &incident.steps {
+            println!("    {}  {}", format_time(step.at_ms), step.step);
+        }
+        for (at, what) in [(incident.accounted_at, "the loss is known"), (incident.closed_at, "closed")] {
+            if let Some(at) = at {
+                println!("    {}  {what}", format_time(at));
+            }
+        }
+        if !incident.waits_for.is_empty() {
+            println!("    waits: {}", incident.waits_for);
+        }
+        for told in http::figures(incident) {
+            println!("    {told}");
+        }
+    }
+    Ok(())
+}
+
+/// Asks all addresses, since one that is cut off does not know what was decided without it.
+async fn whither(to: &To) -> Done {
+    let asked = to.gateways()?.into_iter().map(|(addr, channel)| async move {
+        let mut client = DirectorServiceClient::new(channel);
+        let answer = timeout(DIRECTOR_WITHIN, client.regions(v1::RegionsRequest {})).await;
+        match answer {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(format!("{addr}: {}", status.message())),
+            Err(_) => Err(format!("{addr}: no answer within {DIRECTOR_WITHIN:?}")),
+        }
+    });
+    let (mut answers, mut problems) = (vec![], vec![]);
+    for answer in join_all(asked).await {
+        match answer {
+            Ok(answer) => answers.push(answer),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    problems.iter().for_each(|problem| eprintln!("{problem}"));
+    let newest = newest(answers).ok_or_else(|| Failure("none of the addresses answers".into()))?;
+    if to.json {
+        println!("{}", http::regions_json(&newest));
+        return Ok(());
+    }
+    let heard = newest.heard_ms.map_or("never".into(), |ms| format!("{ms} ms ago"));
+    match newest.primary.as_str() {
+        "" => println!("this cluster has one region"),
+        primary => println!("{primary} writes, in epoch {}", newest.epoch),
+    }
+    println!(
+        "map version {}, by {}, which last heard of the newest {heard}",
+        newest.map_version, newest.node
+    );
+    if let Some(change) = &newest.change {
+        println!("from {} to {} it goes: {}", change.from, change.to, change.step);
+    }
+    for region in &newest.regions {
+        let up = if region.up { "up" } else { "down" };
+        println!("{:8} {:8} {up}", region.name, region.role);
+        for gateway in &region.gateways {
+            println!("    {:24} {}", gateway.address, gateway.state);
         }
     }
     Ok(())

@@ -112,6 +112,7 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
             name: if up.nodes == 1 { "local".into() } else { format!("n{number}") },
             listen: above(&up.listen, number - 1)?,
             advertise: None,
+            public: None,
             http: Some(above(&up.http, number - 1)?),
             data: dir.to_string_lossy().into_owned(),
             roles: nodes::config::all_roles(),
@@ -123,6 +124,7 @@ fn local_configs(data: &Path, up: &Up) -> Result<Vec<NodeConfig>, Failure> {
             via: BTreeMap::new(),
             regions: None,
             region: None,
+            announce: Default::default(),
             tuning: Default::default(),
         };
         fs::create_dir_all(&dir).map_err(|e| Failure(format!("{}: {e}", dir.display())))?;

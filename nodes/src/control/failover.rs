@@ -6,7 +6,7 @@
 //! 4. **Check.** Every replica of the new region halts, and says what it has. All but one must ([`crate::ledger::elsewhere`]), or `--accept-data-loss`.
 //! 5. **Promote.** The one with most begins the epoch; the map says so.
 //! 6. **Verify.** Each shard takes a write, and confirms a read.
-//! 7. **Announce.** The change, with the time of each step, is in the map's history; the failback is the operator's to order.
+//! 7. **Announce.** The change, with the time of each step, is in the map's history, and an incident ([`super::incidents`]); the failback is the operator's to order.
 //!
 //! A planned change skips the first two, and waits before the grant until the old right has run out *and* the new region has all that the old one wrote: so
 //! nothing is lost, and writes pause for about the length of a lease.
@@ -173,6 +173,9 @@ impl Failover {
         let reached = reach(&self.peers, &addrs, 0).await;
         if well(map, &addrs, &reached) {
             seen.silent = None;
+            if map.account(time::calendar_ms()) != *map {
+                self.control.update(|map| Ok(map.account(time::calendar_ms())), soon()).await?;
+            }
             return Ok(());
         }
         let since = *seen.silent.get_or_insert_with(Instant::now);
@@ -187,7 +190,12 @@ impl Failover {
             regions.primary
         );
         let first = (Step::Validating, cause.as_str());
-        let begun = |map: &ClusterMap| map.begin_region_change(to, false, false, first, time::calendar_ms());
+        let silent_ms = since.elapsed().as_millis() as i64;
+        let begun = |map: &ClusterMap| {
+            let now = time::calendar_ms();
+            let begun = map.begin_region_change(to, false, false, first, now)?;
+            Ok(begun.region_silent_since(now - silent_ms))
+        };
         self.control.update(begun, soon()).await?;
         seen.validated = Some(Instant::now());
         Ok(())

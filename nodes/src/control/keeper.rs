@@ -172,10 +172,13 @@ impl Keeper {
     /// Tells the control group what only this node knows.
     async fn tell(&self, map: &ClusterMap) {
         let settings = &self.settings;
-        let other = |node: &NodeEntry| (&node.addr, &node.roles) != (&settings.here, &settings.roles);
+        let own = (&settings.here, &settings.roles, &settings.gateway);
+        let other = |node: &NodeEntry| (&node.addr, &node.roles, &node.gateway) != own;
         if map.nodes.get(&settings.id).is_some_and(other) {
             // It was given another address or other roles since.
-            let told = |map: &ClusterMap| Ok(map.told(settings.id, &settings.here, &settings.roles));
+            let told = |map: &ClusterMap| {
+                Ok(map.told(settings.id, &settings.here, &settings.roles, &settings.gateway))
+            };
             if let Err(error) = self.control.update(told, Instant::now() + TELL).await {
                 sim::warn!("the cluster map has an old address or old roles of this node: {error}");
             }

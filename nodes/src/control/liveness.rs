@@ -24,11 +24,15 @@ use crate::groups::{CONTROL, Groups};
 use crate::peers::Peers;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use openraft::async_runtime::WatchReceiver;
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 
 /// How often each node is asked, and how long it has for its answer.
 const BEAT: Duration = Duration::from_secs(1);
+
+/// A leader whose majority has not answered for longer may be one no more.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(3);
 
 /// After which silence a node is what.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +81,14 @@ impl Watch {
         }
     }
 
+    /// Whether a majority of the control group has followed this node a moment ago.
+    fn leads_still(&self) -> bool {
+        let Some(replica) = self.groups.get(CONTROL) else { return false };
+        let metrics = replica.ledger.raft.metrics().borrow_watched().clone();
+        let acked = metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= FOLLOWED_WITHIN);
+        acked || metrics.membership_config.membership().voter_ids().count() == 1
+    }
+
     async fn look(&self, heard: &mut BTreeMap<NodeId, Instant>) {
         let map = self.control.map();
         heard.retain(|node, _| map.nodes.contains_key(node));
@@ -84,10 +96,12 @@ impl Watch {
         for node in map.nodes.keys() {
             heard.entry(*node).or_insert(now);
         }
+        // Each hears at the same time how new the map is, from a leader that is one still: who is cut off from it then knows that its own may be old.
+        let version = if self.leads_still() { map.version } else { 0 };
         let mut asked: FuturesUnordered<_> = map
             .nodes
             .iter()
-            .map(|(id, node)| async move { (*id, self.peers.is_there(&node.addr, 0, BEAT).await) })
+            .map(|(id, node)| async move { (*id, self.peers.is_there(&node.addr, version, BEAT).await) })
             .collect();
         while let Some((node, is_there)) = asked.next().await {
             if is_there {

@@ -61,11 +61,26 @@ pub struct NodeEntry {
     /// Empty in a cluster that has one.
     #[serde(default)]
     pub region: String,
+    /// Where callers reach its gateway, by its own account once it runs.
+    #[serde(default)]
+    pub gateway: Gateway,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gateway {
+    /// Where peers reach the node.
+    #[default]
+    Here,
+    At(String),
+    /// It has none.
+    Nowhere,
 }
 
 impl NodeEntry {
     fn new(addr: String, roles: Roles) -> NodeEntry {
-        NodeEntry { addr, state: NodeState::Member, roles, liveness: Liveness::Up, region: String::new() }
+        let (state, liveness) = (NodeState::Member, Liveness::Up);
+        NodeEntry { addr, state, roles, liveness, region: String::new(), gateway: Gateway::Here }
     }
 
     /// Whether it may keep the replicas for this that it has.
@@ -331,7 +346,8 @@ impl ClusterMap {
             return Err(Error::invalid("region", problem));
         }
         let (liveness, region) = (held.map(|node| node.liveness).unwrap_or_default(), region.to_string());
-        let entry = NodeEntry { liveness, region, ..NodeEntry::new(addr.into(), roles.clone()) };
+        let gateway = held.map(|node| node.gateway.clone()).unwrap_or_default();
+        let entry = NodeEntry { liveness, region, gateway, ..NodeEntry::new(addr.into(), roles.clone()) };
         Ok(self.changed(|map| drop(map.nodes.insert(id, entry))))
     }
 
@@ -345,10 +361,10 @@ impl ClusterMap {
     }
 
     /// A node says where it is and what it does, if the map has it and says otherwise.
-    pub fn told(&self, id: NodeId, addr: &str, roles: &Roles) -> ClusterMap {
+    pub fn told(&self, id: NodeId, addr: &str, roles: &Roles, gateway: &Gateway) -> ClusterMap {
         self.changed(|map| {
             map.nodes.entry(id).and_modify(|node| {
-                (node.addr, node.roles) = (addr.into(), roles.clone());
+                (node.addr, node.roles, node.gateway) = (addr.into(), roles.clone(), gateway.clone());
             });
         })
     }
@@ -936,7 +952,7 @@ mod tests {
         let mut map = ClusterMap::found(&nodes(3), 2)?;
         assert_eq!(map, map.plan_learners(), "where everybody does everything, nobody else is needed");
         for id in 1..=3 {
-            map = map.told(id, &format!("n{id}:1"), &ledger);
+            map = map.told(id, &format!("n{id}:1"), &ledger, &Gateway::Here);
         }
         for id in 4..=7 {
             map = map.join(id, &format!("n{id}:1"), &vector)?;
@@ -977,7 +993,7 @@ mod tests {
         }
         assert!(map.kept_by(drained).is_empty());
         // A node that may no longer vote gives its votes away.
-        map = map.told(3, "n3:1", &vector).join(8, "n8:1", &ledger)?.plan_handover();
+        map = map.told(3, "n3:1", &vector, &Gateway::Here).join(8, "n8:1", &ledger)?.plan_handover();
         assert_eq!(map.shards[&0].handover, Some(Handover { from: Some(3), to: 8 }));
         for last in [4, 5, 6, 7] {
             map = map.drain(last)?;

@@ -19,9 +19,11 @@
 //! ([`storage::slots`]), reads the map again and asks elsewhere. *The driver dies*: the plan and its progress are in the map, the next
 //! leader of the control group goes on; *two drivers run*: their steps are the same, and each change is made once.
 
+pub mod announce;
 pub mod driver;
 pub mod failover;
 pub mod grants;
+pub mod incidents;
 pub mod keeper;
 pub mod lease;
 pub mod liveness;
@@ -44,7 +46,7 @@ use serde::de::DeserializeOwned;
 use sim::disk::Disk;
 use sim::sync::watch;
 use sim::time::{self, Duration, Instant};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use storage::codec;
 use storage::facts;
 use storage::model::*;
@@ -69,6 +71,14 @@ pub struct Control {
     reach: Reach,
     disk: Arc<dyn Disk>,
     map: watch::Sender<Arc<ClusterMap>>,
+    heard: Arc<Mutex<Option<Heard>>>,
+}
+
+/// What a node heard last of the map's version, from who led the control group and had its majority behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct Heard {
+    pub version: u64,
+    pub at: Instant,
 }
 
 impl Control {
@@ -96,7 +106,20 @@ impl Control {
         let others = voters.into_iter().filter(|addr| *addr != here).collect();
         let remote = Remote::new(peers, CONTROL, others, usize::MAX);
         let reach = Reach { groups, group: CONTROL, needs: &[], remote };
-        Ok(Control { reach, disk, map: watch::channel(Arc::new(map)).0 })
+        Ok(Control { reach, disk, map: watch::channel(Arc::new(map)).0, heard: Arc::default() })
+    }
+
+    /// When this node last heard of the map's version; `None`: not since it started.
+    pub fn heard(&self) -> Option<Heard> {
+        *self.heard.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// The version was that at a moment.
+    pub fn hear(&self, version: u64, at: Instant) {
+        let mut heard = self.heard.lock().unwrap_or_else(|p| p.into_inner());
+        if heard.is_none_or(|heard| heard.at <= at && heard.version <= version) {
+            *heard = Some(Heard { version, at });
+        }
     }
 
     /// The newest map that this node knows; version 0 if it never saw one.
@@ -210,8 +233,12 @@ impl Control {
 
     /// Reads the map as it is now.
     pub async fn read(&self, deadline: Instant) -> Result<Arc<ClusterMap>, Error> {
+        let asked = Instant::now();
         match self.record(Freshness::Strong, deadline).await? {
-            Some((map, _)) => Ok(self.learn(map).await),
+            Some((map, _)) => {
+                self.hear(map.version, asked);
+                Ok(self.learn(map).await)
+            }
             None => Err(Error::Unavailable("the cluster is not founded yet".into())),
         }
     }

@@ -177,9 +177,33 @@ pub struct RegionChange {
     pub steps: Vec<(Step, i64)>,
     /// The epoch that it granted; 0: none yet.
     pub epoch: u64,
+    /// Since when the old primary was silent, by the same calendar; 0: the change was ordered, and began with its first step.
+    #[serde(default)]
+    pub silent_since: i64,
+    /// When it was known of every shard what was lost ([`super::incidents`]).
+    #[serde(default)]
+    pub accounted: Option<i64>,
+    /// When every shard had all its replicas again, in every region that serves.
+    #[serde(default)]
+    pub whole: Option<i64>,
 }
 
 impl RegionChange {
+    fn new(from: &str, to: &str, cause: &str, first: (Step, i64)) -> RegionChange {
+        RegionChange {
+            from: from.into(),
+            to: to.into(),
+            planned: false,
+            accept_data_loss: false,
+            cause: cause.into(),
+            steps: vec![first],
+            epoch: 0,
+            silent_since: 0,
+            accounted: None,
+            whole: None,
+        }
+    }
+
     pub fn step(&self) -> Step {
         self.steps.last().map_or(Step::Validating, |(step, _)| *step)
     }
@@ -326,7 +350,7 @@ impl ClusterMap {
         self.nodes.iter().filter(|(_, node)| there(&node.region)).map(|(id, _)| *id).collect()
     }
 
-    fn change_region(&self, change: impl FnOnce(&mut Regions)) -> ClusterMap {
+    pub(super) fn change_region(&self, change: impl FnOnce(&mut Regions)) -> ClusterMap {
         self.changed(|map| {
             if let Some(regions) = &mut map.regions {
                 change(regions);
@@ -368,16 +392,18 @@ impl ClusterMap {
             return wrong("slots are being moved; wait for the end of that".into());
         }
         Ok(self.change_region(|regions| {
-            regions.change = Some(RegionChange {
-                from: regions.primary.clone(),
-                to: to.into(),
-                planned,
-                accept_data_loss,
-                cause: cause.into(),
-                steps: vec![(first, now)],
-                epoch: 0,
-            });
+            let begun = RegionChange::new(&regions.primary, to, cause, (first, now));
+            regions.change = Some(RegionChange { planned, accept_data_loss, ..begun });
         }))
+    }
+
+    /// The primary was found silent before the change began that is under way.
+    pub fn region_silent_since(&self, at: i64) -> ClusterMap {
+        self.change_region(|regions| {
+            if let Some(change) = regions.change.as_mut().filter(|change| change.silent_since == 0) {
+                change.silent_since = at;
+            }
+        })
     }
 
     /// Goes on from one step to the next one, or ends the change.
@@ -405,15 +431,9 @@ impl ClusterMap {
         }
         let granted = self.change_region(|regions| {
             let from = regions.primary.clone();
-            let change = regions.change.get_or_insert_with(|| RegionChange {
-                from,
-                to: to.into(),
-                planned: false,
-                accept_data_loss: false,
-                cause: "it was granted while its change was withdrawn".into(),
-                steps: vec![(Step::Granting, now)],
-                epoch,
-            });
+            let cause = "it was granted while its change was withdrawn";
+            let new = || RegionChange::new(&from, to, cause, (Step::Granting, now));
+            let change = regions.change.get_or_insert_with(new);
             change.epoch = epoch;
             (regions.primary, regions.epoch) = (to.into(), epoch);
         });

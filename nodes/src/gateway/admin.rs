@@ -1,7 +1,7 @@
 //! `loci.v1.AdminService`: what an operator asks of one node.
 
-use super::context;
 use super::memory::Feed;
+use super::{context, director};
 use crate::cache::CacheView;
 use crate::control::Control;
 use crate::control::map::{ClusterMap, Learner, Liveness, NodeEntry, NodeState, ShardEntry, ShardId};
@@ -10,27 +10,26 @@ use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
 use crate::ledger::{log_store::position_index, recovery};
 use crate::peers::Peers;
+use crate::proto::internal::Body;
 use crate::proto::v1::{self, admin_service_server};
 use crate::reader::Reader;
 use crate::resubmit::Resubmission;
 use crate::roles::{self, Role, Roles};
 use crate::writer::Writer;
+use futures::future::join_all;
 use openraft::async_runtime::WatchReceiver;
 use sim::sync::mpsc;
-use sim::time::Instant;
+use sim::time::{self, Duration, Instant};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use storage::StorageError;
 use storage::model::Month;
+use storage::{StorageError, codec};
 use tonic::{Request, Response, Status};
 
 pub struct AdminService {
     pub about: Arc<About>,
-    pub control: Control,
     /// Of a node with the edge's roles.
     pub edge: Option<(Writer, Reader)>,
-    pub peers: Peers,
-    /// Of who leads the control group: what a change of the primary region waits for.
-    pub waits_for: Arc<Mutex<String>>,
 }
 
 /// What a node knows of itself.
@@ -41,7 +40,16 @@ pub struct About {
     pub groups: Groups,
     pub disk_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
     pub cache: Option<CacheView>,
+    pub control: Control,
+    pub peers: Peers,
+    /// Of who leads the control group: what a change of the primary region waits for.
+    pub waits_for: Arc<Mutex<String>>,
 }
+
+/// How long the nodes that lead shards may take to say how far the other region lags.
+const LAGS_WITHIN: Duration = Duration::from_millis(500);
+/// How long an account of incidents waits for the newest map.
+const READ_WITHIN: Duration = Duration::from_secs(3);
 
 impl About {
     /// The node's status; `with_digest` recomputes the digest from the tables, which reads everything.
@@ -65,6 +73,51 @@ impl About {
             disk_bytes: (self.disk_bytes)(),
             cache: self.cache.as_ref().map(CacheView::status),
         })
+    }
+
+    /// The cluster as a map has it.
+    pub fn cluster(&self, map: &ClusterMap) -> v1::ClusterResponse {
+        let mut cluster = cluster(map);
+        if let Some(change) = cluster.regions.as_mut().and_then(|regions| regions.change.as_mut()) {
+            change.waits_for = self.waits_for();
+        }
+        cluster
+    }
+
+    /// What a map says of incidents, oldest first.
+    pub fn incidents(&self, map: &ClusterMap) -> Vec<v1::Incident> {
+        let mut incidents = map.incidents();
+        if let Some(open) = incidents.last_mut().filter(|incident| incident.state == "open") {
+            open.waits_for = self.waits_for();
+        }
+        incidents
+    }
+
+    /// Which region to talk to, by the map that this node has.
+    pub fn regions(&self) -> v1::RegionsResponse {
+        let mut regions = director::regions(&self.control.map(), &self.node, self.control.heard());
+        if let Some(change) = &mut regions.change {
+            change.waits_for = self.waits_for();
+        }
+        regions
+    }
+
+    fn waits_for(&self) -> String {
+        self.waits_for.lock().unwrap_or_else(|p| p.into_inner()).clone()
+    }
+
+    /// By shard, how far the other region lags, in milliseconds, as those who lead the shards say. Who does not answer in time is left out.
+    pub async fn lags(&self) -> BTreeMap<ShardId, u64> {
+        let map = self.control.map();
+        let there = map.nodes.values().filter(|node| node.liveness == Liveness::Up);
+        let asked =
+            there.filter(|node| map.regions.is_some() && node.region == map.primary()).map(|node| async {
+                let mut client = self.peers.client(&node.addr).ok()?;
+                let request = self.peers.request(Body::default(), LAGS_WITHIN);
+                let answer = time::timeout(LAGS_WITHIN, client.lags(request)).await.ok()?.ok()?;
+                codec::decode::<Vec<(ShardId, u64)>>(&answer.into_inner().body).ok()
+            });
+        join_all(asked).await.into_iter().flatten().flatten().collect()
     }
 
     /// The members of every group that this node has a replica of.
@@ -144,7 +197,7 @@ impl admin_service_server::AdminService for AdminService {
     ) -> Result<Response<Self::ResubmitStream>, Status> {
         operator(&request)?;
         let (control, peers, router) =
-            (self.control.clone(), self.peers.clone(), self.edge()?.0.router.clone());
+            (self.about.control.clone(), self.about.peers.clone(), self.edge()?.0.router.clone());
         let (told, feed) = mpsc::channel(16);
         sim::task::spawn(Resubmission { control, peers, router }.run(request.into_inner(), told));
         Ok(Response::new(Feed(feed)))
@@ -210,11 +263,21 @@ impl admin_service_server::AdminService for AdminService {
     ) -> Result<Response<v1::ClusterResponse>, Status> {
         operator(&request)?;
         let (_, deadline) = context(&request)?;
-        let mut cluster = cluster(&*self.control.read(deadline).await?);
-        if let Some(change) = cluster.regions.as_mut().and_then(|regions| regions.change.as_mut()) {
-            change.waits_for = self.waits_for.lock().unwrap_or_else(|p| p.into_inner()).clone();
-        }
-        Ok(Response::new(cluster))
+        let map = self.about.control.read(deadline).await?;
+        Ok(Response::new(self.about.cluster(&map)))
+    }
+
+    async fn incidents(
+        &self,
+        request: Request<v1::IncidentsRequest>,
+    ) -> Result<Response<v1::IncidentsResponse>, Status> {
+        operator(&request)?;
+        let (_, deadline) = context(&request)?;
+        let control = &self.about.control;
+        // While the control group has no leader, what this node has is better than nothing.
+        let map =
+            control.read(deadline.min(Instant::now() + READ_WITHIN)).await.unwrap_or_else(|_| control.map());
+        Ok(Response::new(v1::IncidentsResponse { incidents: self.about.incidents(&map) }))
     }
 
     async fn change_cluster(
@@ -225,7 +288,7 @@ impl admin_service_server::AdminService for AdminService {
         operator(&request)?;
         let (_, deadline) = context(&request)?;
         let change = request.into_inner().change.ok_or_else(|| Error::invalid("change", "is missing"))?;
-        let changed = self.control.update(
+        let changed = self.about.control.update(
             |map| match &change {
                 Change::Join(node) if node.id == 0 || node.address.is_empty() => {
                     Err(Error::invalid("join", "needs a node's id (not 0) and its address"))
@@ -244,7 +307,7 @@ impl admin_service_server::AdminService for AdminService {
                     wish.planned,
                     wish.accept_data_loss,
                     (Step::Granting, "an operator's order"),
-                    sim::time::calendar_ms(),
+                    time::calendar_ms(),
                 ),
             },
             deadline,
@@ -257,13 +320,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
     let node = |(id, node): (&u64, &NodeEntry)| v1::ClusterNode {
         id: *id,
         address: node.addr.clone(),
-        state: match (node.state, node.liveness) {
-            (NodeState::Draining, _) => "draining",
-            (NodeState::Member, Liveness::Up) => "member",
-            (NodeState::Member, Liveness::Down) => "down",
-            (NodeState::Member, Liveness::Lost) => "lost",
-        }
-        .into(),
+        state: state_of(node).into(),
         shards: map.kept_by(*id).into_iter().collect(),
         roles: roles::names(&node.roles),
         region: node.region.clone(),
@@ -325,8 +382,9 @@ fn end_of((epoch, end): (&u64, &End)) -> v1::EpochEnd {
     }
 }
 
-fn regions_of(regions: &Regions) -> v1::ClusterRegions {
-    let change = |change: &RegionChange| v1::RegionChange {
+/// A change of the primary region, without what it waits for.
+pub(super) fn change_of(change: &RegionChange) -> v1::RegionChange {
+    v1::RegionChange {
         from: change.from.clone(),
         to: change.to.clone(),
         planned: change.planned,
@@ -339,13 +397,26 @@ fn regions_of(regions: &Regions) -> v1::ClusterRegions {
         cause: change.cause.clone(),
         epoch: change.epoch,
         waits_for: String::new(),
-    };
+    }
+}
+
+fn regions_of(regions: &Regions) -> v1::ClusterRegions {
     v1::ClusterRegions {
         primary: regions.primary.clone(),
         witness: regions.witness.clone().unwrap_or_default(),
         epoch: regions.epoch,
-        change: regions.change.as_ref().map(change),
-        past: regions.past.iter().map(change).collect(),
+        change: regions.change.as_ref().map(change_of),
+        past: regions.past.iter().map(change_of).collect(),
+    }
+}
+
+/// In which state a node is called.
+pub(super) fn state_of(node: &NodeEntry) -> &'static str {
+    match (node.state, node.liveness) {
+        (NodeState::Draining, _) => "draining",
+        (NodeState::Member, Liveness::Up) => "member",
+        (NodeState::Member, Liveness::Down) => "down",
+        (NodeState::Member, Liveness::Lost) => "lost",
     }
 }
 

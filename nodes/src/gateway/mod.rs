@@ -2,10 +2,12 @@
 //! the reader's.
 
 mod admin;
+pub mod director;
 mod graph;
 mod memory;
 
 pub use admin::{About, AdminService};
+pub use director::DirectorService;
 pub use graph::GraphService;
 pub use memory::MemoryService;
 

@@ -175,7 +175,11 @@ impl replica_server::Replica for ReplicaService {
     }
 
     async fn is_there(&self, request: Request<Body>) -> Reply {
+        // Only who leads the control group names one.
         let version: u64 = codec::decode(&request.get_ref().body).unwrap_or(0);
+        if version > 0 {
+            self.control.hear(version, Instant::now());
+        }
         if version > self.control.map().version {
             let control = self.control.clone();
             sim::task::spawn(async move { control.at_least(version, Instant::now() + LOOK).await });
@@ -211,6 +215,12 @@ impl replica_server::Replica for ReplicaService {
 
     async fn has_tail(&self, request: Request<Body>) -> Reply {
         encoded(&self.replica(request.get_ref())?.ledger.lacking_elsewhere()?)
+    }
+
+    async fn lags(&self, _: Request<Body>) -> Reply {
+        let led =
+            |replica: Replica| Some((replica.ledger.group, replica.ledger.lag.get()?.as_millis() as u64));
+        encoded(&self.groups.shards().into_iter().filter_map(led).collect::<Vec<(GroupId, u64)>>())
     }
 
     async fn elsewhere(&self, request: Request<Body>) -> Reply {

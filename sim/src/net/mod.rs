@@ -53,3 +53,17 @@ pub async fn serve(
     #[cfg(madsim)]
     simulated::serve(addr, routes, ready, shutdown).await
 }
+
+/// Posts JSON to an HTTP/1.1 server at `addr`, on a connection of its own; the status of the answer. `key`: what a server knows a repeated post by.
+pub async fn post(addr: &str, path: &str, key: &str, body: bytes::Bytes) -> io::Result<u16> {
+    let request = http::Request::post(path)
+        .header(http::header::HOST, addr)
+        .header(http::header::CONTENT_TYPE, "application/json")
+        .header("idempotency-key", key)
+        .body(http_body_util::Full::new(body))
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    #[cfg(not(madsim))]
+    return real::send(addr, request).await;
+    #[cfg(madsim)]
+    simulated::send(addr, request).await
+}

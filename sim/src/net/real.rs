@@ -1,6 +1,9 @@
 //! Production: tonic over HTTP/2, with keepalives so that a dead machine is noticed in seconds.
 
 use super::Routes;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper_util::rt::TokioIo;
 use std::future::Future;
 use std::io;
 use std::time::Duration;
@@ -46,4 +49,15 @@ pub async fn serve(
         .serve_with_incoming_shutdown(incoming, shutdown)
         .await
         .map_err(io::Error::other)
+}
+
+/// Sends a request to an HTTP/1.1 server; the status of its answer.
+pub async fn send(addr: &str, request: http::Request<Full<Bytes>>) -> io::Result<u16> {
+    let stream = tokio::net::TcpStream::connect(addr).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
+    // It ends when the sender is dropped.
+    tokio::spawn(connection);
+    let answer = sender.send_request(request).await.map_err(io::Error::other)?;
+    Ok(answer.status().as_u16())
 }

@@ -51,6 +51,12 @@ pub fn connect(addr: &str) -> io::Result<Channel> {
     Ok(Channel { addr: addr.into(), connection: Arc::default() })
 }
 
+/// Sends a request on a connection of its own; the status of its answer.
+pub async fn send(addr: &str, request: http::Request<http_body_util::Full<Bytes>>) -> io::Result<u16> {
+    let answer = connect(addr)?.exchange(request.map(Body::new)).await;
+    Ok(answer.map_err(|status| io::Error::other(status.message().to_string()))?.status().as_u16())
+}
+
 fn broken(message: String) -> tonic::Status {
     tonic::Status::unavailable(message)
 }
