@@ -62,7 +62,9 @@ fn written(decided: Decided, map_version: u64) -> Result<Written, Error> {
         Outcome::AlreadyExists { id, version } => Err(Error::AlreadyExists { id: id_text(&id), version }),
         Outcome::VersionMismatch { id, actual } => Err(Error::VersionMismatch { id: id_text(&id), actual }),
         Outcome::KeyReused => Err(Error::KeyReused),
-        Outcome::NotHere | Outcome::MoveRefused => Err(Error::Internal("the router gave this back".into())),
+        Outcome::NotHere | Outcome::MoveRefused | Outcome::Erased { .. } => {
+            Err(Error::Internal("the router gave this back".into()))
+        }
     }
 }
 

@@ -61,7 +61,7 @@ impl Applier<'_> {
     ) -> Result<Outcome, StorageError> {
         let held = rows::find_erasure(self.db, id)?;
         if let Some(done) = held.as_ref().filter(|held| held.next.is_none()) {
-            return Ok(Outcome::Erased(done.clone()));
+            return Ok(Outcome::Erased { erasure: done.clone(), position: at });
         }
         let mut erasure = match &held {
             Some(held) => held.clone(),
@@ -93,7 +93,7 @@ impl Applier<'_> {
         for old in rows::old_erasures(self.db, self.state.ledger_time.saturating_sub(KEPT_MS), FORGOTTEN)? {
             self.unlist_erasure(&old)?;
         }
-        Ok(Outcome::Erased(erasure))
+        Ok(Outcome::Erased { erasure, position: at })
     }
 
     /// Whether SQLite overwrites what is removed.

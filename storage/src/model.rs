@@ -329,8 +329,11 @@ pub enum Outcome {
     NotHere,
     /// The step belongs to a move that is over, or cannot be taken now, or its pieces are not sound; nothing was done.
     MoveRefused,
-    /// How far an erasure is.
-    Erased(Erasure),
+    /// How far an erasure is, and where this was found out.
+    Erased {
+        erasure: Erasure,
+        position: Position,
+    },
 }
 
 /// A place in one shard's ledger. `item` is the command's place in its entry; an import takes up one for each of its pieces.

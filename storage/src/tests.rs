@@ -629,8 +629,8 @@ fn erased(shard: &Shard, index: &mut u64, operation: &Operation) -> Result<Erasu
         *index += 1;
         let outcomes = apply(shard, *index, vec![command("t", "", 0, 7, operation.clone())])?;
         match outcomes.into_iter().next() {
-            Some(Outcome::Erased(erasure)) if erasure.next.is_none() => return Ok(erasure),
-            Some(Outcome::Erased(_)) => {}
+            Some(Outcome::Erased { erasure, .. }) if erasure.next.is_none() => return Ok(erasure),
+            Some(Outcome::Erased { .. }) => {}
             outcome => return Err(StorageError::Move(format!("{outcome:?}"))),
         }
     }

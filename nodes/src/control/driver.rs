@@ -1,6 +1,6 @@
 //! The driver: whoever leads the control group carries the map's plans out.
 //!
-//! Two loops, one for slots that move between shards, one for replicas that move between nodes. Each reads the map, takes the next step, and writes down
+//! Three loops: for slots that move between shards, for replicas that move between nodes, and for erasures. Each reads the map, takes the next step, and writes down
 //! what is done; every step may be repeated, so it does not matter where an earlier driver stopped.
 //!
 //! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
@@ -11,7 +11,11 @@
 //! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
 //! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica. Replicas for views
 //! alone ([`crate::roles`]) stay learners, and go by the same way.
+//!
+//! An erasure: every shard applies it, part after part, when no slots are on their way; then the other region is waited for
+//! ([`super::erasures`]). One that an epoch may lack is made again there.
 
+use super::erasures::{Erasure, Part};
 use super::map::{ClusterMap, Handover, Learner, Move, NodeId, ShardId};
 use super::regions::RegionsConfig;
 use super::{Control, TENANT};
@@ -25,7 +29,7 @@ use bincode::{Decode, Encode};
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
-use storage::model::{Command, MoveStep, Operation, Outcome};
+use storage::model::{Command, ErasureId, MoveStep, Operation, Outcome, Position};
 use storage::slots::{Arrived, Moving, SlotSet, Slots};
 
 /// The pause between two looks at the map.
@@ -38,6 +42,8 @@ const PART_BYTES: usize = 128 << 10;
 const COPY_BYTES_PER_S: f64 = 16e6;
 /// Rows removed in one entry.
 const DROP_ROWS: u32 = 500;
+/// Rows that an erasure looks at in one entry.
+const ERASE_ROWS: u32 = 500;
 
 #[derive(Clone)]
 pub struct Driver {
@@ -55,6 +61,9 @@ fn soon() -> Instant {
 impl Driver {
     pub fn start(self) {
         sim::task::spawn(self.clone().each("slots", |driver, map| async move { driver.slots(&map).await }));
+        let erasures =
+            |driver: Driver, map: std::sync::Arc<ClusterMap>| async move { driver.erasures(&map).await };
+        sim::task::spawn(self.clone().each("erasures", erasures));
         sim::task::spawn(self.each("replicas", |driver, map| async move { driver.replicas(&map).await }));
     }
 
@@ -246,6 +255,99 @@ impl Driver {
             Some(Outcome::Done { version, .. }) => Ok(*version),
             outcome => Err(Error::Internal(format!("{} refused {what}: {outcome:?}", name_of(shard)))),
         }
+    }
+
+    /// Goes on with what is to be erased.
+    async fn erasures(&self, map: &ClusterMap) -> Result<bool, Error> {
+        let open = map.open_erasures();
+        if map.holds_still() || open.is_empty() {
+            return Ok(false);
+        }
+        let (mut more, mut last) = (false, Ok(()));
+        for (id, erasure) in open {
+            for (shard, part) in &erasure.parts {
+                let step = if part.done {
+                    self.erased_elsewhere(map, id, *shard, part).await
+                } else {
+                    self.erase(map, id, erasure, *shard).await
+                };
+                match step {
+                    Ok(changed) => more |= changed,
+                    Err(error) => last = Err(error),
+                }
+            }
+        }
+        last.map(|()| more)
+    }
+
+    /// Erases on one shard.
+    async fn erase(
+        &self,
+        map: &ClusterMap,
+        id: ErasureId,
+        erasure: &Erasure,
+        shard: ShardId,
+    ) -> Result<bool, Error> {
+        let waits = |problem: &str| Err(Error::Unavailable(format!("erasure {id} waits: {problem}")));
+        if map.moving().is_some() {
+            return waits("slots are on their way");
+        }
+        if !map.shards.get(&shard).is_some_and(|entry| entry.founded) {
+            return waits(&format!("shard {shard} is only being founded"));
+        }
+        let before = erasure.parts.get(&shard).and_then(Part::before);
+        loop {
+            let operation =
+                Operation::Erase { erasure: id, subject: erasure.subject(), before, rows_max: ERASE_ROWS };
+            let command = Command {
+                tenant: erasure.tenant.clone(),
+                slot: None,
+                idempotency_key: String::new(),
+                request_hash: [0; 16],
+                now: time::calendar_ms(),
+                operation,
+            };
+            let outcomes = self.router.at(map, shard, &[]).reach.propose(vec![command], soon()).await?;
+            match outcomes.into_iter().next() {
+                Some(Outcome::Erased { erasure, position }) if erasure.next.is_none() => {
+                    let (memories, at) = (erasure.memories, position.index);
+                    sim::info!("shard {shard}: erasure {id} is done at {at}: {memories} memories");
+                    sim::trace::probe("erasure: applied on a shard");
+                    self.control.update(|map| Ok(map.erased(shard, &erasure, position)), soon()).await?;
+                    return Ok(true);
+                }
+                Some(Outcome::Erased { .. }) => time::sleep(Duration::from_millis(5)).await,
+                outcome => {
+                    let problem = format!("{} did not take it: {outcome:?}", name_of(shard));
+                    return waits(&problem);
+                }
+            }
+        }
+    }
+
+    /// Notes that the other region has an erasure, once it does.
+    async fn erased_elsewhere(
+        &self,
+        map: &ClusterMap,
+        id: ErasureId,
+        shard: ShardId,
+        part: &Part,
+    ) -> Result<bool, Error> {
+        let Some(entry) = map.shards.get(&shard) else { return Ok(false) };
+        if map.serving().iter().all(|region| part.regions.contains(*region)) {
+            return Ok(false);
+        }
+        // Indexes go on from epoch to epoch, and what is certain of an old one is in this one.
+        let (epoch, index) = (entry.epoch, part.seen.1);
+        if map.serving().len() > 1 {
+            let position = Position { epoch, index, item: u32::MAX };
+            if !self.router.elsewhere(shard, position, soon()).await {
+                let problem = format!("erasure {id} waits for the other region to have it of shard {shard}");
+                return Err(Error::Unavailable(problem));
+            }
+        }
+        self.control.update(|map| Ok(map.erased_elsewhere(id, shard, epoch)), soon()).await?;
+        Ok(true)
     }
 
     /// Takes the next step of what replicas are to do.

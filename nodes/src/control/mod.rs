@@ -20,6 +20,7 @@
 //! leader of the control group goes on; *two drivers run*: their steps are the same, and each change is made once.
 
 pub mod driver;
+pub mod erasures;
 pub mod failover;
 pub mod grants;
 pub mod keeper;
