@@ -196,7 +196,8 @@ impl<'a> Applier<'a> {
             Operation::DeleteEdges(edges) => self.delete_edges(whose, edges, at),
             Operation::DropMonth(month) => self.drop_month(*month, at),
             Operation::Move(step) => self.step(step, at),
-            Operation::Erase { erasure, subject, before, rows_max } => {
+            Operation::Erase { epoch, .. } if *epoch != at.epoch => Ok(Outcome::NotHere),
+            Operation::Erase { erasure, subject, before, rows_max, .. } => {
                 let bounds = (*before, *rows_max as usize);
                 self.erase((&command.tenant, subject), *erasure, bounds, command.now, at)
             }

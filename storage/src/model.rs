@@ -219,6 +219,8 @@ pub enum Operation {
     Erase {
         erasure: ErasureId,
         subject: Subject,
+        /// It is decided only in this epoch of the ledger: what was meant for one that is over knows nothing of what came after it.
+        epoch: u64,
         /// Only what was written before then: for an erasure that is made again, since it may be lost with its epoch.
         before: Option<Position>,
         /// About so many rows are looked at.

@@ -620,7 +620,7 @@ fn what_is_not_taken_is_not_decided_and_its_key_stays_free() -> Result<()> {
 
 fn erase(erasure: ErasureId, before: Option<Position>, rows_max: u32) -> Operation {
     let subject = Subject { user: "u".into(), agent: String::new() };
-    Operation::Erase { erasure, subject, before, rows_max }
+    Operation::Erase { erasure, subject, epoch: 1, before, rows_max }
 }
 
 /// Proposes until the erasure is done.
@@ -791,20 +791,24 @@ fn the_list_of_erasures_and_their_marks_go_with_a_snapshot_and_a_replay() -> Res
     // It is forgotten in time.
     let later = crate::erase::KEPT_MS + 100;
     let other = Subject { user: "nobody".into(), agent: String::new() };
-    let operation = Operation::Erase { erasure: 8, subject: other, before: None, rows_max: 1000 };
+    let operation = Operation::Erase { erasure: 8, subject: other, epoch: 1, before: None, rows_max: 1000 };
     apply(&imported, index + 1, vec![command("t", "", 0, later, operation)])?;
     assert_eq!(imported.erasures()?.iter().map(|erasure| erasure.id).collect::<Vec<_>>(), [8]);
     check(&imported)
 }
 
 #[test]
-fn nothing_is_erased_while_slots_are_on_their_way() -> Result<()> {
+fn nothing_is_erased_while_slots_are_on_their_way_or_in_another_epoch() -> Result<()> {
     let (shard, index) = lived_in(&SimDisk::new(1))?;
     let slots = [5].into_iter().collect::<slots::SlotSet>();
     step(&shard, index + 1, MoveStep::Seal { id: 1, slots })?;
     let outcomes = apply(&shard, index + 2, vec![command("t", "", 0, 7, erase(1, None, 3))])?;
     assert_eq!(outcomes, [Outcome::NotHere]);
-    assert!(shard.erasures()?.is_empty());
+    let (other, index) = lived_in(&SimDisk::new(2))?;
+    let batch = Batch { commands: vec![command("t", "", 0, 7, erase(1, None, 3))] };
+    let outcomes = other.apply(&[Entry { epoch: 2, index: index + 1, batch: Some(&batch) }], &[])?;
+    assert_eq!(outcomes, [[Outcome::NotHere]], "it is meant for another epoch");
+    assert!(shard.erasures()?.is_empty() && other.erasures()?.is_empty());
     check(&shard)
 }
 

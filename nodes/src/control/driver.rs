@@ -292,13 +292,19 @@ impl Driver {
         if map.moving().is_some() {
             return waits("slots are on their way");
         }
-        if !map.shards.get(&shard).is_some_and(|entry| entry.founded) {
+        let founded = map.shards.get(&shard).filter(|entry| entry.founded);
+        let Some(epoch) = founded.map(|entry| entry.epoch) else {
             return waits(&format!("shard {shard} is only being founded"));
-        }
+        };
         let before = erasure.parts.get(&shard).and_then(Part::before);
         loop {
-            let operation =
-                Operation::Erase { erasure: id, subject: erasure.subject(), before, rows_max: ERASE_ROWS };
+            let operation = Operation::Erase {
+                erasure: id,
+                subject: erasure.subject(),
+                epoch,
+                before,
+                rows_max: ERASE_ROWS,
+            };
             let command = Command {
                 tenant: erasure.tenant.clone(),
                 slot: None,
