@@ -1,6 +1,6 @@
 //! The driver: whoever leads the control group carries the map's plans out.
 //!
-//! Three loops: for slots that move between shards, for replicas that move between nodes, and for erasures. Each reads the map, takes the next step, and writes down
+//! A loop each for slots that move between shards, for replicas that move between nodes, for erasures, and for whether the other region has those. Each reads the map, takes the next step, and writes down
 //! what is done; every step may be repeated, so it does not matter where an earlier driver stopped.
 //!
 //! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
@@ -26,10 +26,11 @@ use crate::proto::internal::Body;
 use crate::router::Router;
 use crate::views::{Ask, Found, Freshness, unexpected};
 use bincode::{Decode, Encode};
+use futures::future::join_all;
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
-use storage::model::{Command, ErasureId, MoveStep, Operation, Outcome, Position};
+use storage::model::{Command, Erasure as Listed, ErasureId, MoveStep, Operation, Outcome, Position};
 use storage::slots::{Arrived, Moving, SlotSet, Slots};
 
 /// The pause between two looks at the map.
@@ -64,6 +65,10 @@ impl Driver {
         let erasures =
             |driver: Driver, map: std::sync::Arc<ClusterMap>| async move { driver.erasures(&map).await };
         sim::task::spawn(self.clone().each("erasures", erasures));
+        let elsewhere = |driver: Driver, map: std::sync::Arc<ClusterMap>| async move {
+            driver.erasures_elsewhere(&map).await
+        };
+        sim::task::spawn(self.clone().each("erasures elsewhere", elsewhere));
         sim::task::spawn(self.each("replicas", |driver, map| async move { driver.replicas(&map).await }));
     }
 
@@ -259,35 +264,42 @@ impl Driver {
 
     /// Goes on with what is to be erased.
     async fn erasures(&self, map: &ClusterMap) -> Result<bool, Error> {
-        let open = map.open_erasures();
-        if map.holds_still() || open.is_empty() {
+        if map.holds_still() {
             return Ok(false);
         }
         let (mut more, mut last) = (false, Ok(()));
-        for (id, erasure) in open {
-            for (shard, part) in &erasure.parts {
-                let step = if part.done {
-                    self.erased_elsewhere(map, id, *shard, part).await
-                } else {
-                    self.erase(map, id, erasure, *shard).await
-                };
+        for (id, erasure) in map.open_erasures() {
+            let missing = erasure.parts.iter().filter(|(_, part)| !part.done);
+            let steps = missing.map(|(shard, part)| self.erase(map, (id, erasure), (*shard, part)));
+            let (mut done, mut failed) = (vec![], None);
+            for step in join_all(steps).await {
                 match step {
-                    Ok(changed) => more |= changed,
-                    Err(error) => last = Err(error),
+                    Ok(step) => done.push(step),
+                    Err(error) => failed = Some(error),
                 }
             }
+            let applied = |map: &ClusterMap| {
+                let each = |map: ClusterMap, (shard, listed, seen): &(ShardId, Listed, Position)| {
+                    map.erased(*shard, listed, *seen)
+                };
+                Ok(done.iter().fold(map.clone(), each))
+            };
+            if !done.is_empty() {
+                more = true;
+                self.control.update(applied, soon()).await?;
+            }
+            last = failed.map_or(last, Err);
         }
         last.map(|()| more)
     }
 
-    /// Erases on one shard.
+    /// Erases on one shard: what its list says then, and where that was seen.
     async fn erase(
         &self,
         map: &ClusterMap,
-        id: ErasureId,
-        erasure: &Erasure,
-        shard: ShardId,
-    ) -> Result<bool, Error> {
+        (id, erasure): (ErasureId, &Erasure),
+        (shard, part): (ShardId, &Part),
+    ) -> Result<(ShardId, Listed, Position), Error> {
         let waits = |problem: &str| Err(Error::Unavailable(format!("erasure {id} waits: {problem}")));
         if map.moving().is_some() {
             return waits("slots are on their way");
@@ -296,11 +308,11 @@ impl Driver {
         let Some(epoch) = founded.map(|entry| entry.epoch) else {
             return waits(&format!("shard {shard} is only being founded"));
         };
-        let before = erasure.parts.get(&shard).and_then(Part::before);
+        let (subject, before) = (erasure.subject(), part.before());
         loop {
             let operation = Operation::Erase {
                 erasure: id,
-                subject: erasure.subject(),
+                subject: subject.clone(),
                 epoch,
                 before,
                 rows_max: ERASE_ROWS,
@@ -317,43 +329,56 @@ impl Driver {
             match outcomes.into_iter().next() {
                 Some(Outcome::Erased { erasure, position }) if erasure.next.is_none() => {
                     let (memories, at) = (erasure.memories, position.index);
-                    sim::info!("shard {shard}: erasure {id} is done at {at}: {memories} memories");
+                    sim::debug!("shard {shard}: erasure {id} is done at {at}: {memories} memories");
                     sim::trace::probe("erasure: applied on a shard");
-                    self.control.update(|map| Ok(map.erased(shard, &erasure, position)), soon()).await?;
-                    return Ok(true);
+                    if before.is_some() {
+                        sim::trace::probe("erasure: made again in a later epoch");
+                    }
+                    return Ok((shard, erasure, position));
                 }
                 Some(Outcome::Erased { .. }) => time::sleep(Duration::from_millis(5)).await,
-                outcome => {
-                    let problem = format!("{} did not take it: {outcome:?}", name_of(shard));
-                    return waits(&problem);
-                }
+                outcome => return waits(&format!("{} did not take it: {outcome:?}", name_of(shard))),
             }
         }
     }
 
-    /// Notes that the other region has an erasure, once it does.
-    async fn erased_elsewhere(
-        &self,
-        map: &ClusterMap,
-        id: ErasureId,
-        shard: ShardId,
-        part: &Part,
-    ) -> Result<bool, Error> {
-        let Some(entry) = map.shards.get(&shard) else { return Ok(false) };
-        if map.serving().iter().all(|region| part.regions.contains(*region)) {
-            return Ok(false);
-        }
-        // Indexes go on from epoch to epoch, and what is certain of an old one is in this one.
-        let (epoch, index) = (entry.epoch, part.seen.1);
-        if map.serving().len() > 1 {
-            let position = Position { epoch, index, item: u32::MAX };
-            if !self.router.elsewhere(shard, position, soon()).await {
-                let problem = format!("erasure {id} waits for the other region to have it of shard {shard}");
-                return Err(Error::Unavailable(problem));
+    /// Notes of erasures that the other regions have them, once they do.
+    async fn erasures_elsewhere(&self, map: &ClusterMap) -> Result<bool, Error> {
+        let serving = map.serving();
+        let lacks = |part: &Part| part.done && serving.iter().any(|region| !part.regions.contains(*region));
+        // Of each shard all that it has seen, and up to where that goes. Indexes go on from epoch to epoch, and what is certain of an old one is in this one.
+        let mut waiting: BTreeMap<ShardId, (u64, Vec<ErasureId>)> = BTreeMap::new();
+        for (id, erasure) in map.open_erasures() {
+            for (shard, part) in erasure.parts.iter().filter(|(_, part)| lacks(part)) {
+                let (index, ids) = waiting.entry(*shard).or_default();
+                *index = part.seen.1.max(*index);
+                ids.push(id);
             }
         }
-        self.control.update(|map| Ok(map.erased_elsewhere(id, shard, epoch)), soon()).await?;
-        Ok(true)
+        if waiting.is_empty() || map.holds_still() {
+            return Ok(false);
+        }
+        let asked = waiting.into_iter().map(|(shard, (index, ids))| {
+            let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+            let position = Position { epoch, index, item: u32::MAX };
+            async move {
+                let there = serving_alone(map) || self.router.elsewhere(shard, position, soon()).await;
+                (shard, epoch, ids, there)
+            }
+        });
+        let all = join_all(asked).await;
+        let there = |map: &ClusterMap| {
+            let each = |map: ClusterMap, (shard, epoch, ids): (&ShardId, &u64, &Vec<ErasureId>)| {
+                ids.iter().fold(map, |map, id| map.erased_elsewhere(*id, *shard, *epoch))
+            };
+            let there = all.iter().filter(|(.., there)| *there);
+            Ok(there.map(|(shard, epoch, ids, _)| (shard, epoch, ids)).fold(map.clone(), each))
+        };
+        let next = self.control.update(there, soon()).await?;
+        match all.iter().all(|(.., there)| *there) {
+            true => Ok(next.version != map.version),
+            false => Err(Error::Unavailable("the other region does not have all erasures yet".into())),
+        }
     }
 
     /// Takes the next step of what replicas are to do.
@@ -457,6 +482,11 @@ impl Driver {
         }
         Err(last)
     }
+}
+
+/// There is no other region.
+fn serving_alone(map: &ClusterMap) -> bool {
+    map.serving().len() == 1
 }
 
 fn addr_of(map: &ClusterMap, node: NodeId) -> Result<String, Error> {
