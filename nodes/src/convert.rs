@@ -306,7 +306,7 @@ pub fn receipt(id: ErasureId, erasure: &Erasure, map: &ClusterMap) -> v1::EraseR
 }
 
 /// Where bytes stay that nobody is shown any more, and until when.
-const LEFTOVERS: [(&str, &str); 5] = [
+const LEFTOVERS: [(&str, &str); 6] = [
     (
         "each replica's log: the writes themselves",
         "its segments are purged, behind a later checkpoint and both bases",
@@ -316,6 +316,10 @@ const LEFTOVERS: [(&str, &str); 5] = [
     (
         "segments of vectors",
         "they are made anew, within seconds; after a restart when a fifth of one is dead",
+    ),
+    (
+        "relations from others' memories in other slots, with nothing but ids",
+        "their sources are deleted, or erased",
     ),
     ("idempotency keys, with ids and versions", "24 hours after their writes"),
 ];

@@ -24,8 +24,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use storage::erase::KEPT_MS;
 use storage::model::{Erasure as Listed, ErasureId, Position, Subject, UnixMs};
 
-/// Erasures that the map remembers; of more the oldest that are settled are forgotten.
-pub const ERASURES_MAX: usize = 512;
+/// Erasures that the map remembers, since every change writes all of it down; of more the oldest that are settled are forgotten here, and stand in each shard's own
+/// list ([`storage::Shard::erasures`]).
+pub const ERASURES_MAX: usize = 128;
 /// By so much the calendars of two nodes may differ where an erasure is compared with another node's time.
 pub const CALENDARS_APART_MS: i64 = 5 * 60 * 1000;
 

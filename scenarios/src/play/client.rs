@@ -343,6 +343,11 @@ impl Client {
         }
     }
 
+    /// Where people are erased, all lie together with one agent: a search finds everybody's.
+    fn agent(&self) -> &'static str {
+        if self.erases { "helper" } else { "" }
+    }
+
     fn id(&self, key: u64) -> Id {
         id_of(self.tenant, key)
     }
@@ -492,12 +497,10 @@ impl Client {
         match request {
             Request::Add { id, .. } => {
                 let persons = self.erases && is_a_persons(id);
-                let scope = if persons { v1::Scope::Shared } else { v1::Scope::Private };
                 let memory = v1::NewMemory {
                     id: id.clone(),
-                    // A search of the shared user's finds what is shared too.
-                    scope: scope.into(),
                     user: if persons { PERSON } else { "shared user" }.into(),
+                    agent: self.agent().into(),
                     text: text.into(),
                     metadata: format!(r#"{{"client": {}}}"#, self.number),
                     ..Default::default()
@@ -600,7 +603,8 @@ impl Client {
 
     async fn search(&mut self, by_vector: bool) {
         let call = self.machines.now();
-        let owners = Some(v1::Owners { user: "shared user".into(), ..Default::default() });
+        let (user, agent) = ("shared user".into(), self.agent().into());
+        let owners = Some(v1::Owners { user, agent, ..Default::default() });
         let text = text(self.tenant, "c0w1");
         let (vector, space) = match by_vector {
             true => (embed(&text), LEXICAL_SPACE.to_string()),
