@@ -432,8 +432,10 @@ fn forgotten(plant: impl FnOnce(&mut History)) -> Vec<String> {
         op(2, 1, 2, add("p"), written(1, 11)),
         op(2, 3, 4, Request::Erase, Response::Erased { elsewhere: false }),
         op(2, 5, 6, add("q"), written(3, 13)),
-        op(2, 7, 8, Request::Search { by_vector: true }, Response::Rows(vec![row(3, "q"), row_of_k()])),
+        op(2, 7, 8, Request::Search { by_vector: true }, Response::Rows(vec![row(3, "q"), row_of_k(2, "b")])),
     ]);
+    // The search that there was finds it as well.
+    history.ops[9].response = Response::Rows(vec![row_of_k(4, "c"), row(3, "q")]);
     let versions = [(2, "erasure of version 1".to_string()), (3, "q".to_string())];
     for replica in &mut history.finals {
         replica.rows.insert((0, PERSONS.into()), row(3, "q"));
@@ -445,8 +447,8 @@ fn forgotten(plant: impl FnOnce(&mut History)) -> Vec<String> {
     promises
 }
 
-fn row_of_k() -> Row {
-    row(2, "b")
+fn row_of_k(version: u64, marker: &str) -> Row {
+    row(version, marker)
 }
 
 #[test]
