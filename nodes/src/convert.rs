@@ -1,6 +1,7 @@
 //! Between the protocol's messages and the store's types. Everything that comes in is checked here, once.
 
-use crate::control::map::ShardId;
+use crate::control::erasures::{Erasure, Part};
+use crate::control::map::{ClusterMap, ShardId};
 use crate::error::Error;
 use crate::limits::*;
 use crate::proto::v1;
@@ -272,6 +273,58 @@ pub fn change(shard: ShardId, change: &Change) -> v1::Change {
         token: Some(token([(shard, change.position)], 0)),
     }
 }
+
+/// What came of an erasure that every shard has applied, and where its bytes may still be.
+pub fn receipt(id: ErasureId, erasure: &Erasure, map: &ClusterMap) -> v1::EraseResponse {
+    let shard = |(shard, part): (&ShardId, &Part)| v1::ErasedShard {
+        shard: *shard,
+        epoch: part.seen.0,
+        index: part.seen.1,
+        memories: part.memories,
+        versions: part.versions,
+        regions: part.regions.iter().filter(|region| !region.is_empty()).cloned().collect(),
+    };
+    let position = |part: &Part| Position { epoch: part.seen.0, index: part.seen.1, item: u32::MAX };
+    let positions = erasure.parts.iter().map(|(shard, part)| (*shard, position(part)));
+    let everywhere = map.regions.is_some() && erasure.is_settled(&map.serving());
+    let durability = if everywhere { v1::Durability::Region } else { v1::Durability::Quorum };
+    let leftover = |(place, until): (&str, &str)| v1::Leftover { r#where: place.into(), until: until.into() };
+    let regions = map.regions.is_some().then_some(LEFT_IN_QUARANTINE);
+    v1::EraseResponse {
+        erasure: id,
+        at: erasure.at_ms,
+        memories: erasure.parts.values().map(|part| part.memories).sum(),
+        versions: erasure.parts.values().map(|part| part.versions).sum(),
+        shards: erasure.parts.iter().map(shard).collect(),
+        leftovers: LEFTOVERS.into_iter().chain(regions).map(leftover).collect(),
+        info: Some(v1::WriteInfo {
+            token: Some(token(positions, map.version)),
+            durability: durability.into(),
+            item: 0,
+        }),
+    }
+}
+
+/// Where bytes stay that nobody is shown any more, and until when.
+const LEFTOVERS: [(&str, &str); 6] = [
+    (
+        "each replica's log: the writes themselves",
+        "its segments are purged, behind a later checkpoint and both bases",
+    ),
+    ("each replica's two bases, which damaged views are made anew from", "two later ones are written"),
+    ("the index of words: single words, without what they stood in", "SQLite merges its segments"),
+    (
+        "segments of vectors",
+        "they are made anew, within seconds; after a restart when a fifth of one is dead",
+    ),
+    (
+        "relations from others' memories in other slots, with nothing but ids",
+        "their sources are deleted, or erased",
+    ),
+    ("idempotency keys, with ids and versions", "24 hours after their writes"),
+];
+const LEFT_IN_QUARANTINE: (&str, &str) =
+    ("quarantines of replicas that came back after a failover", "an operator removes the files");
 
 /// The partitions that a call may look into.
 pub fn owners(tenant: &str, owners: Option<&v1::Owners>) -> Result<Vec<Owner>, Error> {

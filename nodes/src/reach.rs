@@ -13,7 +13,7 @@ use storage::model::{Command, Outcome, Position};
 const RESERVE: Duration = Duration::from_millis(20);
 
 /// How long a write waits for the other region; one that takes longer is away.
-const ELSEWHERE_WITHIN: Duration = Duration::from_secs(2);
+pub const ELSEWHERE_WITHIN: Duration = Duration::from_secs(2);
 
 /// The way to one group.
 #[derive(Clone)]

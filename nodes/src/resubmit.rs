@@ -10,6 +10,7 @@
 //! | somebody wrote the memory since, or deleted it | it has a version of a later epoch, or gets one before the command is decided: that is decided in the ledger ([`Operation::Again`]). A conflict is told, and what follows it of that memory is left alone |
 //! | the caller of the lost write tried again meanwhile | the key is the caller's own: the ledger answers what it answered then |
 //! | the re-submission is interrupted, or asked for twice | it begins anew; what was written is recognised by its key, for 24 hours, and is a conflict after that: it is not written twice |
+//! | whose memory it is was erased since | the list of erasures is asked, the map's first and then, in the ledger, the shard's own: it is a conflict |
 //! | an old disk is not there | nothing of that shard is touched: another disk may have had less |
 //!
 //! Edges have no versions, so nobody can say whether one was set or removed since: they are written again only if asked for. Counts of accesses, dropped months and steps
@@ -31,7 +32,7 @@ use sim::sync::mpsc;
 use sim::time::{Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
-use storage::model::{ChangeKind, Command, MemoryId, Operation, Outcome};
+use storage::model::{ChangeKind, Command, MemoryId, Operation, Outcome, Position};
 
 /// How long one question or one write may take.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -101,6 +102,7 @@ fn what(operation: &Operation) -> &'static str {
         Operation::Touch(_) => "count accesses",
         Operation::DropMonth(_) => "drop a month",
         Operation::Move(_) => "move slots",
+        Operation::Erase { .. } => "erase",
         Operation::Again { .. } => "again",
     }
 }
@@ -156,11 +158,18 @@ impl Next {
             Outcome::KeyReused => {
                 (Verdict::Conflict, "its key was used since for another request".into(), Next::Stopped)
             }
-            Outcome::NotHere | Outcome::MoveRefused => {
+            Outcome::NotHere | Outcome::MoveRefused | Outcome::Erased { .. } => {
                 (Verdict::Conflict, "it has no place in the cluster as it is now".into(), Next::Stopped)
             }
         }
     }
+}
+
+/// Whether a lost addition is of somebody who was erased later. What is erased only now is found by the ledger.
+fn is_erased(map: &ClusterMap, (shard, epoch): (ShardId, u64), lost: &Lost) -> bool {
+    let Operation::Add(memory) = &lost.command.operation else { return false };
+    let position = Position { epoch, index: lost.index, item: lost.item };
+    map.erased_behind(&memory.tenant, (&memory.user, &memory.agent), shard, position)
 }
 
 impl Resubmission {
@@ -233,7 +242,9 @@ impl Resubmission {
         for ((tenant, id), all) in &memories {
             let mut next = Next::after(epoch, self.last_of(tenant, id).await?);
             for lost in all {
+                let erased = is_erased(map, (shard, epoch), lost);
                 let (verdict, why, then) = match (&next, ask.dry_run) {
+                    _ if erased => (Verdict::Conflict, "whose it is was erased since".into(), Next::Stopped),
                     (Next::Stopped, _) => {
                         (Verdict::Conflict, "the one before it was not written".into(), Next::Stopped)
                     }
@@ -333,7 +344,8 @@ impl Resubmission {
             command.idempotency_key = format!("quarantine-{shard}-{epoch}-{}-{}", lost.index, lost.item);
         }
         if let Some(last) = last {
-            command.operation = Operation::Again { last, operation: Box::new(command.operation) };
+            let since = Position { epoch, index: lost.index, item: lost.item };
+            command.operation = Operation::Again { last, since, operation: Box::new(command.operation) };
         }
         let (decided, _) = self.router.propose(vec![command], soon()).await;
         let missing = || Error::Internal("the ledger gave no outcome".into());
@@ -344,7 +356,6 @@ impl Resubmission {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use storage::model::Position;
 
     fn entry(term: u64, index: u64, keys: &[&str]) -> (Place, Vec<Command>) {
         let command = |key: &&str| Command {

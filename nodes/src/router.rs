@@ -232,6 +232,11 @@ impl Router {
         self.at(&self.known(), shard, &[]).reach.elsewhere(position, deadline).await
     }
 
+    /// The way to change the map.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
     /// The newest map that this node knows.
     pub fn known(&self) -> Arc<ClusterMap> {
         self.control.map()

@@ -9,14 +9,20 @@ use crate::convert::{self, id_text};
 use crate::error::Error;
 use crate::limits::{BATCH_ITEMS_MAX, NAME_BYTES_MAX};
 use crate::proto::v1;
+use crate::reach::ELSEWHERE_WITHIN;
 use crate::router::{Decided, Router};
 use futures::future::join_all;
 use sim::cpu::cost;
-use sim::time::{self, Instant};
+use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::embed::{LEXICAL_SPACE, embed};
 use storage::model::*;
 use storage::slots::Slot;
+
+/// How often it is looked whether an erasure is done.
+const ERASURE_LOOK: Duration = Duration::from_millis(50);
+/// What is kept of a caller's time for the answer.
+const ERASURE_RESERVE: Duration = Duration::from_millis(100);
 
 #[derive(Clone)]
 pub struct Writer {
@@ -62,7 +68,9 @@ fn written(decided: Decided, map_version: u64) -> Result<Written, Error> {
         Outcome::AlreadyExists { id, version } => Err(Error::AlreadyExists { id: id_text(&id), version }),
         Outcome::VersionMismatch { id, actual } => Err(Error::VersionMismatch { id: id_text(&id), actual }),
         Outcome::KeyReused => Err(Error::KeyReused),
-        Outcome::NotHere | Outcome::MoveRefused => Err(Error::Internal("the router gave this back".into())),
+        Outcome::NotHere | Outcome::MoveRefused | Outcome::Erased { .. } => {
+            Err(Error::Internal("the router gave this back".into()))
+        }
     }
 }
 
@@ -293,6 +301,41 @@ impl Writer {
         match written.is_empty() {
             true => Err(Error::Internal("the ledger gave no outcome".into())),
             false => Ok(written),
+        }
+    }
+
+    /// Erases all that a user, or an agent, has: recorded in the cluster map, carried out by whoever leads the control group ([`crate::control::erasures`]), and
+    /// waited for. A receipt.
+    pub async fn erase(
+        &self,
+        caller: &Caller,
+        mut request: v1::EraseRequest,
+        deadline: Instant,
+    ) -> Result<v1::EraseResponse, Error> {
+        let everywhere = request.options.as_ref().is_none_or(|options| options.durability == 0);
+        let Options { key, elsewhere } = options(request.options.take())?;
+        let elsewhere = elsewhere || everywhere;
+        let key = if key.is_empty() { sim::rand::uuid_v7().simple().to_string() } else { key };
+        let subject = Subject { user: request.user, agent: request.agent };
+        let (control, now) = (self.router.control(), time::calendar_ms());
+        let mut map =
+            control.update(|map| map.begin_erasure(&caller.tenant, &subject, &key, now), deadline).await?;
+        let mut applied: Option<Instant> = None;
+        loop {
+            let found = map.erasure_of(&caller.tenant, &key);
+            let (id, erasure) = found.ok_or_else(|| Error::Internal("the list lacks the erasure".into()))?;
+            let late = deadline - Instant::now() <= ERASURE_RESERVE;
+            if erasure.is_applied() {
+                // The other region is waited for as long as a write waits for it.
+                let waited = applied.get_or_insert_with(Instant::now).elapsed() >= ELSEWHERE_WITHIN;
+                if !elsewhere || waited || late || erasure.is_settled(&map.serving()) {
+                    return Ok(convert::receipt(id, erasure, &map));
+                }
+            } else if late {
+                return Err(Error::OutcomeUnknown(format!("erasure {id} is recorded and goes on")));
+            }
+            time::sleep(ERASURE_LOOK.min(deadline - Instant::now())).await;
+            map = control.glance(deadline).await.unwrap_or(map);
         }
     }
 

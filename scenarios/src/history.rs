@@ -112,6 +112,14 @@ pub enum Request {
     },
     /// Along the edges, strongly consistent.
     Walk,
+    /// Of a person of the tenant: of each memory that [`is_a_persons`].
+    Erase,
+}
+
+/// Whether a tenant's memory is the person's whom its erasures are about.
+pub fn is_a_persons(id: &str) -> bool {
+    let number = id.rsplit('-').next().and_then(|end| u64::from_str_radix(end, 16).ok());
+    number.is_some_and(|number| number % 4 == 3)
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -146,6 +154,10 @@ pub enum Response {
         shown: u64,
         /// Of what it was shown by.
         epoch: u64,
+    },
+    /// The person is erased on every shard. `elsewhere`: in the other region too.
+    Erased {
+        elsewhere: bool,
     },
     /// What the session has seen may be lost with a region: it begins anew.
     Lost,
@@ -235,6 +247,7 @@ impl fmt::Display for Request {
             Request::Search { by_vector: false } => f.write_str("search"),
             Request::List => f.write_str("list"),
             Request::Walk => f.write_str("walk"),
+            Request::Erase => f.write_str("erase the person"),
         }
     }
 }
@@ -263,6 +276,8 @@ impl fmt::Display for Response {
             }
             Response::Unknown => f.write_str("unknown"),
             Response::Value { row, shown, .. } => write!(f, "{row}, shown at {shown}"),
+            Response::Erased { elsewhere: true } => f.write_str("erased in all regions"),
+            Response::Erased { .. } => f.write_str("erased"),
             Response::Lost => f.write_str("may be lost with its region"),
             Response::Absent { .. } => f.write_str("not found"),
             Response::Rows(rows) => write!(f, "{} memories", rows.len()),
@@ -289,12 +304,17 @@ impl Request {
             | Request::Update { id, .. }
             | Request::Delete { id, .. }
             | Request::Get { id, .. } => Some(id),
-            Request::Search { .. } | Request::List | Request::Link { .. } | Request::Walk => None,
+            Request::Search { .. }
+            | Request::List
+            | Request::Link { .. }
+            | Request::Walk
+            | Request::Erase => None,
         }
     }
 
     pub fn is_write(&self) -> bool {
-        matches!(self, Request::Add { .. } | Request::Update { .. } | Request::Delete { .. })
+        use Request::{Add, Delete, Erase, Update};
+        matches!(self, Add { .. } | Update { .. } | Delete { .. } | Erase)
     }
 }
 
@@ -323,12 +343,32 @@ impl History {
         end.is_some_and(|end| end.certain < at.index && at.index <= end.ceiling)
     }
 
+    /// The erasures of a tenant that may have taken place.
+    pub fn erasures(&self, tenant: usize) -> impl Iterator<Item = &Op> {
+        self.ops.iter().filter(move |op| op.tenant == tenant && op.request == Request::Erase)
+    }
+
+    /// Whether what an operation wrote may have been erased since.
+    pub fn may_be_erased(&self, op: &Op) -> bool {
+        let until = |erasure: &Op| match erasure.response {
+            Response::Erased { .. } => erasure.return_ns,
+            _ => u64::MAX,
+        };
+        op.request.id().is_some_and(|id| is_a_persons(id))
+            && self.erasures(op.tenant).any(|erasure| until(erasure) > op.call_ns)
+    }
+
     /// Operations by tenant and memory.
     pub fn by_key(&self) -> BTreeMap<(usize, &str), Vec<&Op>> {
         let mut keys: BTreeMap<_, Vec<&Op>> = BTreeMap::new();
         for op in &self.ops {
             if let Some(id) = op.request.id() {
                 keys.entry((op.tenant, id.as_str())).or_default().push(op);
+            }
+        }
+        for ((tenant, id), ops) in &mut keys {
+            if is_a_persons(id) {
+                ops.extend(self.erasures(*tenant));
             }
         }
         keys

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 48] = [
+pub const MUTANTS: [Mutant; 50] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -44,6 +44,14 @@ pub const MUTANTS: [Mutant; 48] = [
     mutant("forget-a-deletions-version", "a memory that is added again begins at version 1"),
     mutant("store-the-replicas-own-time", "apply looks at the replica's clock"),
     mutant("leave-inbound-edges-behind", "a deleted memory's inbound edges stay"),
+    mutant(
+        "leave-the-history-of-an-erased-memory",
+        "an erasure removes memories, and not what they were before",
+    ),
+    mutant(
+        "trust-an-erasure-of-an-epoch-that-is-over",
+        "an erasure that may be lost with its region is not made again",
+    ),
     mutant("keep-an-old-version-in-the-cache", "the cache is not told of updates"),
     mutant("search-the-words-of-all-tenants", "a search by words leaves the tenant's filter out"),
     mutant("lose-a-tombstone-of-a-segment", "a vector in a segment survives its memory"),

@@ -10,15 +10,33 @@ use std::str::FromStr;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
-    Add { key: u64 },
-    Update { key: u64 },
-    Delete { key: u64 },
-    Get { key: u64 },
+    Add {
+        key: u64,
+    },
+    Update {
+        key: u64,
+    },
+    Delete {
+        key: u64,
+    },
+    Get {
+        key: u64,
+    },
     Search,
     List,
-    Link { from: u64, to: u64 },
-    Unlink { from: u64, to: u64 },
-    Walk { key: u64 },
+    Link {
+        from: u64,
+        to: u64,
+    },
+    Unlink {
+        from: u64,
+        to: u64,
+    },
+    Walk {
+        key: u64,
+    },
+    /// Of all that is the person's whom the tenant's erasures are about.
+    Erase,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +72,7 @@ impl fmt::Display for Operation {
             Act::Link { from, to } => write!(f, "link {from} {to}")?,
             Act::Unlink { from, to } => write!(f, "unlink {from} {to}")?,
             Act::Walk { key } => write!(f, "walk {key}")?,
+            Act::Erase => write!(f, "erase")?,
         }
         let flags = [
             (self.expecting, " expecting"),
@@ -93,9 +112,10 @@ impl FromStr for Operation {
             "link" => Act::Link { from: key()?, to: key()? },
             "unlink" => Act::Unlink { from: key()?, to: key()? },
             "walk" => Act::Walk { key: key()? },
+            "erase" => Act::Erase,
             _ => {
                 return Err(wrong(
-                    "unknown; there are add, update, delete, get, search, list, link, unlink, walk",
+                    "unknown; there are add, update, delete, get, search, list, link, unlink, walk, erase",
                 ));
             }
         };
@@ -142,6 +162,7 @@ mod tests {
             "12.340 c3 update 7 expecting again",
             "3.000 c1 walk 2 inbound g1",
             "1.500 c2 search",
+            "2.000 c2 erase",
         ] {
             assert_eq!(line.parse::<Operation>().map(|o| o.to_string()).as_deref(), Ok(line));
         }

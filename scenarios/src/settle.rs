@@ -82,6 +82,7 @@ fn swarm(run: &mut Scenario, random: &mut Random) {
         think_ms: random.within(25, 60),
         strong_reads: random.pick(&[0.1, 0.2, 0.4]).unwrap_or(0.2),
         of_views: 0.0,
+        erasures: 0.0,
     };
     if let Some(generate) = &mut run.faults.generate {
         let all = generate.kinds.clone();
@@ -196,7 +197,9 @@ fn operation(load: &Workload, random: &mut Random, at_ms: u64, client: usize) ->
     // Beside strong reads, the rest in fixed proportions.
     let rest = (dice - load.strong_reads) / (1.0 - load.strong_reads);
     let of_views = load.of_views > 0.0 && random.chance(load.of_views);
+    let erases = load.erasures > 0.0 && random.chance(load.erasures);
     let act = match rest {
+        _ if erases => Act::Erase,
         _ if of_views && random.chance(0.5) => Act::Search,
         _ if of_views => Act::Walk { key },
         r if r < 0.0 => Act::Get { key },

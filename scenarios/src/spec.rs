@@ -337,6 +337,9 @@ pub struct Workload {
     /// Share of operations that are searches and walks, half of them each, beside those among the rest.
     #[serde(default, skip_serializing_if = "is_default")]
     pub of_views: f64,
+    /// Share of operations that erase a person of the client's tenant, whose is every fourth memory then.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub erasures: f64,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

@@ -36,6 +36,8 @@ pub enum Effect {
     ForgetRecords,
     /// All of a month was removed.
     DropMonth(Month),
+    /// An erasure is done: what it removed should not stay in segments for long.
+    Erased,
 }
 
 impl Effect {
@@ -124,7 +126,7 @@ impl<'a> Applier<'a> {
         self.about = match command.operation.plain() {
             Operation::Add(memory) => memory.slot(),
             // What one shard did of these, another one still has to do.
-            Operation::Touch(_) | Operation::DropMonth(_) => rows::STAYS,
+            Operation::Touch(_) | Operation::DropMonth(_) | Operation::Erase { .. } => rows::STAYS,
             _ => command.slot.unwrap_or(rows::STAYS),
         };
         let key = &command.idempotency_key;
@@ -159,7 +161,7 @@ impl<'a> Applier<'a> {
         let takes = |slot: Slot| slot < SLOTS && slots.takes(&command.tenant, slot);
         match (command.operation.plain(), command.slot) {
             (Operation::Touch(_) | Operation::Move(_), _) => true,
-            (Operation::DropMonth(_), _) => slots.moving().is_none(),
+            (Operation::DropMonth(_) | Operation::Erase { .. }, _) => slots.moving().is_none(),
             (_, None) => slots.takes_all(),
             (Operation::Add(memory), Some(slot)) => memory.slot() == slot && takes(slot),
             (_, Some(slot)) => takes(slot),
@@ -198,12 +200,22 @@ impl<'a> Applier<'a> {
             Operation::UpsertEdges(edges) => self.upsert_edges(whose, edges, at),
             Operation::DeleteEdges(edges) => self.delete_edges(whose, edges, at),
             Operation::DropMonth(month) => self.drop_month(*month, at),
-            Operation::Again { last, operation } => {
+            Operation::Again { last, since, operation } => {
                 let Some(id) = operation.id() else { return Ok(Outcome::MoveRefused) };
                 let slot = match operation.plain() {
                     Operation::Add(memory) => Some(memory.slot()),
                     _ => command.slot,
                 };
+                if let Operation::Add(memory) = operation.plain() {
+                    let erased = |held: &Erasure| {
+                        held.tenant == memory.tenant
+                            && held.subject.covers(&memory.user, &memory.agent)
+                            && held.position > *since
+                    };
+                    if rows::erasures(self.db)?.iter().any(erased) {
+                        return Ok(Outcome::NotFound { id });
+                    }
+                }
                 let places = rows::places(self.db, whose.0, &id, slot)?;
                 let actual = places.iter().map(|(_, place)| place.version).max().unwrap_or(0);
                 match actual == *last || sim::planted!("re-submit-over-what-was-written-since") {
@@ -212,6 +224,11 @@ impl<'a> Applier<'a> {
                 }
             }
             Operation::Move(step) => self.step(step, at),
+            Operation::Erase { epoch, .. } if *epoch != at.epoch => Ok(Outcome::NotHere),
+            Operation::Erase { erasure, subject, before, rows_max, .. } => {
+                let bounds = (*before, *rows_max as usize);
+                self.erase((&command.tenant, subject), *erasure, bounds, command.now, at)
+            }
         }
     }
 
@@ -424,7 +441,7 @@ impl<'a> Applier<'a> {
 
     /// Removes a memory's edges, those to it only if no other memory of the tenant has its id. Edges whose slots are not taken here stay, and
     /// lead nowhere.
-    fn remove_edges_of(&mut self, tenant: &str, id: &MemoryId, slot: Slot) -> Result<(), StorageError> {
+    pub fn remove_edges_of(&mut self, tenant: &str, id: &MemoryId, slot: Slot) -> Result<(), StorageError> {
         if self.state.edges == 0 {
             return Ok(());
         }

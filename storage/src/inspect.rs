@@ -216,6 +216,7 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
                 Piece::Key(row) => ("idempotency keys", rows::key_hash(row)),
                 Piece::Edge(row) => ("edges", graph::hash(row)),
                 Piece::Deleted { .. } => ("places of deleted memories", 0),
+                Piece::Erasure(erasure) => ("erasures", rows::erasure_hash(erasure)),
                 Piece::End { pieces: counted, state } => {
                     ended = true;
                     say!(found, "snapshot of the views at position {:?}, {len} bytes", state.position);

@@ -13,6 +13,7 @@ pub mod bases;
 mod cache;
 pub mod codec;
 pub mod embed;
+pub mod erase;
 mod error;
 pub mod facts;
 mod filter;

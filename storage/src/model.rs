@@ -213,13 +213,61 @@ pub enum Operation {
     /// Removes everything that was created in a month, of every tenant, with its history. Only operators ask for it.
     DropMonth(Month),
     /// An addition, update or deletion that is decided only if the memory's last version, deletions counted, is this one (0: there never was any);
-    /// else it is a `VersionMismatch`.
+    /// else it is a `VersionMismatch`. An addition that was lost at `since` is `NotFound` if whose it is was erased after that.
     Again {
         last: u64,
+        since: Position,
         operation: Box<Operation>,
     },
     /// A step of a move of slots between shards ([`crate::slots`]). It carries no idempotency key: each step may be repeated.
     Move(MoveStep),
+    /// A part of an erasure ([`crate::erase`]). It carries no idempotency key: the erasure's number is one, for as long as the shard has it in its
+    /// list.
+    Erase {
+        erasure: ErasureId,
+        subject: Subject,
+        /// It is decided only in this epoch of the ledger: what was meant for one that is over knows nothing of what came after it.
+        epoch: u64,
+        /// Only what was written before then: for an erasure that is made again, since it may be lost with its epoch.
+        before: Option<Position>,
+        /// About so many rows are looked at.
+        rows_max: u32,
+    },
+}
+
+/// An erasure's number, the same on all shards; none is given twice.
+pub type ErasureId = u64;
+
+/// Whose memories an erasure is about, within a tenant: those of a user, of an agent, or of a user with an agent. Empty: any; one of the two is not.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub struct Subject {
+    pub user: String,
+    pub agent: String,
+}
+
+impl Subject {
+    /// Whether a memory is the subject's, whatever its scope.
+    pub fn covers(&self, user: &str, agent: &str) -> bool {
+        let is = |wanted: &str, of: &str| wanted.is_empty() || wanted == of;
+        (!self.user.is_empty() || !self.agent.is_empty()) && is(&self.user, user) && is(&self.agent, agent)
+    }
+}
+
+/// An erasure, as a shard's list has it.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Erasure {
+    pub id: ErasureId,
+    pub tenant: String,
+    pub subject: Subject,
+    /// Where its last part was applied.
+    pub position: Position,
+    /// The ledger's time of then.
+    pub time: UnixMs,
+    /// Memories of which something was erased, and how many versions that was, deletions included.
+    pub memories: u64,
+    pub versions: u64,
+    /// It goes on behind this memory; `None`: it is done.
+    pub next: Option<(MemoryId, Slot)>,
 }
 
 impl Operation {
@@ -266,7 +314,7 @@ pub struct Command {
     pub tenant: String,
     /// The slot that it is about: the memory's, or that of all the edges' sources. It is decided only where that slot is taken, and looks
     /// for memories in no other. `None`: the caller knows none, which is enough where all slots are taken; then the smallest slot
-    /// counts that has the memory. `Touch`, `DropMonth` and `Move` are about no one slot and need none.
+    /// counts that has the memory. `Touch`, `DropMonth`, `Move` and `Erase` are about no one slot and need none.
     pub slot: Option<Slot>,
     /// Empty: none. Unique per tenant for 24 hours. It is kept with the slot that the command was about, and moves with it; one that was
     /// about no memory stays with the shard.
@@ -310,6 +358,11 @@ pub enum Outcome {
     NotHere,
     /// The step belongs to a move that is over, or cannot be taken now, or its pieces are not sound; nothing was done.
     MoveRefused,
+    /// How far an erasure is, and where this was found out.
+    Erased {
+        erasure: Erasure,
+        position: Position,
+    },
 }
 
 /// A place in one shard's ledger. `item` is the command's place in its entry; an import takes up one for each of its pieces.
@@ -334,6 +387,8 @@ pub enum ChangeKind {
     Added = 1,
     Updated = 2,
     Deleted = 3,
+    /// Its memory says whose it was, and nothing else of what it was.
+    Erased = 4,
 }
 
 /// A condition on a memory; evaluated before and during search.

@@ -528,8 +528,9 @@ impl Applier<'_> {
             Piece::History { kind, version, body } => {
                 let Some(memory) = memory_of(body) else { return Ok(false) };
                 let slot = memory.slot();
-                let deleted = (*kind == ChangeKind::Deleted as u8) as u64;
-                matches!(kind, 1..=3)
+                let gone = [ChangeKind::Deleted, ChangeKind::Erased].map(|gone| gone as u8);
+                let deleted = gone.contains(kind) as u64;
+                matches!(kind, 1..=4)
                     && memory.version.checked_add(deleted) == Some(*version)
                     && new_place(&memory.tenant, &memory.id, slot)?
                     && !seen.contains(&place_key(&memory.tenant, &memory.id, slot))
@@ -643,7 +644,12 @@ impl Applier<'_> {
     }
 
     /// Names a version that goes with its slot for the vector view: a segment may have its vector, and the manifest not know that it is dead.
-    fn remember_dropped(&self, memory: &Memory, position: i64, at: Position) -> Result<(), StorageError> {
+    pub(crate) fn remember_dropped(
+        &self,
+        memory: &Memory,
+        position: i64,
+        at: Position,
+    ) -> Result<(), StorageError> {
         let kind = Kind { owner: memory.owner(), space: memory.space.clone(), dimension: 0 };
         self.db
             .prepare_cached(

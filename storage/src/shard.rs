@@ -297,6 +297,7 @@ impl Shard {
                     tree.conditions.clear();
                     self.cache.clear();
                 }
+                Effect::Erased => tree.erased = Some(tree.next_kill()),
                 Effect::DropMonth(month) => {
                     any = true;
                     tree.conditions.clear();
@@ -740,6 +741,11 @@ impl Shard {
         Ok(allowed)
     }
 
+    /// The erasures that were applied here, oldest first, of the last [`crate::erase::KEPT_MS`].
+    pub fn erasures(&self) -> Result<Vec<Erasure>, StorageError> {
+        rows::erasures(&self.records.reader())
+    }
+
     /// Walks along edges. What has expired, was deleted or is another tenant's is neither shown nor walked through.
     pub fn walk(&self, walk: &Walk) -> Result<Walked, StorageError> {
         let evictions = self.cache.evictions();
@@ -946,6 +952,9 @@ impl Shard {
             digest = digest.wrapping_add(graph::hash(&row));
             Ok(())
         })?;
+        for erasure in rows::erasures(&reader)? {
+            digest = digest.wrapping_add(rows::erasure_hash(&erasure));
+        }
         Ok((state.position, digest.to_le_bytes()))
     }
 

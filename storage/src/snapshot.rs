@@ -7,7 +7,7 @@ use crate::apply::Applier;
 use crate::codec;
 use crate::error::StorageError;
 use crate::graph::{self, EdgeRow};
-use crate::model::{MemoryId, Month, Position};
+use crate::model::{Erasure, MemoryId, Month, Position};
 use crate::records::months;
 use crate::records::rows::{self, HISTORY, KEY, KeyRow, MEMORY, Place, State, Stored};
 use crate::shard::{Shard, each, lock};
@@ -37,6 +37,7 @@ pub enum Piece {
         slot: Slot,
         place: Place,
     },
+    Erasure(Erasure),
 }
 
 impl Shard {
@@ -75,6 +76,9 @@ impl Shard {
         )?;
         graph::each(&snapshot, &mut |edge| send(&Piece::Edge(edge)))?;
         each(&snapshot, &format!("SELECT {KEY} FROM keys"), |row| send(&Piece::Key(rows::key_row(row)?)))?;
+        for erasure in rows::erasures(&snapshot)? {
+            send(&Piece::Erasure(erasure))?;
+        }
         let state = Box::new(rows::load_state(&snapshot)?);
         let (position, digest) = (state.position, state.whole_digest().to_le_bytes());
         send(&Piece::End { pieces: pieces.get(), state })?;
@@ -95,7 +99,8 @@ impl Shard {
             months::remove(&transaction, *month)?;
         }
         transaction.execute_batch(
-            "DELETE FROM directory; DELETE FROM owners; DELETE FROM edges; DELETE FROM keys; DELETE FROM dropped;",
+            "DELETE FROM directory; DELETE FROM owners; DELETE FROM edges; DELETE FROM keys; DELETE FROM dropped;
+             DELETE FROM erasures;",
         )?;
         let mut applier = Applier::new(
             &transaction,
@@ -156,6 +161,7 @@ fn put(applier: &mut Applier<'_>, piece: Piece) -> Result<(), StorageError> {
         Piece::Key(row) => applier.restore_key(&row)?,
         Piece::Edge(row) => applier.restore_edge(&row)?,
         Piece::Deleted { tenant, id, slot, place } => rows::put_place(applier.db, &tenant, &id, slot, place)?,
+        Piece::Erasure(erasure) => applier.list_erasure(&erasure)?,
         Piece::End { .. } => {}
     }
     Ok(())

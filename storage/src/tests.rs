@@ -154,7 +154,8 @@ fn versions_go_on_after_a_deletion() -> Result<()> {
 #[test]
 fn what_is_written_again_is_decided_by_the_last_version() -> Result<()> {
     let shard = open(&SimDisk::new(1))?;
-    let again = |last, operation| Operation::Again { last, operation: Box::new(operation) };
+    let since = Position { epoch: 1, index: 5, item: 0 };
+    let again = |last, operation| Operation::Again { last, since, operation: Box::new(operation) };
     let mut index = 0;
     let mut outcome = |key: &str, operation| -> Result<Outcome> {
         index += 1;
@@ -179,6 +180,14 @@ fn what_is_written_again_is_decided_by_the_last_version() -> Result<()> {
     assert_eq!(done(&outcome("h", again(3, add(1)))?), Ok(4));
     // Its key is asked first.
     assert_eq!(outcome("b", again(u64::MAX, add(1)))?, first);
+    // Nor does what was lost before somebody was erased.
+    let subject = Subject { user: "u".into(), agent: String::new() };
+    let erase = Operation::Erase { erasure: 1, subject, epoch: 1, before: None, rows_max: 9 };
+    assert!(matches!(outcome("", erase)?, Outcome::Erased { .. }));
+    assert!(matches!(outcome("i", again(0, add(2)))?, Outcome::NotFound { .. }));
+    let since = Position { epoch: 2, index: 5, item: 0 };
+    let later = Operation::Again { last: 0, since, operation: Box::new(add(2)) };
+    assert_eq!(done(&outcome("j", later)?), Ok(1));
     Ok(())
 }
 
@@ -646,6 +655,200 @@ fn what_is_not_taken_is_not_decided_and_its_key_stays_free() -> Result<()> {
     let other = open(&SimDisk::new(2))?;
     apply(&other, 1, vec![keyed(None, "", add(1))])?;
     assert_eq!(step(&other, 2, MoveStep::Own { slots })?, Outcome::MoveRefused);
+    check(&shard)
+}
+
+fn erase(erasure: ErasureId, before: Option<Position>, rows_max: u32) -> Operation {
+    let subject = Subject { user: "u".into(), agent: String::new() };
+    Operation::Erase { erasure, subject, epoch: 1, before, rows_max }
+}
+
+/// Proposes until the erasure is done.
+fn erased(shard: &Shard, index: &mut u64, operation: &Operation) -> Result<Erasure> {
+    loop {
+        *index += 1;
+        let outcomes = apply(shard, *index, vec![command("t", "", 0, 7, operation.clone())])?;
+        match outcomes.into_iter().next() {
+            Some(Outcome::Erased { erasure, .. }) if erasure.next.is_none() => return Ok(erasure),
+            Some(Outcome::Erased { .. }) => {}
+            outcome => return Err(StorageError::Move(format!("{outcome:?}"))),
+        }
+    }
+}
+
+/// A shard with memories of `u` in all scopes, some updated and some deleted, and somebody else's.
+fn lived_in(disk: &Arc<SimDisk>) -> Result<(Shard, u64)> {
+    let shard = open(disk)?;
+    let mine =
+        |id: u64| Memory { metadata: r#"{"secret": true}"#.into(), ..with_vector("t", id, "a secret word") };
+    let agents = |id: u64| Memory { agent: "helper".into(), ..mine(id) };
+    let shared = |id: u64| Memory { scope: Scope::Shared, ..mine(id) };
+    let other = |id: u64| Memory { user: "other".into(), ..with_vector("t", id, "another word") };
+    let foreign = Operation::Add(with_vector("elsewhere", 1, "a foreign word"));
+    let adds =
+        (1..=6).map(mine).chain((7..=8).map(agents)).chain((9..=10).map(shared)).chain((11..=13).map(other));
+    let commands =
+        adds.map(|memory| command("t", &format!("k{}", memory.id[15]), 1, 5, Operation::Add(memory)));
+    apply(&shard, 1, commands.chain([command("elsewhere", "", 0, 5, foreign)]).collect())?;
+    let edge = |source: u64, target: u64| Edge {
+        source: mine(source).id,
+        relation: "knows".into(),
+        target: mine(target).id,
+        weight: 1.0,
+        valid_from: None,
+        valid_to: None,
+    };
+    let edges = Operation::UpsertEdges(vec![edge(1, 11), edge(11, 2), edge(11, 12)]);
+    let changes = [
+        update(1, "a changed secret", None),
+        update(2, "once more", None),
+        delete(3),
+        edges,
+        update(11, "kept", None),
+    ];
+    apply(&shard, 2, changes.map(|operation| command("t", "", 0, 5, operation)).into())?;
+    Ok((shard, 2))
+}
+
+#[test]
+fn an_erased_person_leaves_nothing_but_marks_and_others_lose_nothing() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let (shard, mut index) = lived_in(&disk)?;
+    shard.seal()?;
+    let done = erased(&shard, &mut index, &erase(1, None, 3))?;
+    // Ten memories; three had a second version, one of which is a deletion.
+    assert_eq!((done.memories, done.versions), (10, 13));
+    assert!(index > 4, "in several parts: {index}");
+    let (mut seal, mut merge) = (0, 0);
+    while shard.seal_due() {
+        shard.seal()?;
+        seal += 1;
+    }
+    while shard.merge()? {
+        merge += 1;
+    }
+    assert!(seal > 0 && merge > 0, "the segments are made anew: {seal} {merge}");
+    assert_eq!(shard.segments().values().flatten().map(|(_, _, dead)| *dead).sum::<usize>(), 0);
+    for id in (1..=10).map(|id| memory("t", id, "").id) {
+        assert_eq!(shard.get("t", None, &id, 6)?, None);
+        let history = shard.history("t", None, &id)?;
+        let kinds: Vec<ChangeKind> = history.iter().map(|change| change.kind).collect();
+        assert_eq!(kinds, [ChangeKind::Erased]);
+        let Memory { text, metadata, user, .. } = &history[0].memory;
+        assert_eq!((&text[..], &metadata[..], &user[..]), ("", "", "u"));
+    }
+    let told = shard.changes_after("t", Position { epoch: 1, index: 2, item: u32::MAX }, 100)?;
+    assert_eq!(told.iter().filter(|change| change.kind == ChangeKind::Erased).count(), 10);
+    assert_eq!(shard.counts()?, Counts { memories: 4, vectors: 4, idempotency_keys: 13, edges: 1 });
+    let words = |text: &str, owner: Owner| {
+        shard.search(&SearchQuery { text: text.into(), vector: vec![], owners: vec![owner], ..search(20) })
+    };
+    assert!(words("secret word", memory("t", 1, "").owner())?.is_empty());
+    let others = Owner::User { tenant: "t".into(), user: "other".into() };
+    assert_eq!(shard.search(&SearchQuery { owners: vec![others], ..search(20) })?.len(), 3);
+    assert_eq!(shard.history("t", None, &memory("t", 11, "").id)?.len(), 2);
+    assert!(shard.get("elsewhere", None, &memory("t", 1, "").id, 6)?.is_some());
+    // A retry from before gets its answer and brings nothing back; a new write begins behind the old versions.
+    let mine = Operation::Add(with_vector("t", 1, "a new life"));
+    let again = apply(&shard, index + 1, vec![command("t", "k1", 1, 8, mine.clone())])?;
+    assert!(matches!(again[0], Outcome::Done { version: 1, .. }));
+    assert_eq!(shard.get("t", None, &memory("t", 1, "").id, 6)?, None);
+    let new = apply(&shard, index + 2, vec![command("t", "", 0, 8, mine)])?;
+    assert!(matches!(new[0], Outcome::Done { version: 4, .. }), "{new:?}");
+    // The erasure again is answered as before, and takes nothing of the new life.
+    index += 2;
+    assert_eq!(erased(&shard, &mut index, &erase(1, None, 3))?, done);
+    assert!(shard.get("t", None, &memory("t", 1, "").id, 6)?.is_some());
+    check(&shard)?;
+    shard.verify()?;
+    // Nor does it come back when the views are opened again.
+    shard.checkpoint()?;
+    disk.power_off();
+    drop(shard);
+    disk.power_on();
+    let shard = open(&disk)?;
+    assert_eq!(shard.get("t", None, &memory("t", 4, "").id, 6)?, None);
+    check(&shard)
+}
+
+#[test]
+fn an_erased_text_is_in_no_file_of_the_views() -> Result<()> {
+    let disk = SimDisk::new(1);
+    let (shard, mut index) = lived_in(&disk)?;
+    let found = |disk: &Arc<SimDisk>| -> Result<bool> {
+        let mut found = false;
+        for name in disk.list("views")? {
+            let file = disk.open(&format!("views/{name}"))?;
+            let mut bytes = vec![0; file.len()? as usize];
+            file.read_at(&mut bytes, 0)?;
+            found |= bytes.windows(16).any(|part| part == b"a changed secret");
+        }
+        Ok(found)
+    };
+    shard.checkpoint()?;
+    assert!(found(&disk)?, "this test finds what is there");
+    erased(&shard, &mut index, &erase(1, None, 100))?;
+    shard.checkpoint()?;
+    assert!(!found(&disk)?);
+    Ok(())
+}
+
+#[test]
+fn an_erasure_made_again_spares_what_came_after_it() -> Result<()> {
+    let (shard, mut index) = lived_in(&SimDisk::new(1))?;
+    let new = Operation::Add(with_vector("t", 20, "a new life"));
+    apply(&shard, index + 1, vec![command("t", "", 0, 6, new)])?;
+    index += 1;
+    // The first time was entry 3 of this epoch, and got lost.
+    let done = erased(&shard, &mut index, &erase(1, Some(Position { epoch: 1, index: 3, item: 0 }), 4))?;
+    assert_eq!(done.memories, 10);
+    assert!(shard.get("t", None, &memory("t", 20, "").id, 6)?.is_some());
+    assert_eq!(shard.get("t", None, &memory("t", 4, "").id, 6)?, None);
+    check(&shard)
+}
+
+#[test]
+fn the_list_of_erasures_and_their_marks_go_with_a_snapshot_and_a_replay() -> Result<()> {
+    let (shard, mut index) = lived_in(&SimDisk::new(1))?;
+    let (replayed, mut at) = lived_in(&SimDisk::new(2))?;
+    for one in [&shard, &replayed] {
+        let index = if std::ptr::eq(one, &shard) { &mut index } else { &mut at };
+        erased(one, index, &erase(7, None, 3))?;
+    }
+    assert_eq!(shard.digest(), replayed.digest());
+    let mut frames = vec![];
+    shard.export(&mut |frame| {
+        frames.push(frame.to_vec());
+        Ok(())
+    })?;
+    let imported = open(&SimDisk::new(3))?;
+    let mut chunks = frames.into_iter();
+    imported.import(&mut || Ok(chunks.next()))?;
+    assert_eq!(imported.digest(), shard.digest());
+    assert_eq!(imported.erasures()?, shard.erasures()?);
+    assert_eq!(imported.erasures()?.len(), 1);
+    check(&imported)?;
+    // It is forgotten in time.
+    let later = crate::erase::KEPT_MS + 100;
+    let other = Subject { user: "nobody".into(), agent: String::new() };
+    let operation = Operation::Erase { erasure: 8, subject: other, epoch: 1, before: None, rows_max: 1000 };
+    apply(&imported, index + 1, vec![command("t", "", 0, later, operation)])?;
+    assert_eq!(imported.erasures()?.iter().map(|erasure| erasure.id).collect::<Vec<_>>(), [8]);
+    check(&imported)
+}
+
+#[test]
+fn nothing_is_erased_while_slots_are_on_their_way_or_in_another_epoch() -> Result<()> {
+    let (shard, index) = lived_in(&SimDisk::new(1))?;
+    let slots = [5].into_iter().collect::<slots::SlotSet>();
+    step(&shard, index + 1, MoveStep::Seal { id: 1, slots })?;
+    let outcomes = apply(&shard, index + 2, vec![command("t", "", 0, 7, erase(1, None, 3))])?;
+    assert_eq!(outcomes, [Outcome::NotHere]);
+    let (other, index) = lived_in(&SimDisk::new(2))?;
+    let batch = Batch { commands: vec![command("t", "", 0, 7, erase(1, None, 3))] };
+    let outcomes = other.apply(&[Entry { epoch: 2, index: index + 1, batch: Some(&batch) }], &[])?;
+    assert_eq!(outcomes, [[Outcome::NotHere]], "it is meant for another epoch");
+    assert!(shard.erasures()?.is_empty() && other.erasures()?.is_empty());
     check(&shard)
 }
 

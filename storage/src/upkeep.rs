@@ -584,7 +584,10 @@ impl Shard {
         let _merging = lock(&self.upkeep.merging);
         let (inputs, kills_from, month) = {
             let mut tree = self.tree_mut();
-            let Some(numbers) = tree.merge_due() else { return Ok(false) };
+            let Some(numbers) = tree.merge_due() else {
+                tree.erased = tree.erased.filter(|erased| tree.sealed_kills < *erased);
+                return Ok(false);
+            };
             tree.needed_kills = Some(tree.sealed_kills);
             let chosen = tree.segments.iter().filter(|live| numbers.contains(&live.number));
             let inputs: Vec<_> =

@@ -6,6 +6,7 @@ mod client;
 mod cluster;
 mod demo;
 mod endpoints;
+mod erase;
 mod graph;
 mod import;
 mod jsonl;
@@ -64,6 +65,8 @@ enum Command {
     Update(memories::Update),
     /// Deletes a memory.
     Delete { id: String },
+    /// Erases everything of a user, or of an agent, for good, and prints a receipt.
+    Erase(erase::Erase),
     /// Shows every version of a memory.
     History { id: String },
     /// Relates one memory to another.
@@ -115,6 +118,7 @@ pub fn main() -> ExitCode {
             Command::List(list) => memories::list(&to, list).await,
             Command::Update(update) => memories::update(&to, update).await,
             Command::Delete { id } => memories::delete(&to, id).await,
+            Command::Erase(erase) => erase::erase(&to, erase).await,
             Command::History { id } => memories::history(&to, id).await,
             Command::Link(link) => graph::link(&to, link).await,
             Command::Graph(walk) => graph::graph(&to, walk).await,

@@ -1,6 +1,6 @@
 //! The driver: whoever leads the control group carries the map's plans out.
 //!
-//! Two loops, one for slots that move between shards, one for replicas that move between nodes. Each reads the map, takes the next step, and writes down
+//! A loop each for slots that move between shards, for replicas that move between nodes, for erasures, and for whether the other region has those. Each reads the map, takes the next step, and writes down
 //! what is done; every step may be repeated, so it does not matter where an earlier driver stopped.
 //!
 //! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
@@ -11,7 +11,11 @@
 //! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
 //! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica. Replicas for views
 //! alone ([`crate::roles`]) stay learners, and go by the same way.
+//!
+//! An erasure: every shard applies it, part after part, when no slots are on their way; then the other region is waited for
+//! ([`super::erasures`]). One that an epoch may lack is made again there.
 
+use super::erasures::{Erasure, Part};
 use super::map::{ClusterMap, Handover, Learner, Move, NodeId, ShardId};
 use super::regions::RegionsConfig;
 use super::{Control, TENANT};
@@ -22,10 +26,11 @@ use crate::proto::internal::Body;
 use crate::router::Router;
 use crate::views::{Ask, Found, Freshness, unexpected};
 use bincode::{Decode, Encode};
+use futures::future::join_all;
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeMap;
 use storage::codec;
-use storage::model::{Command, MoveStep, Operation, Outcome};
+use storage::model::{Command, Erasure as Listed, ErasureId, MoveStep, Operation, Outcome, Position};
 use storage::slots::{Arrived, Moving, SlotSet, Slots};
 
 /// The pause between two looks at the map.
@@ -38,6 +43,8 @@ const PART_BYTES: usize = 128 << 10;
 const COPY_BYTES_PER_S: f64 = 16e6;
 /// Rows removed in one entry.
 const DROP_ROWS: u32 = 500;
+/// Rows that an erasure looks at in one entry.
+const ERASE_ROWS: u32 = 500;
 
 #[derive(Clone)]
 pub struct Driver {
@@ -55,6 +62,13 @@ fn soon() -> Instant {
 impl Driver {
     pub fn start(self) {
         sim::task::spawn(self.clone().each("slots", |driver, map| async move { driver.slots(&map).await }));
+        let erasures =
+            |driver: Driver, map: std::sync::Arc<ClusterMap>| async move { driver.erasures(&map).await };
+        sim::task::spawn(self.clone().each("erasures", erasures));
+        let elsewhere = |driver: Driver, map: std::sync::Arc<ClusterMap>| async move {
+            driver.erasures_elsewhere(&map).await
+        };
+        sim::task::spawn(self.clone().each("erasures elsewhere", elsewhere));
         sim::task::spawn(self.each("replicas", |driver, map| async move { driver.replicas(&map).await }));
     }
 
@@ -248,6 +262,125 @@ impl Driver {
         }
     }
 
+    /// Goes on with what is to be erased.
+    async fn erasures(&self, map: &ClusterMap) -> Result<bool, Error> {
+        if map.holds_still() {
+            return Ok(false);
+        }
+        let (mut more, mut last) = (false, Ok(()));
+        for (id, erasure) in map.open_erasures() {
+            let missing = erasure.parts.iter().filter(|(_, part)| !part.done);
+            let steps = missing.map(|(shard, part)| self.erase(map, (id, erasure), (*shard, part)));
+            let (mut done, mut failed) = (vec![], None);
+            for step in join_all(steps).await {
+                match step {
+                    Ok(step) => done.push(step),
+                    Err(error) => failed = Some(error),
+                }
+            }
+            let applied = |map: &ClusterMap| {
+                let each = |map: ClusterMap, (shard, listed, seen): &(ShardId, Listed, Position)| {
+                    map.erased(*shard, listed, *seen)
+                };
+                Ok(done.iter().fold(map.clone(), each))
+            };
+            if !done.is_empty() {
+                more = true;
+                self.control.update(applied, soon()).await?;
+            }
+            last = failed.map_or(last, Err);
+        }
+        last.map(|()| more)
+    }
+
+    /// Erases on one shard: what its list says then, and where that was seen.
+    async fn erase(
+        &self,
+        map: &ClusterMap,
+        (id, erasure): (ErasureId, &Erasure),
+        (shard, part): (ShardId, &Part),
+    ) -> Result<(ShardId, Listed, Position), Error> {
+        let waits = |problem: &str| Err(Error::Unavailable(format!("erasure {id} waits: {problem}")));
+        if map.moving().is_some() {
+            return waits("slots are on their way");
+        }
+        let founded = map.shards.get(&shard).filter(|entry| entry.founded);
+        let Some(epoch) = founded.map(|entry| entry.epoch) else {
+            return waits(&format!("shard {shard} is only being founded"));
+        };
+        let (subject, before) = (erasure.subject(), part.before());
+        loop {
+            let operation = Operation::Erase {
+                erasure: id,
+                subject: subject.clone(),
+                epoch,
+                before,
+                rows_max: ERASE_ROWS,
+            };
+            let command = Command {
+                tenant: erasure.tenant.clone(),
+                slot: None,
+                idempotency_key: String::new(),
+                request_hash: [0; 16],
+                now: time::calendar_ms(),
+                operation,
+            };
+            let outcomes = self.router.at(map, shard, &[]).reach.propose(vec![command], soon()).await?;
+            match outcomes.into_iter().next() {
+                Some(Outcome::Erased { erasure, position }) if erasure.next.is_none() => {
+                    let (memories, at) = (erasure.memories, position.index);
+                    sim::debug!("shard {shard}: erasure {id} is done at {at}: {memories} memories");
+                    sim::trace::probe("erasure: applied on a shard");
+                    if before.is_some() {
+                        sim::trace::probe("erasure: made again in a later epoch");
+                    }
+                    return Ok((shard, erasure, position));
+                }
+                Some(Outcome::Erased { .. }) => time::sleep(Duration::from_millis(5)).await,
+                outcome => return waits(&format!("{} did not take it: {outcome:?}", name_of(shard))),
+            }
+        }
+    }
+
+    /// Notes of erasures that the other regions have them, once they do.
+    async fn erasures_elsewhere(&self, map: &ClusterMap) -> Result<bool, Error> {
+        let serving = map.serving();
+        let lacks = |part: &Part| part.done && serving.iter().any(|region| !part.regions.contains(*region));
+        // Of each shard all that it has seen, and up to where that goes. Indexes go on from epoch to epoch, and what is certain of an old one is in this one.
+        let mut waiting: BTreeMap<ShardId, (u64, Vec<ErasureId>)> = BTreeMap::new();
+        for (id, erasure) in map.open_erasures() {
+            for (shard, part) in erasure.parts.iter().filter(|(_, part)| lacks(part)) {
+                let (index, ids) = waiting.entry(*shard).or_default();
+                *index = part.seen.1.max(*index);
+                ids.push(id);
+            }
+        }
+        if waiting.is_empty() || map.holds_still() {
+            return Ok(false);
+        }
+        let asked = waiting.into_iter().map(|(shard, (index, ids))| {
+            let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+            let position = Position { epoch, index, item: u32::MAX };
+            async move {
+                let there = serving_alone(map) || self.router.elsewhere(shard, position, soon()).await;
+                (shard, epoch, ids, there)
+            }
+        });
+        let all = join_all(asked).await;
+        let there = |map: &ClusterMap| {
+            let each = |map: ClusterMap, (shard, epoch, ids): (&ShardId, &u64, &Vec<ErasureId>)| {
+                ids.iter().fold(map, |map, id| map.erased_elsewhere(*id, *shard, *epoch))
+            };
+            let there = all.iter().filter(|(.., there)| *there);
+            Ok(there.map(|(shard, epoch, ids, _)| (shard, epoch, ids)).fold(map.clone(), each))
+        };
+        let next = self.control.update(there, soon()).await?;
+        match all.iter().all(|(.., there)| *there) {
+            true => Ok(next.version != map.version),
+            false => Err(Error::Unavailable("the other region does not have all erasures yet".into())),
+        }
+    }
+
     /// Takes the next step of what replicas are to do.
     async fn replicas(&self, map: &ClusterMap) -> Result<bool, Error> {
         if map.holds_still() {
@@ -349,6 +482,11 @@ impl Driver {
         }
         Err(last)
     }
+}
+
+/// There is no other region.
+fn serving_alone(map: &ClusterMap) -> bool {
+    map.serving().len() == 1
 }
 
 fn addr_of(map: &ClusterMap, node: NodeId) -> Result<String, Error> {

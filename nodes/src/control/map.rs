@@ -4,6 +4,7 @@
 //! Long operations stand in the map itself, as a plan and how far it is: whoever leads the control group goes on with them.
 //! A change that was made already changes nothing, so a command that is repeated, or two drivers at once, do no harm.
 
+use super::erasures::Erasures;
 use super::regions::{End, Regions, RegionsConfig};
 use crate::auth::check_tenant;
 use crate::error::Error;
@@ -47,6 +48,9 @@ pub struct ClusterMap {
     /// Where there are several ([`super::regions`]).
     #[serde(default)]
     pub regions: Option<Regions>,
+    /// Who was erased, and is to be.
+    #[serde(default)]
+    pub erasures: Erasures,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -525,7 +529,8 @@ impl ClusterMap {
 
     /// Plans the next move: of a tenant that is not where it is to be, else of a resize; where all is moved, ends that.
     pub fn plan_move(&self) -> ClusterMap {
-        if self.moving().is_some() {
+        // What is erased stays where it is until that is done everywhere.
+        if self.moving().is_some() || !self.open_erasures().is_empty() {
             return self.clone();
         }
         if let Some((from, to, slots)) = self.next_pinning() {

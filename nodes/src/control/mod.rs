@@ -21,6 +21,7 @@
 
 pub mod announce;
 pub mod driver;
+pub mod erasures;
 pub mod failover;
 pub mod grants;
 pub mod incidents;

@@ -455,6 +455,7 @@ impl ClusterMap {
             let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain));
             let voted = entry.members.clone();
             let end = End { certain, last, ceiling, runs, voters: voted, old_disks: BTreeMap::new() };
+            let ended = (entry.epoch, end.clone());
             entry.ends.insert(entry.epoch, end);
             let others: Vec<NodeId> = entry
                 .members
@@ -468,6 +469,7 @@ impl ClusterMap {
             entry.chosen = Some(chosen);
             entry.handover = None;
             entry.learners = others.into_iter().map(|node| (node, Learner::Joining)).collect();
+            map.doubt_erasures(shard, ended.0, &ended.1);
         })
     }
 

@@ -121,6 +121,11 @@ impl memory_service_server::MemoryService for MemoryService {
         Ok(Response::new(v1::UpdateResponse { id: id_text(&w.id), version: w.version, info: info(&w) }))
     }
 
+    async fn erase(&self, request: Request<v1::EraseRequest>) -> Result<Response<v1::EraseResponse>, Status> {
+        let (caller, deadline) = context(&request)?;
+        Ok(Response::new(self.writer.erase(&caller, request.into_inner(), deadline).await?))
+    }
+
     async fn delete(
         &self,
         request: Request<v1::DeleteRequest>,

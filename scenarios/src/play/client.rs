@@ -9,6 +9,7 @@
 
 use super::cluster::{Cluster, tenant};
 use super::machines::{Machines, Waiting};
+use crate::history::is_a_persons;
 use crate::history::{At, Attempt, Call, Id, Op, Outcome, Refusal, Request, Response, Row, SEARCH_K};
 use crate::operation::{Act, Operation};
 use crate::spec::Scenario;
@@ -32,6 +33,9 @@ const LATE: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_secs(2);
 const PING_AGAIN: Duration = Duration::from_millis(250);
 const PING_LIMIT: Duration = Duration::from_secs(1);
+
+/// Whom erasures are about.
+const PERSON: &str = "a person";
 
 /// What all clients write into.
 pub type Recorder = Arc<Mutex<Recorded>>;
@@ -64,6 +68,8 @@ struct Client {
     asked: String,
     /// There are several regions.
     regions: bool,
+    /// Some memories are a person's who is erased now and then.
+    erases: bool,
     /// Whether reads are sent again, and gateways left out that do not answer.
     fails_over: bool,
     /// Those left out now.
@@ -77,6 +83,7 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
     for number in 0..scenario.workload.clients {
         let tenant = number % scenario.workload.tenants;
         let (fails_over, regions) = (scenario.recovery.is_some(), scenario.topology.regions.is_some());
+        let erases = scenario.workload.erasures > 0.0;
         let mine = scenario.operations.iter().flatten().filter(|o| o.client == number).copied();
         let operations: Arc<[Operation]> = mine.collect();
         let (key, machines) = (cluster.keys[tenant].clone(), cluster.machines.clone());
@@ -101,6 +108,7 @@ pub fn start(cluster: &Cluster, scenario: &Scenario, recorder: &Recorder) -> Arc
                 writes: 0,
                 several,
                 regions,
+                erases,
                 asked: String::new(),
                 fails_over,
                 out: Arc::new(Mutex::new(vec![false; gateways.len()])),
@@ -335,6 +343,11 @@ impl Client {
         }
     }
 
+    /// Where people are erased, all lie together with one agent: a search finds everybody's.
+    fn agent(&self) -> &'static str {
+        if self.erases { "helper" } else { "" }
+    }
+
     fn id(&self, key: u64) -> Id {
         id_of(self.tenant, key)
     }
@@ -354,6 +367,7 @@ impl Client {
             Act::Link { from, to } => self.link(from, to, true).await,
             Act::Unlink { from, to } => self.link(from, to, false).await,
             Act::Walk { key } => self.walk(key, operation.inbound).await,
+            Act::Erase => self.erase().await,
         }
     }
 
@@ -415,6 +429,14 @@ impl Client {
         self.record(call, request, answer);
     }
 
+    async fn erase(&mut self) {
+        self.writes += 1;
+        let key = format!("c{}w{}", self.number, self.writes);
+        let call = self.machines.now();
+        let answer = self.attempts(("erase", None), &Request::Erase, &key, "").await;
+        self.record(call, Request::Erase, answer);
+    }
+
     /// Sends a write with one key until its outcome is certain.
     async fn attempts(
         &mut self,
@@ -463,7 +485,8 @@ impl Client {
     fn send(&self, request: &Request, key: &str, text: &str) -> Sending {
         let options = Some(v1::WriteOptions {
             idempotency_key: format!("{}/{key}", tenant(self.tenant)),
-            durability: self.durability(key),
+            // An erasure is to be in every region, unless it says otherwise.
+            durability: if *request == Request::Erase { 0 } else { self.durability(key) },
         });
         let mut service = self.memories();
         let written = |version, info: Option<v1::WriteInfo>| {
@@ -473,9 +496,11 @@ impl Client {
         };
         match request {
             Request::Add { id, .. } => {
+                let persons = self.erases && is_a_persons(id);
                 let memory = v1::NewMemory {
                     id: id.clone(),
-                    user: "shared user".into(),
+                    user: if persons { PERSON } else { "shared user" }.into(),
+                    agent: self.agent().into(),
                     text: text.into(),
                     metadata: format!(r#"{{"client": {}}}"#, self.number),
                     ..Default::default()
@@ -505,6 +530,15 @@ impl Client {
                 Box::pin(async move {
                     let answer = service.delete(request).await?.into_inner();
                     Ok(written(answer.version, answer.info))
+                })
+            }
+            Request::Erase => {
+                let message = v1::EraseRequest { user: PERSON.into(), agent: String::new(), options };
+                let request = self.request(message);
+                Box::pin(async move {
+                    let info = service.erase(request).await?.into_inner().info;
+                    let elsewhere = info.is_some_and(|i| i.durability == v1::Durability::Region as i32);
+                    Ok(Response::Erased { elsewhere })
                 })
             }
             Request::Get { .. }
@@ -569,7 +603,8 @@ impl Client {
 
     async fn search(&mut self, by_vector: bool) {
         let call = self.machines.now();
-        let owners = Some(v1::Owners { user: "shared user".into(), ..Default::default() });
+        let (user, agent) = ("shared user".into(), self.agent().into());
+        let owners = Some(v1::Owners { user, agent, ..Default::default() });
         let text = text(self.tenant, "c0w1");
         let (vector, space) = match by_vector {
             true => (embed(&text), LEXICAL_SPACE.to_string()),

@@ -261,7 +261,12 @@ async fn agree(cluster: &Cluster) -> bool {
     let Some(map) = cluster.map().await else { return false };
     let pinning = map.pins.iter().any(|pin| pin.slots_to_move > 0);
     let changing = map.regions.as_ref().is_some_and(|regions| regions.change.is_some());
-    if pinning || changing || map.resize.is_some() || map.shards.iter().any(|shard| shard.joining != 0) {
+    if pinning
+        || changing
+        || map.erasures_open > 0
+        || map.resize.is_some()
+        || map.shards.iter().any(|shard| shard.joining != 0)
+    {
         return false;
     }
     let mut seen: BTreeMap<u32, Vec<(u64, u64, String)>> = BTreeMap::new();
@@ -401,6 +406,9 @@ fn version_of(change: &v1::Change) -> (u64, String) {
     let row = change.memory.as_ref().map_or_else(Row::default, client::row);
     if change.kind == v1::ChangeKind::Deleted as i32 {
         return (row.version + 1, format!("deletion of version {}", row.version));
+    }
+    if change.kind == v1::ChangeKind::Erased as i32 {
+        return (row.version + 1, format!("erasure of version {}", row.version));
     }
     (row.version, row.marker)
 }

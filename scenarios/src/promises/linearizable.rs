@@ -67,6 +67,9 @@ fn step(state: &State, op: &Op) -> Option<State> {
         (Request::Delete { expected, .. }, Response::Written { version, .. }) => {
             (exists && expected_ok(expected) && *version == state.version + 1).then(|| next(None))
         }
+        (Request::Erase, Response::Erased { .. } | Response::Unknown) => {
+            Some(if exists { next(None) } else { state.clone() })
+        }
         (Request::Add { marker, .. }, Response::Unknown) => {
             Some(if exists { state.clone() } else { next(Some(marker)) })
         }

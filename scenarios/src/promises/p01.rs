@@ -2,7 +2,7 @@
 //!
 //! Read so: after everything, every replica shows each memory at a version no lower than the highest that was
 //! acknowledged, or does not show it because somebody asked to delete it; and its history has each acknowledged version as
-//! the write made it. What was lost with a region is P2's.
+//! the write made it. What was lost with a region is P2's; what may have been erased since nobody misses.
 
 use super::{Violation, linearizable::describe, violation};
 use crate::history::{At, History, Op, Request, Response};
@@ -38,6 +38,9 @@ pub fn missing(history: &History) -> Vec<Missing<'_>> {
         .collect();
     for (number, op, id) in keyed {
         let Response::Written { version, at, elsewhere, .. } = op.response else { continue };
+        if history.may_be_erased(op) {
+            continue;
+        }
         let deletion = deleted.contains(&(op.tenant, id));
         for replica in &history.finals {
             let key = (op.tenant, id.clone());

@@ -54,10 +54,9 @@ pub fn check(history: &History) -> Vec<Violation> {
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (_, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let at = op
-            .response
-            .at()
-            .filter(|_| !matches!(op.request, Request::Delete { .. }) && !is_again(history, op));
+        let judged = |_: &_| !matches!(op.request, Request::Delete { .. });
+        let at =
+            op.response.at().filter(judged).filter(|_| !is_again(history, op) && !history.may_be_erased(op));
         let Some(at) = at else { continue };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {

@@ -96,6 +96,8 @@ fn is_gone(history: &History, op: &Op) -> bool {
         // Another deletion may have made that version since.
         (Response::Written { at, .. }, _) if history.may_be_lost(at) => return true,
         (Response::Written { version, .. }, _) => (*version, None),
+        // It is made again, at another time.
+        (Response::Erased { elsewhere }, _) => return !elsewhere && !history.ends.is_empty(),
         _ => return false,
     };
     let Some(id) = op.request.id() else { return false };

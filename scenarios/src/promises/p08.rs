@@ -1,10 +1,10 @@
 //! P8: a search never finds fewer than k while k exist; neither it nor a listing shows anything twice.
 //!
 //! Read so: a strong search by a vector shows as many memories as its tenant certainly had all the while, up to k. One is certainly there from the
-//! answer to an add or update of it until somebody asks for its deletion, unless that is refused.
+//! answer to an add or update of it until somebody asks for its deletion, unless that is refused, or for the erasure of whose it is.
 
 use super::{Violation, linearizable::describe, violation};
-use crate::history::{History, Request, Response, SEARCH_K, number};
+use crate::history::{History, Op, Request, Response, SEARCH_K, is_a_persons, number};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What happened to one memory, in nanoseconds.
@@ -40,6 +40,16 @@ pub fn check(history: &History) -> Vec<Violation> {
             (Request::Delete { .. }, _) => life.deleted.push((op.call_ns, u64::MAX)),
             (_, Response::Written { .. }) => life.put.push((op.call_ns, op.return_ns)),
             _ => {}
+        }
+    }
+    for (tenant, lives) in &mut lives {
+        let persons = lives.iter_mut().filter(|(id, _)| is_a_persons(id));
+        for (_, life) in persons {
+            let done = |op: &Op| match op.response {
+                Response::Erased { .. } => op.return_ns,
+                _ => u64::MAX,
+            };
+            life.deleted.extend(history.erasures(*tenant).map(|op| (op.call_ns, done(op))));
         }
     }
     let mut found = vec![];

@@ -446,3 +446,67 @@ proptest! {
         }
     }
 }
+
+/// A person's memory is written, erased, and written again.
+fn forgotten(plant: impl FnOnce(&mut History)) -> Vec<String> {
+    const PERSONS: &str = "0-3";
+    let mut history = sound();
+    let row = |version, marker: &str| Row { id: PERSONS.into(), ..row(version, marker) };
+    let add = |marker: &str| Request::Add { id: PERSONS.into(), marker: marker.into() };
+    history.ops.extend([
+        op(2, 1, 2, add("p"), written(1, 11)),
+        op(2, 3, 4, Request::Erase, Response::Erased { elsewhere: false }),
+        op(2, 5, 6, add("q"), written(3, 13)),
+        op(2, 7, 8, Request::Search { by_vector: true }, Response::Rows(vec![row(3, "q"), row_of_k(2, "b")])),
+    ]);
+    // The search that there was finds it as well.
+    history.ops[9].response = Response::Rows(vec![row_of_k(4, "c"), row(3, "q")]);
+    let versions = [(2, "erasure of version 1".to_string()), (3, "q".to_string())];
+    for replica in &mut history.finals {
+        replica.rows.insert((0, PERSONS.into()), row(3, "q"));
+        replica.versions.insert((0, PERSONS.into()), versions.to_vec());
+    }
+    plant(&mut history);
+    let mut promises: Vec<String> = check_all(&history).into_iter().map(|v| v.promise).collect();
+    promises.dedup();
+    promises
+}
+
+fn row_of_k(version: u64, marker: &str) -> Row {
+    row(version, marker)
+}
+
+#[test]
+fn what_comes_back_of_an_erased_person_is_found_wherever_it_is_shown() {
+    let id = || "0-3".to_string();
+    let old = || Row { id: id(), ..row(1, "p") };
+    let reads = |request: Request, response: Response| {
+        move |history: &mut History| history.ops.push(op(0, 5, 6, request, response))
+    };
+    assert_eq!(forgotten(|_| {}), [""; 0]);
+    let get = |token| Request::Get { id: id(), token };
+    let shown = |shown| Response::Value { row: old(), shown, epoch: 1 };
+    assert_eq!(forgotten(reads(get(None), shown(14))), ["P4", "P6"]);
+    assert_eq!(forgotten(reads(get(Some(1)), shown(14))), [""; 0], "another session may be behind");
+    assert_eq!(forgotten(reads(Request::List, Response::Rows(vec![old()]))), ["P6"]);
+    let walked = Response::Walked { rows: vec![old()], edges: vec![] };
+    assert_eq!(forgotten(reads(Request::Walk, walked)), ["P6"]);
+    let of_history = |h: &mut History| {
+        let versions = h.finals[1].versions.entry((0, id())).or_default();
+        versions.insert(0, (1, "p".into()));
+    };
+    assert_eq!(forgotten(of_history), ["P6"], "a history has it");
+    // What was written after the erasure began may have come after it.
+    let later = |h: &mut History| {
+        h.ops[11].call_ns = 0;
+        of_history(h);
+    };
+    assert_eq!(forgotten(later), [""; 0]);
+    // The next life is missed, if it is lost.
+    let lost = |h: &mut History| {
+        for replica in &mut h.finals {
+            replica.rows.remove(&(0, id()));
+        }
+    };
+    assert!(forgotten(lost).contains(&"P1".to_string()));
+}

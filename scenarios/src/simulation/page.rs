@@ -257,6 +257,7 @@ fn label(op: &Op) -> String {
         Response::Value { row, .. } => format!("v{}", row.version),
         Response::Absent { .. } => "not found".into(),
         Response::Rows(rows) => format!("{} found", rows.len()),
+        Response::Erased { .. } => "erased".into(),
         Response::Lost => "may be lost with its region".into(),
         Response::Walked { rows, edges } => format!("{} memories, {} edges", rows.len(), edges.len()),
     };

@@ -12,6 +12,7 @@
 //! | `edges` | the graph ([`crate::graph`]) | (slot of the source, tenant, source, relation, target), and (tenant, target) |
 //! | `keys` | each idempotency key of the last 24 hours, with its outcome | (tenant, key, slot), slot, and time |
 //! | `dropped` | versions that went with a slot, until no manifest of the vector view needs to be told | |
+//! | `erasures` | who was erased, where and when ([`crate::erase`]) | number, and time |
 //! | `state` | one row: how far the ledger is applied, and the digest of all the above | |
 //!
 //! A memory is known by (tenant, id, slot): two owners may have chosen one id ([`crate::slots`]). Whatever belongs to a slot has it as a column,
@@ -50,7 +51,14 @@ use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-pub const SCHEMA_VERSION: i64 = 3;
+pub const SCHEMA_VERSION: i64 = 4;
+/// A database of this format lacks the list of erasures, and is given it.
+const WITHOUT_ERASURES: i64 = 3;
+
+const ERASURES: &str = "
+CREATE TABLE erasures (id INTEGER PRIMARY KEY, time INTEGER NOT NULL, value BLOB NOT NULL);
+CREATE INDEX erasures_time ON erasures (time);
+";
 
 const SCHEMA: &str = "
 CREATE TABLE months (month INTEGER PRIMARY KEY, value BLOB NOT NULL);
@@ -147,15 +155,20 @@ impl Records {
         // What a power loss left there goes first: behind its last whole transaction may lie pieces of others.
         truncate_wal(&*disk, path, &writer)?;
         let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        if version != 0 && version != SCHEMA_VERSION {
+        if ![0, WITHOUT_ERASURES, SCHEMA_VERSION].contains(&version) {
             let problem = format!(
                 "it has format {version}, this build reads {SCHEMA_VERSION}: use the build that wrote it"
             );
             return Err(StorageError::Version(format!("database {path}: {problem}")));
         }
-        if version == 0 {
+        let missing = match version {
+            0 => format!("{SCHEMA} {ERASURES}"),
+            WITHOUT_ERASURES => ERASURES.into(),
+            _ => String::new(),
+        };
+        if !missing.is_empty() {
             writer
-                .execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"))?;
+                .execute_batch(&format!("BEGIN; {missing} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"))?;
         }
         disk.sync_dir(dir_of(path))?;
         let reader = || -> Result<Mutex<Connection>, StorageError> {

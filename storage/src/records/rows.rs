@@ -122,6 +122,7 @@ pub fn change_kind(kind: u8) -> Result<ChangeKind, StorageError> {
         1 => Ok(ChangeKind::Added),
         2 => Ok(ChangeKind::Updated),
         3 => Ok(ChangeKind::Deleted),
+        4 => Ok(ChangeKind::Erased),
         _ => Err(StorageError::Corrupt { what: "a record".into(), problem: format!("unknown kind {kind}") }),
     }
 }
@@ -431,6 +432,57 @@ pub fn old_keys(
 pub fn remove_key(db: &Connection, row: &KeyRow) -> Result<(), StorageError> {
     let mut statement = db.prepare_cached("DELETE FROM keys WHERE tenant = ?1 AND key = ?2 AND slot = ?3")?;
     statement.execute(params![row.tenant, row.key, row.slot])?;
+    Ok(())
+}
+
+pub fn erasure_hash(erasure: &Erasure) -> u128 {
+    hash_of(b"erasures", &codec::encode(erasure))
+}
+
+/// The list of erasures, by their numbers.
+pub fn erasures(db: &Connection) -> Result<Vec<Erasure>, StorageError> {
+    let mut statement = db.prepare_cached("SELECT value FROM erasures ORDER BY id")?;
+    let mut found = statement.query([])?;
+    let mut all = vec![];
+    while let Some(row) = found.next()? {
+        all.push(erasure(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?);
+    }
+    Ok(all)
+}
+
+fn erasure(bytes: &[u8]) -> Result<Erasure, StorageError> {
+    codec::decode(bytes).map_err(StorageError::corrupt("the list of erasures"))
+}
+
+pub fn find_erasure(db: &Connection, id: ErasureId) -> Result<Option<Erasure>, StorageError> {
+    let mut statement = db.prepare_cached("SELECT value FROM erasures WHERE id = ?1")?;
+    let bytes: Option<Vec<u8>> = statement.query_row([id as i64], |row| row.get(0)).optional()?;
+    bytes.map(|bytes| erasure(&bytes)).transpose()
+}
+
+/// Erasures of before a time, some of them.
+pub fn old_erasures(db: &Connection, before: UnixMs, limit: usize) -> Result<Vec<Erasure>, StorageError> {
+    let mut statement =
+        db.prepare_cached("SELECT value FROM erasures WHERE time < ?1 ORDER BY time, id LIMIT ?2")?;
+    let mut found = statement.query(params![before, limit as i64])?;
+    let mut old = vec![];
+    while let Some(row) = found.next()? {
+        old.push(erasure(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?);
+    }
+    Ok(old)
+}
+
+pub fn put_erasure(db: &Connection, erasure: &Erasure) -> Result<(), StorageError> {
+    db.prepare_cached("INSERT OR REPLACE INTO erasures VALUES (?1, ?2, ?3)")?.execute(params![
+        erasure.id as i64,
+        erasure.time,
+        codec::encode(erasure)
+    ])?;
+    Ok(())
+}
+
+pub fn remove_erasure(db: &Connection, id: ErasureId) -> Result<(), StorageError> {
+    db.prepare_cached("DELETE FROM erasures WHERE id = ?1")?.execute([id as i64])?;
     Ok(())
 }
 

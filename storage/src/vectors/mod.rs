@@ -146,6 +146,8 @@ pub struct Tree {
     pub applied: Position,
     /// Months whose segments are damaged or contradict the records.
     pub suspects: BTreeSet<Month>,
+    /// The number behind the last that an erasure killed: until no segment has a dead row of before it, what is dead is not kept for long.
+    pub erased: Option<u64>,
     /// Whoever changes an owner's memories tells it.
     pub conditions: Conditions,
     count: u64,
@@ -257,6 +259,7 @@ impl Tree {
             sealed,
             applied,
             suspects,
+            erased: None,
             count: 0,
         }
     }
@@ -389,6 +392,7 @@ impl Tree {
         self.frozen.is_some()
             || self.buffer.bytes() >= self.options.buffer_bytes_max
             || kills as usize >= KILLS_MAX
+            || self.erased.is_some_and(|erased| self.sealed_kills < erased)
     }
 
     /// The segments that are to be merged next, by number: all of one month, one alone if many of its rows are dead or a scope wants a graph.
@@ -423,7 +427,9 @@ impl Tree {
                     return Some(together);
                 }
             }
-            if let Some(live) = segments.iter().find(|live| live.due() || self.wants_graph(live)) {
+            let erased = |live: &Live| self.erased.is_some() && !live.sealed_dead.is_empty();
+            let wanted = |live: &&&Live| live.due() || self.wants_graph(live) || erased(live);
+            if let Some(live) = segments.iter().find(wanted) {
                 return Some(vec![live.number]);
             }
         }
