@@ -22,6 +22,9 @@ use std::future::Future;
 use std::sync::Arc;
 use storage::{bases, codec};
 
+/// How long a peer may take to store entries. openraft allows for a heartbeat's time, but another region may be further away than that: its leader would never
+/// hear that it has them.
+const APPEND_WITHIN: Duration = Duration::from_secs(1);
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -80,7 +83,8 @@ impl RaftNetworkV2<Types> for Peer {
         if rpc.entries.is_empty() && self.network.missed.take() {
             return Err(unreachable("it needs entries that are purged, and with that a snapshot").into());
         }
-        self.call(Method::Append, &rpc, option.hard_ttl()).await
+        let within = if rpc.entries.is_empty() { option.hard_ttl() } else { APPEND_WITHIN };
+        self.call(Method::Append, &rpc, within.max(option.hard_ttl())).await
     }
 
     async fn vote(

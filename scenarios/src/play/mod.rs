@@ -86,8 +86,10 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
     let acked = history.acked();
     let reported = promises::reported(&history);
     let (lost_reported, first_lost) = (reported.len(), reported.iter().map(|lost| lost.op.return_ns).min());
-    let last_lost = reported.iter().map(|lost| lost.op.return_ns).max();
-    let span_s = first_lost.zip(last_lost).map_or(0.0, |(first, last)| (last - first) as f64 / 1e9);
+    // A write may be answered long after it was made, but it is not made before it was asked for.
+    let last_lost = reported.iter().map(|lost| lost.op.call_ns).max();
+    let span_s =
+        first_lost.zip(last_lost).map_or(0.0, |(first, last)| last.saturating_sub(first) as f64 / 1e9);
     if let Some(within) = settled.promises.lost_within_s.filter(|within| span_s > *within) {
         let what = format!("lost were the writes of {span_s:.1} seconds, not of {within:.1} at most");
         violations.push(promises::Violation { promise: "P2".into(), what, at_s: virtual_s });
