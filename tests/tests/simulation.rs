@@ -97,3 +97,13 @@ fn a_run_that_proves_nothing_is_vacuous() -> Result<()> {
     assert!(!output.status.success());
     Ok(())
 }
+
+/// Clocks that run further apart than was stated let two regions write, and the checkers see it.
+#[test]
+fn clocks_beyond_the_stated_bound_break_the_promises() -> Result<()> {
+    let file = "scenarios/files/must-fail/clocks-beyond-the-bound.toml";
+    let output = cargo(&["sim", "sweep", file, "--seeds", "1..=3", "--repeat-every", "0", "--results", ""])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && text.contains("# Safety"), "{text}");
+    Ok(())
+}
