@@ -315,7 +315,7 @@ const LEFTOVERS: [(&str, &str); 6] = [
     ("the index of words: single words, without what they stood in", "SQLite merges its segments"),
     (
         "segments of vectors",
-        "they are made anew, within seconds; after a restart when a fifth of one is dead",
+        "they are made anew, most within seconds; product-coded ones, and all after a restart, when a fifth of one is dead",
     ),
     (
         "relations from others' memories in other slots, with nothing but ids",
