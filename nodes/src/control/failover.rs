@@ -67,11 +67,16 @@ struct Seen {
     silent: Option<Instant>,
     /// Since when it has been so to all observers.
     validated: Option<Instant>,
+    /// When it was last told that the other region is not ready.
+    told: Option<Instant>,
     /// Since when a planned change has waited for the new region to have everything.
     pausing: Option<Instant>,
     /// The map was compared with the right to write since this node leads.
     compared: bool,
 }
+
+/// How often somebody is told of the same.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 
 fn soon() -> Instant {
     Instant::now() + STEP
@@ -183,6 +188,19 @@ impl Failover {
             return Ok(());
         }
         let Some(to) = regions.serving().find(|name| **name != regions.primary) else { return Ok(()) };
+        if let Some((shard, ready)) = map.unready_in(to) {
+            if seen.told.is_none_or(|at| at.elapsed() > TELL_EVERY) {
+                seen.told = Some(Instant::now());
+                sim::error!(
+                    "region {} is silent, and {to} is still being filled: {ready} of its replicas of shard {shard} have caught up. It does not take over by \
+                     itself; if {} is lost for good, order it: loci region failover --to {to} --accept-data-loss",
+                    regions.primary,
+                    regions.primary
+                );
+                sim::trace::probe("region: not given up, since the other one is being filled");
+            }
+            return Ok(());
+        }
         let cause = format!("no majority of its replicas answers for {:.0?}", since.elapsed());
         sim::trace::probe("region: found silent");
         sim::error!(

@@ -19,7 +19,7 @@
 //! `certain`, or behind the ceiling of the old lease; between the two it may be, until an old disk is read.
 
 use super::lease::{Drift, HolderId, Settings};
-use super::map::{ClusterMap, Learner, NodeId, ShardId};
+use super::map::{ClusterMap, Learner, NodeId, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::ledger::epochs::{Place, Report};
 use serde::{Deserialize, Serialize};
@@ -350,6 +350,18 @@ impl ClusterMap {
         self.nodes.iter().filter(|(_, node)| there(&node.region)).map(|(id, _)| *id).collect()
     }
 
+    /// The first shard of which fewer than two replicas of a region have ever caught up since they were given it, and how many have: the region is still being
+    /// filled, and what it lacks may be anything.
+    pub fn unready_in(&self, region: &str) -> Option<(ShardId, usize)> {
+        let there = |node: &NodeId| self.nodes.get(node).is_some_and(|node| node.region == region);
+        let ready = |entry: &ShardEntry| {
+            let serving = |(_, learner): &(&NodeId, &Learner)| **learner == Learner::Serving;
+            let learners = entry.learners.iter().filter(serving).map(|(node, _)| node);
+            entry.members.iter().chain(learners).filter(|node| there(node)).count()
+        };
+        self.shards.iter().map(|(shard, entry)| (*shard, ready(entry))).find(|(_, ready)| *ready < 2)
+    }
+
     pub(super) fn change_region(&self, change: impl FnOnce(&mut Regions)) -> ClusterMap {
         self.changed(|map| {
             if let Some(regions) = &mut map.regions {
@@ -520,6 +532,21 @@ mod tests {
     fn last(index: u64) -> Report {
         let place = Place { term: 3, node: 1, index };
         Report { last: Some(place), certain: index - 2, runs: vec![Place { index: index - 1, ..place }] }
+    }
+
+    #[test]
+    fn a_region_is_ready_when_two_replicas_of_each_shard_have_caught_up() -> Result<(), Error> {
+        let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
+        let mut map = ClusterMap::found_in(&nodes, 2, Some(&config()))?.founded(0).founded(1).plan_learners();
+        assert_eq!((map.unready_in("east"), map.unready_in("west")), (None, Some((0, 0))));
+        for (shard, node, unready) in
+            [(0, 4, Some((0, 1))), (0, 6, Some((1, 0))), (1, 4, Some((1, 1))), (1, 5, None)]
+        {
+            map = map.end_learner(shard, node, Learner::Joining);
+            assert_eq!(map.unready_in("west"), unready, "{shard} {node}");
+        }
+        assert_eq!(settled()?.unready_in("west"), None);
+        Ok(())
     }
 
     #[test]

@@ -302,17 +302,29 @@ impl admin_service_server::AdminService for AdminService {
                 Change::Shards(shards) => map.begin_resize(*shards),
                 Change::Pin(pin) => map.pin(&pin.tenant, pin.shard),
                 Change::Unpin(tenant) => Ok(map.unpin(tenant)),
-                Change::Region(wish) => map.begin_region_change(
-                    &wish.to,
-                    wish.planned,
-                    wish.accept_data_loss,
-                    (Step::Granting, "an operator's order"),
-                    time::calendar_ms(),
-                ),
+                Change::Region(wish) => ordered(map, wish),
             },
             deadline,
         );
         Ok(Response::new(cluster(&*changed.await?)))
+    }
+}
+
+/// Another region is to be the primary, as an operator wishes. Who waits for everything, or accepts the loss, may have one that is still being filled.
+fn ordered(map: &ClusterMap, wish: &v1::RegionWish) -> Result<ClusterMap, Error> {
+    let v1::RegionWish { to, planned, accept_data_loss: accepted } = wish;
+    let first = (Step::Granting, "an operator's order");
+    let begun = map.begin_region_change(to, *planned, *accepted, first, time::calendar_ms())?;
+    let under_way = map.regions.as_ref().is_some_and(|regions| regions.change.is_some());
+    match map.unready_in(to).filter(|_| !under_way && !planned && !accepted) {
+        Some((shard, ready)) => Err(Error::invalid(
+            "region",
+            format!(
+                "{to} is still being filled: {ready} of its replicas of shard {shard} have caught up. Wait, or go on with what there is: \
+                 --accept-data-loss"
+            ),
+        )),
+        None => Ok(begun),
     }
 }
 
