@@ -66,9 +66,13 @@ fn next_epochs(history: &History) -> Option<u64> {
         (Request::Get { token: None, .. }, Response::Value { epoch, .. }) => Some(*epoch),
         _ => None,
     };
-    let first = |op: &&Op| epoch(op) == Some(1);
+    // A write that is tried again gets its answer of the first epoch from the next one too: for certain that one lasted until the write was asked for.
+    let first = |op: &Op| {
+        let until = if op.request.is_write() { op.call_ns } else { op.return_ns };
+        (epoch(op) == Some(1)).then_some(until)
+    };
     let later = |op: &&Op| epoch(op).is_some_and(|epoch| epoch > 1);
-    let last_ns = history.ops.iter().filter(first).map(|op| op.return_ns).max().unwrap_or(0) + 1;
+    let last_ns = history.ops.iter().filter_map(first).max().unwrap_or(0) + 1;
     let next_ns = history.ops.iter().filter(later).map(|op| op.return_ns).min();
     next_ns.map(|next_ns| next_ns.min(last_ns)).filter(|_| !history.ends.is_empty())
 }

@@ -229,6 +229,12 @@ fn a_loss_that_was_not_reported_breaks_p2() {
         h.ops.push(op(0, 29, 30, get(None), value(4, "e", 5)));
     };
     assert_eq!(plant(told), Vec::<String>::new());
+    // The next epoch's first answer names none, and a write of the first one that is tried again is answered after it.
+    let again = |h: &mut History| {
+        h.ops[5].return_ns = op(0, 1, 24, get(None), Response::Unknown).return_ns;
+        h.ops.push(op(0, 21, 22, update(None, "x"), Response::Refused(Refusal::NotFound)));
+    };
+    assert_eq!(plant(again), Vec::<String>::new());
 }
 
 #[test]
