@@ -118,8 +118,7 @@ pub enum Request {
 
 /// Whether a tenant's memory is the person's whom its erasures are about.
 pub fn is_a_persons(id: &str) -> bool {
-    let number = id.rsplit('-').next().and_then(|end| u64::from_str_radix(end, 16).ok());
-    number.is_some_and(|number| number % 4 == 3)
+    numeral(id).is_some_and(|number| number % 4 == 3)
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -225,9 +224,13 @@ pub struct History {
 }
 
 /// A memory's number among its tenant's, if its id is a scenario's.
+fn numeral(id: &str) -> Option<u64> {
+    id.rsplit('-').next().and_then(|end| u64::from_str_radix(end, 16).ok())
+}
+
+/// That, to be read; else the whole id.
 pub fn number(id: &str) -> String {
-    let number = id.rsplit('-').next().and_then(|end| u64::from_str_radix(end, 16).ok());
-    number.map_or_else(|| id.to_string(), |number| number.to_string())
+    numeral(id).map_or_else(|| id.to_string(), |number| number.to_string())
 }
 
 impl fmt::Display for Request {
@@ -324,17 +327,20 @@ impl History {
         self.ops.iter().filter(|op| matches!(op.response, Response::Written { .. })).count()
     }
 
-    /// Whether lost writes of a memory were written again.
-    pub fn is_again(&self, tenant: usize, id: &Id) -> bool {
-        self.resubmitted.as_ref().is_some_and(|memories| memories.contains_key(&(tenant, id.clone())))
+    /// What a re-submission said of an operation's memory, if it came upon that.
+    fn again(&self, op: &Op) -> Option<bool> {
+        let id = op.request.id()?;
+        self.resubmitted.as_ref()?.get(&(op.tenant, id.clone())).copied()
+    }
+
+    /// Whether lost writes of an operation's memory were to be written again.
+    pub fn is_again(&self, op: &Op) -> bool {
+        self.again(op).is_some()
     }
 
     /// Whether all that was lost of an operation's memory was written again; of one of which nothing was in a quarantine, nothing was.
     pub fn is_wholly_again(&self, op: &Op) -> bool {
-        let of = |memories: &BTreeMap<(usize, Id), bool>| {
-            op.request.id().is_some_and(|id| memories.get(&(op.tenant, id.clone())).copied().unwrap_or(true))
-        };
-        self.resubmitted.as_ref().is_some_and(of)
+        self.resubmitted.is_some() && op.request.id().is_some() && self.again(op).unwrap_or(true)
     }
 
     /// Whether the cluster said that what was acknowledged there may be lost with the epoch.

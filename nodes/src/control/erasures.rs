@@ -243,8 +243,7 @@ impl ClusterMap {
 
 #[cfg(test)]
 mod tests {
-    use super::super::map::Learner;
-    use super::super::regions::{RegionPolicy, RegionsConfig, Step};
+    use super::super::regions::{Step, testing};
     use super::*;
     use crate::ledger::epochs::{Place, Report};
 
@@ -254,22 +253,7 @@ mod tests {
 
     /// Two shards in two regions, or in one.
     fn cluster(regions: bool) -> Result<ClusterMap, Error> {
-        let members = [("east", 1..=3), ("west", 4..=6), ("north", 7..=7)];
-        let config = RegionsConfig {
-            primary: "east".into(),
-            witness: Some("north".into()),
-            members: members.into_iter().map(|(name, nodes)| (name.into(), nodes.collect())).collect(),
-            policy: RegionPolicy::default(),
-        };
-        let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
-        let config = regions.then_some(&config);
-        let mut map = ClusterMap::found_in(&nodes, 2, config)?.founded(0).founded(1).plan_learners();
-        for shard in [0, 1] {
-            for node in 1..=7 {
-                map = map.end_learner(shard, node, Learner::Joining);
-            }
-        }
-        Ok(map)
+        testing::settled(2, regions)
     }
 
     /// What a shard answers that applied an erasure there.

@@ -209,23 +209,14 @@ fn loss_of(shard: ShardId, epoch: u64, end: &End, planned: bool) -> v1::Loss {
 mod tests {
     use super::*;
     use crate::control::map::NodeId;
-    use crate::control::regions::{RegionPolicy, RegionsConfig};
+    use crate::control::regions::testing;
     use crate::error::Error;
     use crate::ledger::epochs::{Place, Report};
     use std::collections::{BTreeMap, BTreeSet};
 
     /// One shard, all of whose replicas serve.
     fn settled() -> Result<ClusterMap, Error> {
-        let members = [("east", 1..=3), ("west", 4..=6), ("north", 7..=7)];
-        let config = RegionsConfig {
-            primary: "east".into(),
-            witness: Some("north".into()),
-            members: members.into_iter().map(|(name, nodes)| (name.into(), nodes.collect())).collect(),
-            policy: RegionPolicy::default(),
-        };
-        let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
-        let map = ClusterMap::found_in(&nodes, 1, Some(&config))?.founded(0).plan_learners();
-        Ok((1..=7).fold(map, |map, node| map.end_learner(0, node, Learner::Joining)))
+        testing::settled(1, true)
     }
 
     fn hear(map: &ClusterMap, nodes: std::ops::RangeInclusive<NodeId>, liveness: Liveness) -> ClusterMap {

@@ -502,12 +502,13 @@ impl ClusterMap {
     }
 }
 
+/// What the tests of all that goes by regions share.
 #[cfg(test)]
-mod tests {
+pub mod testing {
     use super::*;
-    use crate::roles;
 
-    fn config() -> RegionsConfig {
+    /// East writes, west follows, north only votes.
+    pub fn config() -> RegionsConfig {
         let members = [("east", 1..=3), ("west", 4..=6), ("north", 7..=7)];
         RegionsConfig {
             primary: "east".into(),
@@ -517,16 +518,33 @@ mod tests {
         }
     }
 
-    /// Two shards, all of whose replicas serve.
-    fn settled() -> Result<ClusterMap, Error> {
+    /// Seven nodes, in those regions or in one, whose shards have planned their replicas.
+    pub fn founded(shards: u32, regions: bool) -> Result<ClusterMap, Error> {
         let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
-        let mut map = ClusterMap::found_in(&nodes, 2, Some(&config()))?.founded(0).founded(1).plan_learners();
-        for shard in [0, 1] {
+        let map = ClusterMap::found_in(&nodes, shards, regions.then(config).as_ref())?;
+        Ok((0..shards).fold(map, |map, shard| map.founded(shard)).plan_learners())
+    }
+
+    /// All of whose replicas serve.
+    pub fn settled(shards: u32, regions: bool) -> Result<ClusterMap, Error> {
+        let mut map = founded(shards, regions)?;
+        for shard in 0..shards {
             for node in 1..=7 {
                 map = map.end_learner(shard, node, Learner::Joining);
             }
         }
         Ok(map)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{config, founded};
+    use super::*;
+    use crate::roles;
+
+    fn settled() -> Result<ClusterMap, Error> {
+        testing::settled(2, true)
     }
 
     fn last(index: u64) -> Report {
@@ -536,8 +554,7 @@ mod tests {
 
     #[test]
     fn a_region_is_ready_when_two_replicas_of_each_shard_have_caught_up() -> Result<(), Error> {
-        let nodes = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
-        let mut map = ClusterMap::found_in(&nodes, 2, Some(&config()))?.founded(0).founded(1).plan_learners();
+        let mut map = founded(2, true)?;
         assert_eq!((map.unready_in("east"), map.unready_in("west")), (None, Some((0, 0))));
         for (shard, node, unready) in
             [(0, 4, Some((0, 1))), (0, 6, Some((1, 0))), (1, 4, Some((1, 1))), (1, 5, None)]

@@ -71,21 +71,14 @@ pub fn newest(answers: impl IntoIterator<Item = v1::RegionsResponse>) -> Option<
 mod tests {
     use super::*;
     use crate::control::map::Liveness;
-    use crate::control::regions::{RegionPolicy, RegionsConfig};
+    use crate::control::regions::testing::config;
     use crate::error::Error;
     use std::collections::BTreeMap;
 
     #[test]
     fn an_answer_names_each_region_s_gateways_and_the_newest_one_counts() -> Result<(), Error> {
-        let members = [("east", 1..=3), ("west", 4..=6), ("north", 7..=7)];
-        let config = RegionsConfig {
-            primary: "east".into(),
-            witness: Some("north".into()),
-            members: members.into_iter().map(|(name, nodes)| (name.into(), nodes.collect())).collect(),
-            policy: RegionPolicy::default(),
-        };
         let nodes: BTreeMap<NodeId, String> = (1..=7).map(|id| (id, format!("n{id}:1"))).collect();
-        let map = ClusterMap::found_in(&nodes, 1, Some(&config))?;
+        let map = ClusterMap::found_in(&nodes, 1, Some(&config()))?;
         let roles = crate::roles::all();
         let map = map.told(2, "n2:1", &roles, &Gateway::Nowhere).told(
             3,

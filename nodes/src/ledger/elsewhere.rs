@@ -69,12 +69,8 @@ const THROTTLE_MAX: Duration = Duration::from_millis(500);
 /// How long a write waits at a lag of which `max` is too much; `None`: it is refused.
 fn throttle(lag: Duration, max: Duration) -> Option<Duration> {
     let half = max / 2;
-    match lag {
-        lag if lag >= max => None,
-        lag => {
-            Some(THROTTLE_MAX.mul_f64(lag.saturating_sub(half).as_secs_f64() / half.as_secs_f64().max(1e-3)))
-        }
-    }
+    let share = lag.saturating_sub(half).as_secs_f64() / half.as_secs_f64().max(1e-3);
+    (lag < max).then(|| THROTTLE_MAX.mul_f64(share))
 }
 
 impl Ledger {

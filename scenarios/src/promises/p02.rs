@@ -19,16 +19,12 @@ pub fn reported(history: &History) -> Vec<Missing<'_>> {
 pub fn doubtful(history: &History) -> Vec<usize> {
     let unsure = |(_, op): &(usize, &Op)| {
         let may_be_lost = op.response.at().is_some_and(|at| history.may_be_lost(&at));
-        may_be_lost && (matches!(op.request, Request::Delete { .. }) || is_again(history, op))
+        may_be_lost && (matches!(op.request, Request::Delete { .. }) || history.is_again(op))
     };
     let unsure = history.ops.iter().enumerate().filter(unsure).map(|(number, _)| number);
     let all: BTreeSet<usize> =
         reported(history).into_iter().map(|missing| missing.number).chain(unsure).collect();
     all.into_iter().collect()
-}
-
-fn is_again(history: &History, op: &Op) -> bool {
-    op.request.id().is_some_and(|id| history.is_again(op.tenant, id))
 }
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -54,10 +50,9 @@ pub fn check(history: &History) -> Vec<Violation> {
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (_, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let judged = |_: &_| !matches!(op.request, Request::Delete { .. });
-        let at =
-            op.response.at().filter(judged).filter(|_| !is_again(history, op) && !history.may_be_erased(op));
-        let Some(at) = at else { continue };
+        let unsure =
+            matches!(op.request, Request::Delete { .. }) || history.is_again(op) || history.may_be_erased(op);
+        let Some(at) = op.response.at().filter(|_| !unsure) else { continue };
         let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
         if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);

@@ -89,7 +89,7 @@ fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
 
 /// Whether no replica has in the end what an answer showed or said to be written, or has it only since it was written again.
 fn is_gone(history: &History, op: &Op) -> bool {
-    if op.request.id().is_some_and(|id| history.is_again(op.tenant, id)) {
+    if history.is_again(op) {
         return true;
     }
     let (version, marker) = match (&op.response, &op.request) {
