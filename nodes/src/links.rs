@@ -179,9 +179,9 @@ mod tests {
             let disk = sim::disk::simulated::SimDisk::new(1);
             let control =
                 crate::control::Control::open(groups.clone(), peers.clone(), disk, vec![], String::new())?;
-            let (cache, grants, keeper) = (None, None, None);
-            let service =
-                ReplicaServer::new(ReplicaService { groups, cache, control, peers, grants, keeper });
+            let (cache, grants, keeper, recovery) = (None, None, None, None);
+            let service = ReplicaService { groups, cache, control, peers, grants, keeper, recovery };
+            let service = ReplicaServer::new(service);
             let counted = calls.clone();
             let router = Routes::new(service).prepare().into_axum_router();
             let routes = Routes::from(router.layer(tower::util::MapRequestLayer::new(move |request| {

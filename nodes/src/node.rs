@@ -8,6 +8,7 @@ use crate::control::announce::Announcer;
 use crate::control::failover::Failover;
 use crate::control::grants::Grants;
 use crate::control::keeper::Keeper;
+use crate::control::recover::{Incarnation, Recoverer, Recovery};
 use crate::control::rights::Rights;
 use crate::control::{self, Control, driver::Driver, liveness::Watch};
 use crate::edge::EdgeLayer;
@@ -30,7 +31,7 @@ use crate::writer::Writer;
 use sim::disk::Disk;
 use sim::net::Routes;
 use sim::time::{Duration, Instant};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// A node that is about to serve.
 pub struct Node {
@@ -55,6 +56,7 @@ impl Node {
         let peers = Peers::new(&config.cluster_secret, via)
             .map_err(|e| Error::invalid("cluster_secret", e.to_string()))?;
         let voters = config.voters()?;
+        let configured = voters.clone();
         let groups = Groups::default();
         let addrs: Vec<String> = voters.values().cloned().collect();
         let control =
@@ -65,7 +67,7 @@ impl Node {
             peers.clone(),
             (here.clone(), config.region.clone()),
         );
-        let (mut grants, mut keeper, waits_for) = (None, None, Arc::default());
+        let (mut grants, mut keeper, mut recovery, waits_for) = (None, None, None, Arc::default());
         let roles = config.replica_roles();
         if let (false, Some(id)) = (roles.is_empty(), config.id) {
             let settings = Settings {
@@ -92,7 +94,22 @@ impl Node {
                         true => Start::Rejoin { voters: voters.len() },
                         false => Start::Found(voters.clone()),
                     };
-                groups.insert(CONTROL, Replica::open(&settings, CONTROL, start, Plan::first()).await?);
+                let of = disk.clone();
+                let incarnation = sim::task::blocking(move || Incarnation::load(&*of)).await?;
+                let plan = incarnation.as_ref().map_or(Plan::first(), |held| held.plan(id));
+                groups.insert(CONTROL, Replica::open(&settings, CONTROL, start, plan).await?);
+                let recovered = Recovery {
+                    id,
+                    control: control.clone(),
+                    groups: groups.clone(),
+                    peers: peers.clone(),
+                    keeper: kept.clone(),
+                    disk: disk.clone(),
+                    configured: voters.clone(),
+                    incarnation: Arc::new(Mutex::new(incarnation)),
+                };
+                sim::task::spawn(recovered.clone().keep());
+                recovery = Some(recovered);
                 let driver = Driver {
                     control: control.clone(),
                     router: router.clone(),
@@ -159,6 +176,7 @@ impl Node {
             peers: peers.clone(),
             grants,
             keeper,
+            recovery,
         });
         let limit = peers::MESSAGE_BYTES_MAX;
         builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
@@ -174,7 +192,8 @@ impl Node {
             builder.add_service(server.max_decoding_message_size(limit).max_encoding_message_size(limit));
             builder.add_service(GraphServiceServer::new(graph));
         }
-        let admin = AdminService { about: about.clone(), edge: edge_services };
+        let recoverer = Recoverer { control, peers, configured };
+        let admin = AdminService { about: about.clone(), edge: edge_services, recoverer };
         builder.add_service(AdminServiceServer::new(admin));
         builder.add_service(DirectorServiceServer::new(DirectorService { about: about.clone() }));
         let reflection = tonic_reflection::server::Builder::configure()

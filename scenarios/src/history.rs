@@ -44,6 +44,20 @@ pub struct End {
     pub exact: Option<(u64, u64)>,
 }
 
+impl End {
+    fn may_lose(&self, index: u64) -> bool {
+        self.certain < index && index <= self.ceiling
+    }
+
+    /// Whether the old disks say that an entry is lost; `None`: not enough of them were read.
+    pub fn loses(&self, index: u64) -> Option<bool> {
+        match self.exact {
+            Some((kept, last)) => Some(kept < index && index <= last),
+            None => (!self.may_lose(index)).then_some(false),
+        }
+    }
+}
+
 /// One thing that a client wanted, from its first attempt until it had its answer or gave up. Unlike an [`Op`] it is also written down when a
 /// read got no answer. How long these took and how they ended is what recovery is measured by ([`crate::recovery`]).
 #[derive(Clone, Debug, PartialEq)]
@@ -343,10 +357,14 @@ impl History {
         self.resubmitted.is_some() && op.request.id().is_some() && self.again(op).unwrap_or(true)
     }
 
-    /// Whether the cluster said that what was acknowledged there may be lost with the epoch.
+    /// How its epoch ended, and those after it: what an epoch has of the ones before may be lost with it.
+    pub fn ends_from(&self, at: &At) -> impl Iterator<Item = &End> {
+        self.ends.range((at.shard, at.epoch)..=(at.shard, u64::MAX)).map(|(_, end)| end)
+    }
+
+    /// Whether the cluster said that what was acknowledged there may be lost with an epoch.
     pub fn may_be_lost(&self, at: &At) -> bool {
-        let end = self.ends.get(&(at.shard, at.epoch));
-        end.is_some_and(|end| end.certain < at.index && at.index <= end.ceiling)
+        self.ends_from(at).any(|end| end.may_lose(at.index))
     }
 
     /// The erasures of a tenant that may have taken place.

@@ -19,8 +19,12 @@ pub const SITES: [&str; 6] = [
 ];
 
 /// Those that only matter where there are several regions.
-pub const REGION_SITES: [&str; 3] =
-    ["between the lease and the append", "between a renewal and its record", "before an epoch is granted"];
+pub const REGION_SITES: [&str; 4] = [
+    "between the lease and the append",
+    "between a renewal and its record",
+    "before an epoch is granted",
+    "before a chosen replica begins",
+];
 
 /// What a bad disk does.
 const DISK_FAULTS: [FaultKind; 8] = [

@@ -140,6 +140,9 @@ pub struct Change {
     /// The region that is to be the primary again, without loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fail_back: Option<String>,
+    /// The control group begins anew with the nodes that answer, and this region goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recover: Option<String>,
     /// What was lost with a region, and has come back with its disks, is written again.
     #[serde(default, skip_serializing_if = "is_default")]
     pub resubmit: bool,
@@ -429,6 +432,8 @@ pub enum FaultKind {
     /// A spot instance goes: the node is told, has two minutes to stop in good order, and is there again on an empty machine when
     /// the fault ends.
     Reclaim,
+    /// The machine is gone at once, with its disk; an empty one is there when the fault ends.
+    Replace,
 }
 
 impl FaultKind {
@@ -442,7 +447,8 @@ impl FaultKind {
             | FaultKind::PartitionOut
             | FaultKind::Silence
             | FaultKind::RollingRestart
-            | FaultKind::Reclaim => false,
+            | FaultKind::Reclaim
+            | FaultKind::Replace => false,
             FaultKind::PowerOff
             | FaultKind::Clock
             | FaultKind::CalendarStep
@@ -478,7 +484,8 @@ impl FaultKind {
             | FaultKind::FullDisk
             | FaultKind::SlowDisk
             | FaultKind::StuckDisk
-            | FaultKind::Reclaim => true,
+            | FaultKind::Reclaim
+            | FaultKind::Replace => true,
         }
     }
 }
@@ -526,6 +533,8 @@ pub enum Target {
     Follower,
     /// A replica in the region that writes, drawn from the seed.
     Voter,
+    /// The replica that was chosen to begin the first shard's epoch.
+    Chosen,
 }
 
 impl Target {
@@ -538,6 +547,7 @@ impl Target {
                 | Target::Witness
                 | Target::Controller
                 | Target::Follower
+                | Target::Chosen
                 | Target::Voter
         )
     }
@@ -626,7 +636,8 @@ impl Scenario {
             let both = change.pin.is_some() && change.unpin.is_some();
             let regions = (change.fail_over.is_some(), change.fail_back.is_some());
             let nodes = [change.join.is_some(), change.drain.is_some(), change.lost, change.resubmit];
-            let nodes = nodes.into_iter().chain([regions.0, regions.1]).collect::<Vec<_>>();
+            let nodes =
+                nodes.into_iter().chain([regions.0, regions.1, change.recover.is_some()]).collect::<Vec<_>>();
             !both && slots as usize + nodes.iter().filter(|is| **is).count() == 1
         };
         let tenant = |change: &Change| {
@@ -644,7 +655,7 @@ impl Scenario {
                 && change.shards.is_none_or(|n| (1..=64).contains(&n))
         }) {
             return Err(
-                "changes: each is one of join, drain (the number of a node), lost (true), fail_over, fail_back (a region), resubmit (true), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
+                "changes: each is one of join, drain (the number of a node), lost (true), fail_over, fail_back, recover (a region), resubmit (true), and shards (1 to 64), with a pin ([tenant, shard]) or an unpin or \
                  those alone"
                     .into(),
             );

@@ -4,6 +4,7 @@
 
 mod client;
 mod cluster;
+mod control;
 mod demo;
 mod endpoints;
 mod erase;
@@ -80,6 +81,9 @@ enum Command {
     /// Nodes and shards: showing and changing them. Needs an operator's key.
     #[command(subcommand)]
     Cluster(cluster::Cluster),
+    /// The group of nodes that keeps the cluster map. Needs an operator's key.
+    #[command(subcommand)]
+    Control(control::Control),
     /// Regions: which one writes, how far the other one is, failover and failback. Needs an operator's key.
     #[command(subcommand)]
     Region(region::Region),
@@ -123,6 +127,7 @@ pub fn main() -> ExitCode {
             Command::Link(link) => graph::link(&to, link).await,
             Command::Graph(walk) => graph::graph(&to, walk).await,
             Command::Cluster(what) => cluster::run(&to, what).await,
+            Command::Control(what) => control::run(&to, what).await,
             Command::Region(what) => region::run(&to, what).await,
             Command::Partitions(what) => operate::partitions(&to, what).await,
             Command::Inspect { file } => operate::inspect(&file),

@@ -133,6 +133,25 @@ async fn resubmit(to: &To, client: &Client, ask: v1::ResubmitRequest) -> Done {
 async fn wish(to: &To, client: &Client, wish: v1::RegionWish) -> Done {
     let before = change(client, Change::Region(wish.clone())).await?;
     let ended = regions_of(&before)?.past.len();
+    wait(to, client, ended).await
+}
+
+/// Waits until a region goes on, after a recovery of the control group.
+pub(super) async fn wait_for_recovery(to: &To, client: &Client, region: &str) -> Done {
+    loop {
+        // The map shows the change a moment after the group has a leader again.
+        if let Ok(cluster) = status(client).await
+            && let Some(change) = &regions_of(&cluster)?.change
+            && change.to == region
+        {
+            return wait(to, client, regions_of(&cluster)?.past.len()).await;
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Waits for the end of the change that is under way; `ended` are over.
+async fn wait(to: &To, client: &Client, ended: usize) -> Done {
     let mut told = String::new();
     loop {
         // A node that is asked may be the one that restarts; the next look asks again.
@@ -182,9 +201,11 @@ fn lost(end: &v1::EpochEnd) -> String {
         ),
         (true, _) => "nothing, by its old replicas' disks".into(),
         (false, _) => format!(
-            "unresolved until a majority of its old replicas' disks is read: at most what was between entries {} and {}",
-            end.certain_index + 1,
-            end.ceiling_index
+            "unresolved until a majority of its old replicas' disks is read: at most what {}",
+            match end.ceiling_index {
+                u64::MAX => format!("came after entry {}", end.certain_index),
+                ceiling => format!("was between entries {} and {ceiling}", end.certain_index + 1),
+            }
         ),
     }
 }
@@ -220,7 +241,11 @@ async fn show(to: &To, client: &Client, cluster: &v1::ClusterResponse) -> Done {
         );
     }
     for change in regions.past.iter().chain(&regions.change) {
-        let what = if change.planned { "planned" } else { "failover" };
+        let what = match change.planned {
+            true => "planned",
+            false if change.from == change.to => "recovery",
+            false => "failover",
+        };
         println!("{what} from {} to {}: {} ({})", change.from, change.to, change.step, change.cause);
         for step in &change.steps {
             println!("    {}  {}", format_time(step.at_ms), step.step);

@@ -11,18 +11,21 @@
 //! A planned change skips the first two, and waits before the grant until the old right has run out *and* the new region has all that the old one wrote: so
 //! nothing is lost, and writes pause for about the length of a lease.
 //!
+//! A region that goes on by itself after a recovery of the control group ([`super::recover`]) goes through the same steps, from the third on, with itself as the new one.
+//!
 //! What can go wrong: *the leader of the control group dies*: the step is in the map, and each step may be repeated; what it had observed is observed
 //! anew, for the whole windows. *The old region comes back in the middle*: until the grant it withdraws the change; from then on it has no right,
 //! and its replicas follow. *A replica of the new region is missing*: the others are enough but for one. *The new region fails too*: the change
-//! stays where it is, says what it waits for, and goes on when there are enough replicas again.
+//! stays where it is, says what it waits for, and goes on when there are enough replicas again. *The replica that was to begin loses its disk before it does*: nobody
+//! else can, since the others follow it; the change goes back to the grant, and one of those that are left begins the epoch after.
 
 use super::Control;
 use super::grants::{Granted, Grants};
 use super::lease::HolderId;
 use super::map::{ClusterMap, NodeId, ShardId};
-use super::regions::{RegionChange, Regions, Step, choose, needed};
+use super::regions::{End, RegionChange, Regions, Step, choose, needed};
 use crate::error::Error;
-use crate::groups::{CONTROL, Groups};
+use crate::groups::{CONTROL, GroupId, Groups};
 use crate::ledger::epochs::Report;
 use crate::peers::Peers;
 use crate::proto::internal::Body;
@@ -30,7 +33,7 @@ use crate::router::Router;
 use crate::views::{Ask, Freshness};
 use futures::future::join_all;
 use sim::time::{self, Duration, Instant};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use storage::codec;
 use storage::slots::SlotSet;
@@ -85,6 +88,26 @@ fn soon() -> Instant {
 /// Which of some nodes answer. `version`: of the map that they should know.
 pub async fn reach(peers: &Peers, addrs: &[String], version: u64) -> Vec<bool> {
     join_all(addrs.iter().map(|addr| peers.is_there(addr, version, REACH_WITHIN))).await
+}
+
+/// Halts a group's replica for an epoch; what it has. `ended`: how the epochs before ended, and the last one that is known.
+pub async fn halt(
+    peers: &Peers,
+    addr: &str,
+    group: GroupId,
+    ended: (BTreeMap<u64, End>, u64),
+    epoch: u64,
+    within: Duration,
+) -> Result<Option<Report>, Error> {
+    let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
+    let body = Body { body: codec::encode_serde(&ended).into(), group, epoch };
+    match time::timeout(within, client.halt(peers.request(body, within))).await {
+        Ok(Ok(answer)) => {
+            codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
+        }
+        Ok(Err(status)) => Err(Error::Unavailable(status.message().into())),
+        Err(_) => Err(Error::Unavailable("no answer in time".into())),
+    }
 }
 
 /// Whether of each shard a majority of those who vote is there, of whom some were reached.
@@ -299,7 +322,9 @@ impl Failover {
         let holder: HolderId = regions
             .holder(&change.to)
             .ok_or_else(|| Error::Internal(format!("region {} is none", change.to)))?;
-        if change.planned && self.control.lease(soon()).await?.0.epoch == regions.epoch {
+        // With an epoch of its own it writes, or is about to.
+        let writes_yet = change.planned && change.epoch == 0;
+        if writes_yet && self.control.lease(soon()).await?.0.epoch == regions.epoch {
             let since = *seen.pausing.get_or_insert_with(Instant::now);
             if let Some(left) = self.grants.prepare(holder)? {
                 time::sleep(left.min(LOOK)).await;
@@ -321,7 +346,7 @@ impl Failover {
         }
         seen.pausing = None;
         sim::rand::buggify_wait("before an epoch is granted", 0.2, Duration::from_secs(3)).await;
-        match self.grants.grant(holder, regions.epoch).await? {
+        match self.grants.grant(holder, regions.epoch, change.leap).await? {
             Granted::Epoch(epoch) => {
                 sim::trace::probe("region: an epoch granted");
                 sim::warn!("epoch {epoch} is {}'s", change.to);
@@ -445,20 +470,25 @@ impl Failover {
     ) -> Result<Option<Report>, Error> {
         let missing = || Error::NotFound(format!("node {node}"));
         let addr = map.nodes.get(&node).map(|node| &node.addr).ok_or_else(missing)?;
-        let mut client = self.peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-        let ends = map.shards.get(&shard).map(|entry| &entry.ends);
-        let body = Body {
-            body: codec::encode_serde(&ends.cloned().unwrap_or_default()).into(),
-            group: shard,
-            epoch,
-        };
-        match time::timeout(STEP, client.halt(self.peers.request(body, STEP))).await {
-            Ok(Ok(answer)) => {
-                codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
-            }
-            Ok(Err(status)) => Err(Error::Unavailable(format!("node {node}: {}", status.message()))),
-            Err(_) => Err(Error::Unavailable(format!("node {node} did not answer"))),
-        }
+        let entry = map.shards.get(&shard).ok_or_else(|| Error::NotFound(format!("shard {shard}")))?;
+        let ended = (entry.ends.clone(), entry.epoch);
+        let halted = halt(&self.peers, addr, shard, ended, epoch, STEP).await;
+        halted.map_err(|error| Error::Unavailable(format!("node {node}: {error}")))
+    }
+
+    /// Goes back to the grant if the replica that was to begin a shard's epoch has forgotten what it had.
+    async fn choose_again(&self, map: &ClusterMap, shard: ShardId) -> Result<(), Error> {
+        let Some(entry) = map.shards.get(&shard) else { return Ok(()) };
+        let Some(chosen) = entry.chosen else { return Ok(()) };
+        let Ok(None) = self.halt(map, shard, chosen, entry.epoch).await else { return Ok(()) };
+        sim::trace::probe("region: the chosen replica has forgotten what it had");
+        sim::error!(
+            "shard {shard}: node {chosen}, which was to begin epoch {}, has forgotten what it had: another one begins the epoch after",
+            entry.epoch
+        );
+        let again =
+            |map: &ClusterMap| Ok(map.region_step(Step::Verifying, Step::Granting, time::calendar_ms()));
+        self.control.update(again, soon()).await.map(drop)
     }
 
     /// A write that changes nothing, and a confirmed read, on every shard.
@@ -466,7 +496,10 @@ impl Failover {
         reach(&self.peers, &voters(map), map.version).await;
         for shard in map.shards.keys() {
             let at = self.router.at(map, *shard, &[]);
-            at.reach.propose(vec![], soon()).await?;
+            if let Err(error) = at.reach.propose(vec![], soon()).await {
+                self.choose_again(map, *shard).await?;
+                return Err(error);
+            }
             at.ask(Ask::Slots, Freshness::Strong, &SlotSet::default(), soon()).await?;
         }
         let done = |map: &ClusterMap| Ok(map.region_step(Step::Verifying, Step::Done, time::calendar_ms()));

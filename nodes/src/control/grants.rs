@@ -169,11 +169,11 @@ impl Grants {
         })
     }
 
-    /// Grants the next epoch to a region, unless it has one after `epoch` already.
-    pub async fn grant(&self, holder: HolderId, epoch: u64) -> Result<Granted, Error> {
+    /// Grants the next epoch to a region, unless it has one after `epoch` already. `leap`: so many are left out.
+    pub async fn grant(&self, holder: HolderId, epoch: u64, leap: u64) -> Result<Granted, Error> {
         let deadline = Instant::now() + STEP;
         let (record, _) = self.control.lease(deadline).await?;
-        if record.epoch > epoch && record.holder == Some(holder) {
+        if record.epoch > epoch + leap && record.holder == Some(holder) {
             return Ok(self.granted(record));
         }
         let (effects, _) = self.on(GrantorEvent::Wanted(holder)).ok_or_else(not_yet)?;
@@ -181,7 +181,10 @@ impl Grants {
             return Ok(Granted::Wait(wait));
         }
         for effect in effects {
-            let GrantorEffect::Propose { entry, .. } = effect else { continue };
+            let GrantorEffect::Propose { mut entry, .. } = effect else { continue };
+            if let Entry::Next { epoch, .. } = &mut entry {
+                *epoch += leap;
+            }
             let Some(record) = self.control.enter(&entry, deadline).await? else {
                 return Err(Error::Unavailable("another one leads the control group".into()));
             };

@@ -78,7 +78,10 @@ impl ClusterMap {
             mttr_ms: change.whole.filter(|_| last == Step::Done).map(after),
             accounted: last == Step::Withdrawn || self.is_accounted(change, &losses),
             commands_lost: losses.iter().map(|loss| loss.commands).sum(),
-            entries_at_most: losses.iter().filter(unknown).map(|loss| loss.to - loss.after).sum(),
+            entries_at_most: losses
+                .iter()
+                .filter(unknown)
+                .fold(0, |sum: u64, loss| sum.saturating_add(loss.to - loss.after)),
             losses,
             accounted_at: change.accounted,
             closed_at,
@@ -86,14 +89,16 @@ impl ClusterMap {
         }
     }
 
-    /// What each shard lost when it went over to the change's epoch.
+    /// What each shard lost when it went over to the change's epoch, and to those that it granted before and that did not begin.
     fn losses(&self, change: &RegionChange) -> Vec<v1::Loss> {
         let over = |(shard, entry): (&ShardId, &ShardEntry)| {
             let gone_over = entry.epoch >= change.epoch && entry.first_epoch < change.epoch;
-            let (epoch, end) = entry.ends.range(..change.epoch).next_back().filter(|_| gone_over)?;
-            Some(loss_of(*shard, *epoch, end, change.planned))
+            let ends = entry.ends.range(change.ended.min(change.epoch)..change.epoch).filter(|_| gone_over);
+            // It waited for all of the one that was over before its grant.
+            let planned = |epoch: u64| change.planned && epoch == change.ended;
+            ends.map(|(epoch, end)| loss_of(*shard, *epoch, end, planned(*epoch))).collect::<Vec<_>>()
         };
-        self.shards.iter().filter_map(over).collect()
+        self.shards.iter().flat_map(over).collect()
     }
 
     fn is_accounted(&self, change: &RegionChange, losses: &[v1::Loss]) -> bool {
@@ -126,7 +131,13 @@ impl ClusterMap {
                 (0, _) => "opened",
                 _ => "updated",
             };
-            event(kind, step.name(), *at, &before(place + 1))
+            let mut event = event(kind, step.name(), *at, &before(place + 1));
+            // A step that is taken again is news again.
+            match change.steps[..place].iter().filter(|(other, _)| other == step).count() {
+                0 => {}
+                times => event.id = format!("{}/{}", event.id, times + 1),
+            }
+            event
         });
         let mut events: Vec<Event> = steps.collect();
         if let Some(at) = change.accounted {

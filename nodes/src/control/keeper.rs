@@ -11,7 +11,7 @@ use super::Control;
 use super::map::{ClusterMap, Learner, NodeEntry, ShardEntry, ShardId};
 use super::regions::End;
 use crate::error::Error;
-use crate::groups::{Groups, Replica, Settings, Start, name_of};
+use crate::groups::{CONTROL, GroupId, Groups, Replica, Settings, Start, name_of};
 use crate::ledger::epochs::{Plan, Report, Way};
 use sim::disk::Disk;
 use sim::sync::Semaphore;
@@ -62,7 +62,8 @@ impl Keeper {
             true => Way::Begin(addrs(map, entry)),
             false => Way::Return,
         };
-        Plan { epoch: entry.epoch, first: entry.first_epoch, ends: entry.ends.clone(), way }
+        let (epoch, first) = (entry.epoch, entry.first_epoch);
+        Plan { epoch, first, ends: entry.ends.clone(), known: epoch, way }
     }
 
     /// Opens what the map, as this node knows it, gives to it.
@@ -80,12 +81,15 @@ impl Keeper {
                 self.close(replica).await?;
             }
             let Some(start) = start(map, shard, self.settings.id) else { continue };
+            if matches!(plan.way, Way::Begin(_)) {
+                sim::rand::buggify_wait("before a chosen replica begins", 0.3, Duration::from_secs(3)).await;
+            }
             self.open(shard, start, plan).await?;
         }
         Ok(())
     }
 
-    async fn open(&self, shard: ShardId, start: Start, plan: Plan) -> Result<(), Error> {
+    async fn open(&self, shard: GroupId, start: Start, plan: Plan) -> Result<(), Error> {
         let begins = matches!(plan.way, Way::Begin(_));
         let replica = Replica::open(&self.settings, shard, start, plan).await?;
         let (index, epoch) = (replica.ledger.shard.applied().0.index, replica.ledger.epoch());
@@ -120,18 +124,18 @@ impl Keeper {
     }
 
     /// Ends this replica's part in all epochs before `epoch`: it takes no message of them any more. What it has; `None`: it has
-    /// forgotten what others may count on. `ends`: how the epochs ended that are over, since this node's map may not say so yet.
+    /// forgotten what others may count on. How the epochs ended that are over, and the last known one: this node's map may not say so yet.
     pub async fn halt(
         &self,
-        shard: ShardId,
+        shard: GroupId,
         epoch: u64,
-        ends: BTreeMap<u64, End>,
+        (ends, known): (BTreeMap<u64, End>, u64),
     ) -> Result<Option<Report>, Error> {
         let Ok(_changing) = self.changing.acquire().await else { return Ok(None) };
         let missing = || Error::NotHere(format!("this node has no replica of {}", name_of(shard)));
         let replica = self.groups.get(shard).ok_or_else(missing)?;
         if replica.ledger.epoch() < epoch {
-            let plan = Plan { epoch, first: replica.ledger.held.first, ends, way: Way::Halt };
+            let plan = Plan { epoch, first: replica.ledger.held.first, ends, known, way: Way::Halt };
             sim::info!("{} halts for epoch {epoch}", name_of(shard));
             self.close(replica).await?;
             if let Err(error) = self.open(shard, Start::Learner, plan).await {
@@ -142,6 +146,21 @@ impl Keeper {
         match replica.ledger.epoch() == epoch {
             true => Ok(replica.ledger.held.report.clone()),
             false => Err(Error::Unavailable(format!("{} is in a later epoch", name_of(shard)))),
+        }
+    }
+
+    /// Opens this node's replica of the control group anew, in another incarnation. What cannot be opened ends the process.
+    pub async fn turn_control(&self, plan: Plan) -> Result<(), Error> {
+        let Ok(_changing) = self.changing.acquire().await else { return Ok(()) };
+        if let Some(replica) = self.groups.get(CONTROL) {
+            if replica.ledger.epoch() > plan.epoch || replica.ledger.held.of >= plan.epoch {
+                return Ok(());
+            }
+            self.close(replica).await?;
+        }
+        match self.open(CONTROL, Start::Learner, plan).await {
+            Ok(()) => Ok(()),
+            Err(error) => end(error).await,
         }
     }
 

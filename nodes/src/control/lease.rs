@@ -146,7 +146,7 @@ pub enum Entry {
         epoch: Epoch,
         ceiling: Index,
     },
-    /// The next epoch is granted.
+    /// The next epoch is granted, or a later one, if some may have been granted by a control group that is lost.
     Next {
         term: Term,
         epoch: Epoch,
@@ -162,14 +162,10 @@ impl Record {
             Entry::Renew { term, epoch, ceiling } if (term, epoch) == (self.term, self.epoch) => {
                 Some(Record { ceiling: self.ceiling.max(ceiling), ..self.clone() })
             }
-            Entry::Next { term, epoch, holder } if (term, epoch) == (self.term, self.epoch + 1) => {
-                Some(Record {
-                    epoch,
-                    holder: Some(holder),
-                    ceiling: 0,
-                    ceiling_before: self.ceiling,
-                    ..self.clone()
-                })
+            Entry::Next { term, epoch, holder } if term == self.term && epoch > self.epoch => {
+                // Who leaves epochs out does not know them, nor what they were allowed.
+                let ceiling_before = if epoch == self.epoch + 1 { self.ceiling } else { Index::MAX };
+                Some(Record { epoch, holder: Some(holder), ceiling: 0, ceiling_before, ..self.clone() })
             }
             _ => None,
         }

@@ -51,6 +51,9 @@ pub struct ClusterMap {
     /// Who was erased, and is to be.
     #[serde(default)]
     pub erasures: Erasures,
+    /// Of the control group that wrote this ([`super::recover`]); 0: it was never recovered.
+    #[serde(default)]
+    pub incarnation: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

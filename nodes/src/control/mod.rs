@@ -29,6 +29,7 @@ pub mod keeper;
 pub mod lease;
 pub mod liveness;
 pub mod map;
+pub mod recover;
 pub mod regions;
 pub mod rights;
 

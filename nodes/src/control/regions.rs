@@ -177,6 +177,12 @@ pub struct RegionChange {
     pub steps: Vec<(Step, i64)>,
     /// The epoch that it granted; 0: none yet.
     pub epoch: u64,
+    /// The epoch that was over with its first grant.
+    #[serde(default)]
+    pub ended: u64,
+    /// How many epochs it leaves out, since they may have been granted by a control group that is lost ([`super::recover`]).
+    #[serde(default)]
+    pub leap: u64,
     /// Since when the old primary was silent, by the same calendar; 0: the change was ordered, and began with its first step.
     #[serde(default)]
     pub silent_since: i64,
@@ -189,7 +195,7 @@ pub struct RegionChange {
 }
 
 impl RegionChange {
-    fn new(from: &str, to: &str, cause: &str, first: (Step, i64)) -> RegionChange {
+    pub(super) fn new(from: &str, to: &str, cause: &str, first: (Step, i64)) -> RegionChange {
         RegionChange {
             from: from.into(),
             to: to.into(),
@@ -198,6 +204,8 @@ impl RegionChange {
             cause: cause.into(),
             steps: vec![first],
             epoch: 0,
+            ended: 0,
+            leap: 0,
             silent_since: 0,
             accounted: None,
             whole: None,
@@ -218,6 +226,9 @@ pub struct End {
     pub last: u64,
     /// Behind here nothing was acknowledged.
     pub ceiling: u64,
+    /// Up to here it had what the epoch before it had: that may be lost with it too, if only the replica that began it was that far.
+    #[serde(default)]
+    pub began: u64,
     /// Behind `certain`, where each leader's entries begin.
     pub runs: Vec<Place>,
     /// Those whose ledgers voted.
@@ -248,7 +259,7 @@ impl End {
             .collect();
         let kept = read.iter().map(|old| old.kept).max()?;
         let last = read.iter().map(|old| old.last).max()?;
-        (read.len() * 2 > self.voters.len()).then_some((kept, last.max(kept)))
+        (read.len() * 2 > self.voters.len()).then_some((kept, last.max(kept).max(self.began)))
     }
 
     /// Up to where a log agrees with what the next epoch has, if it does up to `agreed` and has this entry behind that.
@@ -446,6 +457,9 @@ impl ClusterMap {
             let cause = "it was granted while its change was withdrawn";
             let new = || RegionChange::new(&from, to, cause, (Step::Granting, now));
             let change = regions.change.get_or_insert_with(new);
+            if change.epoch == 0 {
+                change.ended = regions.epoch;
+            }
             change.epoch = epoch;
             (regions.primary, regions.epoch) = (to.into(), epoch);
         });
@@ -464,9 +478,13 @@ impl ClusterMap {
         self.changed(|map| {
             let Some(entry) = map.shards.get_mut(&shard).filter(|entry| entry.epoch < epoch) else { return };
             let Report { last, certain, runs } = report.clone();
-            let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain));
+            let began = entry.ends.values().next_back().map_or(0, |end| end.last);
+            let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain).max(began));
             let voted = entry.members.clone();
-            let end = End { certain, last, ceiling, runs, voters: voted, old_disks: BTreeMap::new() };
+            // Where a region goes on by itself, its own replicas are the old disks; of this one everything is kept.
+            let itself = OldDisk { kept: last, last, commands: 0 };
+            let old_disks = voted.get(&chosen).map(|node| (*node, itself)).into_iter().collect();
+            let end = End { certain, last, ceiling, began, runs, voters: voted, old_disks };
             let ended = (entry.epoch, end.clone());
             entry.ends.insert(entry.epoch, end);
             let others: Vec<NodeId> = entry
@@ -647,9 +665,27 @@ mod tests {
             [1, 2, 3, 6],
             "everybody else follows"
         );
-        map =
-            map.region_step(Step::Promoting, Step::Verifying, 4).region_step(Step::Verifying, Step::Done, 5);
+        let verifying = map.region_step(Step::Promoting, Step::Verifying, 4);
+        map = verifying.region_step(Step::Verifying, Step::Done, 5);
         assert_eq!((regions(&map)?.change, regions(&map)?.past[0].epoch), (None, 2));
+        // Had the one that was to begin lost its disk, the others would go on in the epoch after: both are accounted for.
+        let again = verifying.region_step(Step::Verifying, Step::Granting, 5).region_granted(3, "west", 6);
+        assert_eq!((again.epoch(), again.to_promote()), (3, vec![0, 1]));
+        let others = BTreeSet::from([4, 6]);
+        let again =
+            [0, 1].into_iter().fold(again, |map, shard| map.promote(shard, 3, &others, (4, &last(9)), 30));
+        let again = again.region_step(Step::Promoting, Step::Verifying, 7).region_step(
+            Step::Verifying,
+            Step::Done,
+            8,
+        );
+        let losses = again.incidents().pop().map(|incident| incident.losses).unwrap_or_default();
+        assert_eq!(
+            losses.iter().map(|loss| (loss.shard, loss.epoch)).collect::<Vec<_>>(),
+            [(0, 1), (0, 2), (1, 1), (1, 2)]
+        );
+        let ids: BTreeSet<String> = again.incident_events().into_iter().map(|event| event.id).collect();
+        assert_eq!(ids.len(), again.incident_events().len(), "each is news");
         // The third voter comes from among those who follow; a region that is away keeps its places.
         map = map.heard(&(1..=3).map(|node| (node, super::super::map::Liveness::Lost)).collect());
         let planned = map.plan_handover();
@@ -669,6 +705,9 @@ mod tests {
         assert_eq!(end.lost(), None, "it did not vote");
         end.old_disks.insert(3, OldDisk { kept: 10, last: 12, commands: 2 });
         assert_eq!(end.lost(), Some((10, 12)));
+        // What it had of the epoch before, and nobody has who went on.
+        end.began = 15;
+        assert_eq!(end.lost(), Some((10, 15)));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::{context, director};
 use crate::cache::CacheView;
 use crate::control::Control;
 use crate::control::map::{ClusterMap, Learner, Liveness, NodeEntry, NodeState, ShardEntry, ShardId};
+use crate::control::recover::Recoverer;
 use crate::control::regions::{End, OldDisk, RegionChange, Regions, Step};
 use crate::error::Error;
 use crate::groups::{Groups, Replica, name_of};
@@ -30,6 +31,7 @@ pub struct AdminService {
     pub about: Arc<About>,
     /// Of a node with the edge's roles.
     pub edge: Option<(Writer, Reader)>,
+    pub recoverer: Recoverer,
 }
 
 /// What a node knows of itself.
@@ -280,6 +282,14 @@ impl admin_service_server::AdminService for AdminService {
         Ok(Response::new(v1::IncidentsResponse { incidents: self.about.incidents(&map) }))
     }
 
+    async fn recover_control(
+        &self,
+        request: Request<v1::RecoverControlRequest>,
+    ) -> Result<Response<v1::RecoverControlResponse>, Status> {
+        operator(&request)?;
+        Ok(Response::new(self.recoverer.run(request.get_ref()).await?))
+    }
+
     async fn change_cluster(
         &self,
         request: Request<v1::ChangeClusterRequest>,
@@ -354,6 +364,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         joining: shard.handover.map_or(0, |handover| handover.to),
         leaving: shard.handover.and_then(|handover| handover.from).unwrap_or(0),
         epoch: shard.epoch,
+        chosen: shard.chosen.unwrap_or(0),
         ends: shard.ends.iter().map(end_of).collect(),
     };
     let pin = |tenant: &String| v1::ClusterPin {

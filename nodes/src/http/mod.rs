@@ -59,8 +59,12 @@ fn answer(value: serde_json::Value) -> Response {
 
 /// An incident in a line.
 pub fn headline(incident: &v1::Incident) -> String {
-    let what = if incident.planned { "planned change" } else { "failover" };
     let step = incident.steps.last().map_or("", |step| step.step.as_str());
+    let what = match incident.planned {
+        true => "planned change",
+        false if incident.from == incident.to => return format!("recovery of {}: {step}", incident.to),
+        false => "failover",
+    };
     format!("{what} from {} to {}: {step}", incident.from, incident.to)
 }
 
@@ -88,8 +92,11 @@ pub fn figures(incident: &v1::Incident) -> Vec<String> {
         (true, _, lost) => format!("RPO: {lost} commands were lost, and are in quarantine"),
         (false, true, _) => "RPO: not known before the shards are promoted".into(),
         (false, false, lost) => format!(
-            "RPO: unresolved: at most {} entries, until the old disks are read{}",
-            incident.entries_at_most,
+            "RPO: unresolved: {}, until the old disks are read{}",
+            match incident.losses.iter().any(|loss| loss.to == u64::MAX) {
+                true => "without a bound, since the control group was lost too".into(),
+                false => format!("at most {} entries", incident.entries_at_most),
+            },
             if lost > 0 { format!("; {lost} commands for certain") } else { String::new() }
         ),
     });
@@ -104,6 +111,12 @@ pub fn figures(incident: &v1::Incident) -> Vec<String> {
                 "shard {}: {} commands in {entries} are in the quarantine of node {}",
                 loss.shard, loss.commands, loss.quarantine
             ),
+            false if loss.to == u64::MAX => {
+                format!(
+                    "shard {}: at most what came after entry {} of epoch {}",
+                    loss.shard, loss.after, loss.epoch
+                )
+            }
             false => format!("shard {}: at most what was in {entries}", loss.shard),
         });
     }

@@ -19,6 +19,10 @@
 //! they agree it has the same entries (a term's entries come from one leader). The rest goes into the [`quarantine`], then the log is cut. Views that
 //! had applied more than is left are made anew, from a base that is old enough and the log, not copied from a peer. What lies before `certain` and differs was never
 //! applied; the new leader's log replaces it as Raft does.
+//!
+//! **Epochs that nobody knows.** A control group that lost its majority may have granted epochs of which the survivors never heard; after its recovery the next
+//! epoch leaps over them ([`crate::control::recover`]). A replica that was in one is compared with how the last known epoch ended, and only as far as its log was
+//! written in known ones: what it has of the others may contradict even what is certain. If its log no longer says how far that is, it starts over.
 
 use super::log_store::{self, decode_entry, encode_entry, position_index};
 use super::quarantine;
@@ -120,6 +124,8 @@ pub struct Plan {
     pub first: u64,
     /// How the epochs before ended.
     pub ends: BTreeMap<u64, End>,
+    /// The last epoch that the map knows, but for the one that is to be gone over to: those before it that are not in `ends` are unknown to it.
+    pub known: u64,
     pub way: Way,
 }
 
@@ -137,7 +143,7 @@ pub enum Way {
 impl Plan {
     /// For a ledger that knows no epochs.
     pub fn first() -> Plan {
-        Plan { epoch: FIRST_EPOCH, first: FIRST_EPOCH, ..Plan::default() }
+        Plan { epoch: FIRST_EPOCH, first: FIRST_EPOCH, known: FIRST_EPOCH, ..Plan::default() }
     }
 }
 
@@ -220,11 +226,35 @@ fn begin(log: &Log, id: u64, epoch: u64, voters: &BTreeMap<u64, String>) -> Resu
     Ok(())
 }
 
-/// Up to where a log agrees with what a next epoch has of the one that ended so.
-fn agrees(log: &Log, end: &End) -> Result<u64, Error> {
+/// Up to where a log was written in this epoch or before it, as far as it still says so.
+fn written_by(log: &Log, epoch: u64) -> Result<u64, Error> {
+    let mut written = None;
+    each(log, 1, |entry| {
+        let place = Place::of(&entry);
+        if place.term < term_of(epoch + 1) {
+            written = Some(place.index);
+        }
+    })?;
+    Ok(written.unwrap_or(0))
+}
+
+/// Up to where a log agrees with what a next epoch has of the one that ended so. `strayed`: it was written on in an epoch that nobody knows.
+fn agrees(log: &Log, epoch: u64, end: &End, strayed: bool) -> Result<u64, Error> {
     let mut agreed = end.certain;
-    each(log, end.certain + 1, |entry| agreed = end.agrees(agreed, Place::of(&entry)))?;
+    if strayed {
+        agreed = agreed.min(written_by(log, epoch)?);
+    }
+    each(log, agreed + 1, |entry| agreed = end.agrees(agreed, Place::of(&entry)))?;
     Ok(agreed)
+}
+
+/// The epochs that are over and that a replica of `of` has to be brought beyond, and whether it is of one that nobody knows.
+fn to_go_over(plan: &Plan, of: u64) -> (u64, bool) {
+    let before = plan.ends.range(..of).next_back().map(|(epoch, _)| *epoch);
+    match before {
+        Some(before) if of < plan.known && !plan.ends.contains_key(&of) => (before, true),
+        _ => (of, false),
+    }
 }
 
 /// Takes away what the epochs before have not that are over.
@@ -233,13 +263,21 @@ fn go_over(
     log: &Log,
     bases: &Bases,
     Turned { held, views_max, start_over }: &mut Turned,
-    plan: &Plan,
+    (id, plan): (u64, &Plan),
 ) -> Result<(), Error> {
     let halted = held.is_halted();
+    let (from, strayed) = to_go_over(plan, held.of);
+    if strayed {
+        sim::trace::probe("epoch: a replica came back from one that nobody knows");
+        sim::warn!(
+            "this replica is of epoch {}, of which the control group knows nothing any more: what it has beyond epoch {from} is taken away",
+            held.of
+        );
+    }
     // It may have missed several.
-    for (epoch, end) in plan.ends.range(held.of..plan.epoch) {
-        let (last, kept) = (log.last_index(), agrees(log, end)?);
-        *views_max = (*views_max).min(kept.max(end.certain));
+    for (epoch, end) in plan.ends.range(from..plan.epoch) {
+        let (last, kept) = (log.last_index(), agrees(log, *epoch, end, strayed)?);
+        *views_max = (*views_max).min(if strayed { kept } else { kept.max(end.certain) });
         let commands = if last > kept { quarantine::put(disk, log, *epoch, kept)? } else { 0 };
         if last > kept {
             sim::trace::probe("epoch: a returning replica's entries were taken away");
@@ -248,11 +286,11 @@ fn go_over(
                 kept + 1
             );
         }
-        // One that halted for the epoch that came next followed there: it is no old disk, unless it had more.
+        // One that halted for the epoch that came next followed there: it is no old disk, unless it voted in the one before, or had more.
         // Nor is one that was damaged: it has forgotten what it had.
         let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
         let told = held.taken.iter().any(|(of, _)| of == epoch);
-        if !told && whole && (!halted || last > kept) {
+        if !told && whole && (!halted || last > kept || end.voters.contains(&id)) {
             held.taken.push((*epoch, (kept.min(last), last, commands)));
             // Before anything is cut: an attempt that is made again no longer sees it.
             keep(log, held)?;
@@ -263,7 +301,7 @@ fn go_over(
         }
         bases.forget_above(kept).map_err(|e| failed("bases", e))?;
     }
-    held.of = plan.ends.range(held.of..plan.epoch).last().map_or(held.of, |(epoch, _)| epoch + 1);
+    held.of = plan.ends.range(from..plan.epoch).last().map_or(held.of, |(epoch, _)| epoch + 1);
     Ok(())
 }
 
@@ -290,11 +328,13 @@ pub fn turn(
     let Held { epoch, of, report: reported, .. } = &turned.held;
     match &plan.way {
         Way::Halt if *epoch < plan.epoch => {
-            go_over(disk, log, bases, &mut turned, plan)?;
+            go_over(disk, log, bases, &mut turned, (id, plan))?;
             // One whose log was damaged, or is gone, has forgotten what others count on.
             let whole = log.repair().map_err(|e| failed("log", e))?.is_none() && !turned.start_over;
+            // Of an epoch that nobody knows nothing is certain to those who come back from the one before.
+            let known = if turned.held.of > plan.known { written_by(log, plan.known)? } else { u64::MAX };
             turned.held.report =
-                if whole { Some(report(log, certain()?.min(turned.views_max))?) } else { None };
+                if whole { Some(report(log, certain()?.min(turned.views_max).min(known))?) } else { None };
             turned.held.epoch = plan.epoch;
             sim::trace::probe("epoch: a replica halted");
         }
@@ -305,7 +345,7 @@ pub fn turn(
         }
         // Also one that was chosen, and has forgotten what it had.
         Way::Return | Way::Begin(_) if *epoch <= plan.epoch && *of < plan.epoch => {
-            go_over(disk, log, bases, &mut turned, plan)?;
+            go_over(disk, log, bases, &mut turned, (id, plan))?;
             turned.held = Held { epoch: plan.epoch, of: plan.epoch, report: None, ..turned.held };
             sim::trace::probe("epoch: a replica returned");
         }
@@ -367,7 +407,7 @@ mod tests {
 
     #[test]
     fn who_halts_says_what_it_has_and_where_leaders_changed() -> Tested {
-        let plan = Plan { epoch: 2, first: 1, way: Way::Halt, ..Plan::default() };
+        let plan = Plan { epoch: 2, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
         let (log, halted) = turned(&[(3, 25), (5, 5)], &plan)?;
         let runs = vec![place(3, 21), place(5, 26)];
         let report = Report { last: Some(place(5, 30)), certain: 20, runs };
@@ -386,7 +426,7 @@ mod tests {
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let (log, bases) = (log(&disk, &[(3, 9)])?, Bases::open(disk.clone(), "bases")?);
         let voters = BTreeMap::from([(7, "a:1".to_string()), (8, "b:1".to_string())]);
-        let halt = Plan { epoch: 2, first: 1, way: Way::Halt, ..Plan::default() };
+        let halt = Plan { epoch: 2, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
         keep(&log, &turn(&disk, &log, &bases, 7, &halt, || Ok(9))?.held)?;
         let plan = Plan { epoch: 2, first: 1, way: Way::Begin(voters), ..Plan::default() };
         for _ in 0..2 {
@@ -411,11 +451,12 @@ mod tests {
             certain: 20,
             last: 30,
             ceiling: 99,
+            began: 0,
             runs,
             voters: BTreeSet::new(),
             old_disks: BTreeMap::new(),
         };
-        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), way: Way::Return };
+        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), known: 2, way: Way::Return };
         for (leaders, kept, last) in [
             (vec![(3, 25), (5, 5)], 30, 30),
             (vec![(3, 25), (5, 9)], 30, 34),
@@ -439,12 +480,73 @@ mod tests {
     }
 
     #[test]
+    fn who_was_in_an_epoch_that_nobody_knows_keeps_what_was_written_before_it() -> Tested {
+        // The next epoch goes on with 30 entries of the first, of which 20 are certain; the second was never heard of.
+        let runs = vec![place(3, 21)];
+        let end = End { certain: 20, last: 30, ceiling: u64::MAX, runs, ..End::default() };
+        let ends = BTreeMap::from([(1, end)]);
+        let plan = Plan { epoch: 1001, first: 1, ends, known: 1001, way: Way::Return };
+        let stray = term_of(2) + 1;
+        for (leaders, kept) in [
+            (vec![(3, 25), (stray, 9)], 25),
+            (vec![(3, 30), (stray, 9)], 30),
+            // It went on from less than what is certain now: what it has in that place is something else.
+            (vec![(3, 12), (stray, 15)], 12),
+            (vec![(stray, 15)], 0),
+        ] {
+            let disk: Arc<dyn Disk> = SimDisk::new(1);
+            let (log, bases) = (log(&disk, &leaders)?, Bases::open(disk.clone(), "bases")?);
+            let last = log.last_index();
+            keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
+            for _ in 0..2 {
+                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(last))?;
+                assert_eq!((log.last_index(), returned.views_max), (kept, kept), "{leaders:?}");
+                assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
+                assert_eq!((returned.held.of, returned.start_over), (1001, false), "{leaders:?}");
+            }
+        }
+        // One that does not know any more how far it was written in epochs that are known starts over.
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, &[(3, 12), (stray, 15)])?, Bases::open(disk.clone(), "bases")?);
+        keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
+        log.purge_to(14)?;
+        assert!(turn(&disk, &log, &bases, 7, &plan, || Ok(20))?.start_over);
+        Ok(())
+    }
+
+    #[test]
+    fn what_an_epoch_wrote_that_nobody_knows_is_not_certain_to_others() -> Tested {
+        let stray = term_of(2) + 1;
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, &[(3, 12), (stray, 15)])?, Bases::open(disk.clone(), "bases")?);
+        keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
+        let plan = Plan { epoch: 1001, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
+        let report = turn(&disk, &log, &bases, 7, &plan, || Ok(27))?.held.report.ok_or("no report")?;
+        assert_eq!((report.certain, report.last), (12, Some(Place { term: stray, node: stray, index: 27 })));
+        assert_eq!(report.runs, [Place { term: stray, node: stray, index: 13 }]);
+        // Those of the same epoch, and those of the one before, agree with that as far as they have the same.
+        let end = End { certain: 12, last: 27, runs: report.runs, ..End::default() };
+        let ends = BTreeMap::from([(1, end)]);
+        let plan = Plan { epoch: 1001, first: 1, ends, known: 1001, way: Way::Return };
+        for (of, leaders, kept) in
+            [(2, vec![(3, 12), (stray, 11)], 23), (2, vec![(3, 10), (stray, 11)], 10), (1, vec![(3, 19)], 12)]
+        {
+            let disk: Arc<dyn Disk> = SimDisk::new(1);
+            let (log, bases) = (self::log(&disk, &leaders)?, Bases::open(disk.clone(), "bases")?);
+            keep(&log, &Held { epoch: of, of, first: 1, report: None, taken: vec![] })?;
+            turn(&disk, &log, &bases, 7, &plan, || Ok(5))?;
+            assert_eq!(log.last_index(), kept, "{leaders:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn who_has_purged_what_is_left_starts_over() -> Tested {
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let (log, bases) = (log(&disk, &[(3, 40)])?, Bases::open(disk.clone(), "bases")?);
         log.purge_to(30)?;
         let end = End { certain: 20, last: 22, runs: vec![place(3, 21)], ..End::default() };
-        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), way: Way::Return };
+        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), known: 2, way: Way::Return };
         assert!(turn(&disk, &log, &bases, 7, &plan, || Ok(20))?.start_over);
         Ok(())
     }

@@ -332,7 +332,13 @@ impl Ledger {
         let lost = || Error::LostInFailover { epoch: position.epoch, index: position.index };
         let mut ends = self.ends.range(position.epoch..self.held.epoch).peekable();
         if position.epoch < self.held.epoch && ends.peek().is_none() {
-            return Err(Error::Unavailable("how that epoch ended is not known here yet".into()));
+            let before = self.ends.range(..position.epoch).next_back();
+            return match before.filter(|_| !self.held.is_halted()) {
+                // Nobody knows that epoch any more: of what it wrote nothing is here.
+                Some((_, end)) if position.index > end.certain => Err(lost()),
+                Some(_) => Ok(position),
+                None => Err(Error::Unavailable("how that epoch ended is not known here yet".into())),
+            };
         }
         let gone = ends.any(|(_, end)| position.index > end.certain);
         match gone && !sim::planted!("believe-tokens-of-an-epoch-that-is-over") {
@@ -352,6 +358,15 @@ impl Ledger {
         let metrics = self.raft.server_metrics();
         let seen = metrics.borrow_watched();
         seen.membership_config.membership().nodes().map(|(id, node)| (*id, node.addr.clone())).collect()
+    }
+
+    /// Those who vote, and their addresses.
+    pub fn voter_addrs(&self) -> BTreeMap<u64, String> {
+        let metrics = self.raft.server_metrics();
+        let seen = metrics.borrow_watched();
+        let membership = seen.membership_config.membership();
+        let addr = |id: u64| membership.get_node(&id).map(|node| (id, node.addr.clone()));
+        membership.voter_ids().filter_map(addr).collect()
     }
 
     /// Address of the current leader; `None` while there is none. This replica's own if it leads.

@@ -9,6 +9,7 @@ use crate::cache::CacheView;
 use crate::control::driver::Membership;
 use crate::control::grants::Grants;
 use crate::control::keeper::Keeper;
+use crate::control::recover::Recovery;
 use crate::control::rights::Renewed;
 use crate::control::{Control, failover};
 use crate::error::Error;
@@ -41,6 +42,8 @@ pub struct ReplicaService {
     pub grants: Option<Grants>,
     /// Of a node that may have replicas.
     pub keeper: Option<Keeper>,
+    /// Of a node of the control group.
+    pub recovery: Option<Recovery>,
 }
 
 /// Answers that travel together at most.
@@ -55,6 +58,10 @@ fn encoded<T: bincode::Encode>(value: &T) -> Reply {
 }
 
 impl ReplicaService {
+    fn recovery(&self) -> Result<&Recovery, Status> {
+        self.recovery.as_ref().ok_or_else(|| Status::not_found("this node is not of the control group"))
+    }
+
     fn replica(&self, body: &Body) -> Result<Replica, Status> {
         Ok(replica(&self.groups, body.group)?)
     }
@@ -205,12 +212,27 @@ impl replica_server::Replica for ReplicaService {
 
     async fn halt(&self, request: Request<Body>) -> Reply {
         let Body { group, epoch, body } = request.into_inner();
-        let ends = codec::decode_serde(&body)
+        let ended = codec::decode_serde(&body)
             .map_err(|e| Status::invalid_argument(format!("unreadable ends of epochs: {e}")))?;
         let keeper = self.keeper.clone().ok_or_else(|| Status::not_found("this node keeps no replicas"))?;
         // It goes on if the caller hangs up: half a halt helps nobody.
-        let halted = sim::task::spawn(async move { keeper.halt(group, epoch, ends).await }).await;
+        let halted = sim::task::spawn(async move { keeper.halt(group, epoch, ended).await }).await;
         encoded(&halted.map_err(|e| Status::internal(e.to_string()))??)
+    }
+
+    async fn stands(&self, _: Request<Body>) -> Reply {
+        let standing = self.recovery()?.standing()?;
+        Ok(Response::new(Body { body: codec::encode_serde(&standing).into(), ..Body::default() }))
+    }
+
+    async fn adopt(&self, request: Request<Body>) -> Reply {
+        let recovery = self.recovery()?.clone();
+        let incarnation = codec::decode_serde(&request.get_ref().body)
+            .map_err(|e| Status::invalid_argument(format!("unreadable incarnation: {e}")))?;
+        // It goes on if the caller hangs up.
+        let adopted = sim::task::spawn(async move { recovery.adopt(incarnation).await }).await;
+        adopted.map_err(|e| Status::internal(e.to_string()))??;
+        Ok(Response::new(Body::default()))
     }
 
     async fn has_tail(&self, request: Request<Body>) -> Reply {

@@ -26,6 +26,11 @@ pub async fn play(cluster: Arc<Cluster>, topology: Topology, changes: Vec<Change
     for change in changes {
         time::sleep(Duration::from_secs(change.at_s).saturating_sub(machines.now())).await;
         machines.note(0, Level::Info, &format!("operator: {}", describe(&change)));
+        if let Some(to) = &change.recover {
+            while !cluster.recover(to).await {
+                time::sleep(LOOK).await;
+            }
+        }
         while !make(&cluster, &topology, &change).await {
             time::sleep(LOOK).await;
         }
@@ -61,6 +66,7 @@ fn describe(change: &Change) -> String {
     let all = [
         change.fail_over.as_ref().map(|to| format!("fail over to {to}")),
         change.fail_back.as_ref().map(|to| format!("fail back to {to}")),
+        change.recover.as_ref().map(|to| format!("recover the control group, and go on in {to}")),
         change.resubmit.then(|| "write again what was lost with a region".to_string()),
         lost.then(|| "wait until a node is lost and replaced".to_string()),
         pin.map(|(of, to)| format!("pin {} to shard {to}", tenant(of))),
@@ -83,8 +89,9 @@ async fn make(cluster: &Cluster, topology: &Topology, change: &Change) -> bool {
     });
     let pinned = pin.map(|(of, shard)| Wish::Pin(v1::Pin { tenant: tenant(of), shard }));
     let unpinned = unpin.map(|of| Wish::Unpin(tenant(of)));
-    let to_region = change.fail_over.as_ref().or(change.fail_back.as_ref());
-    let region = to_region.map(|to| {
+    let ordered = change.fail_over.as_ref().or(change.fail_back.as_ref());
+    let to_region = ordered.or(change.recover.as_ref());
+    let region = ordered.map(|to| {
         let (to, planned) = (to.clone(), change.fail_back.is_some());
         Wish::Region(v1::RegionWish { to, planned, accept_data_loss: false })
     });

@@ -240,6 +240,22 @@ impl Cluster {
         false
     }
 
+    /// Has the control group begin anew with the nodes that answer; whether it did.
+    pub async fn recover(&self, to: &str) -> bool {
+        let limit = Duration::from_secs(60);
+        for node in self.askable() {
+            let Ok(mut client) = self.admin(node) else { continue };
+            let ask = v1::RecoverControlRequest { to: to.into(), ..Default::default() };
+            let Some(request) = self.request(ask, limit) else { return false };
+            match sim::time::timeout(limit, client.recover_control(request)).await {
+                Ok(Ok(_)) => return true,
+                Ok(Err(status)) => self.machines.note(node, Level::Warn, status.message()),
+                Err(_) => self.machines.note(node, Level::Warn, "the recovery did not end"),
+            }
+        }
+        false
+    }
+
     /// Has what was lost with a region written again; what became of each command, if a gateway went through all of them.
     pub async fn resubmit(&self) -> Option<Vec<v1::Resubmitted>> {
         let limit = Duration::from_secs(30);

@@ -70,6 +70,12 @@ async fn targets(cluster: &Cluster, target: Target, fault: &Fault) -> Vec<NodeIn
             }
             vec![]
         }
+        Target::Chosen => {
+            let map = cluster.map().await;
+            let chosen = map.and_then(|map| map.shards.first().map(|shard| shard.chosen as usize));
+            let node = chosen.and_then(|id| cluster.replicas.get(id.checked_sub(1)?));
+            node.copied().into_iter().collect()
+        }
         Target::All => cluster.replicas.clone(),
         Target::Everyone => cluster.nodes().collect(),
         Target::Any | Target::Drawn | Target::Gateway | Target::Machine | Target::Apart | Target::Cache => {
@@ -261,6 +267,12 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             time::sleep((began + lasts).saturating_sub(machines.now())).await;
             nodes.iter().for_each(|n| machines.start(*n));
             in_order
+        }
+        FaultKind::Replace => {
+            nodes.iter().for_each(|n| machines.replace(*n));
+            time::sleep(lasts).await;
+            nodes.iter().for_each(|n| machines.start(*n));
+            running
         }
         FaultKind::Clock => {
             nodes.iter().for_each(|n| step(*n, fault.rate_ppm, fault.step_ms));

@@ -35,14 +35,18 @@ pub fn check(history: &History) -> Vec<Violation> {
     let missing = missing(history);
     let gone: BTreeSet<usize> = missing.iter().map(|missing| missing.number).collect();
     for Missing { op, at, elsewhere, what, .. } in &missing {
-        let Some(end) = history.ends.get(&(at.shard, at.epoch)) else { continue };
-        let problem = match end.exact {
+        let Some(end) = history.ends_from(at).next() else { continue };
+        let known: Option<Vec<bool>> = history.ends_from(at).map(|end| end.loses(at.index)).collect();
+        let problem = match known {
             _ if *elsewhere => "acknowledged as durable in the other region, and lost".to_string(),
             _ if !history.may_be_lost(at) => {
                 format!("lost, though only entries {} to {} may be", end.certain + 1, end.ceiling)
             }
-            Some((kept, last)) if at.index <= kept || at.index > last => {
-                format!("lost, though the old disks say that entries {} to {last} are", kept + 1)
+            Some(lost) if !lost.contains(&true) => {
+                format!(
+                    "lost, though the old disks do not say so ({:?})",
+                    history.ends_from(at).collect::<Vec<_>>()
+                )
             }
             Some(_) if history.is_wholly_again(op) => "said to be written again, and lost".to_string(),
             _ => continue,
@@ -53,8 +57,8 @@ pub fn check(history: &History) -> Vec<Violation> {
         let unsure =
             matches!(op.request, Request::Delete { .. }) || history.is_again(op) || history.may_be_erased(op);
         let Some(at) = op.response.at().filter(|_| !unsure) else { continue };
-        let exact = history.ends.get(&(at.shard, at.epoch)).and_then(|end| end.exact);
-        if let Some((kept, last)) = exact.filter(|(kept, last)| (kept + 1..=*last).contains(&at.index)) {
+        let lost = history.ends_from(&at).find(|end| end.loses(at.index) == Some(true));
+        if let Some((kept, last)) = lost.and_then(|end| end.exact) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);
             found.push(violation("P2", op.return_ns, format!("{problem}: {}", describe(op))));
         }
