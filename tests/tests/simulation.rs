@@ -107,3 +107,12 @@ fn clocks_beyond_the_stated_bound_break_the_promises() -> Result<()> {
     assert!(!output.status.success() && text.contains("# Safety"), "{text}");
     Ok(())
 }
+
+/// An operator recovers the control group where it is only cut off: two regions write, which nothing can mend. But what one of them gives up is reported.
+#[test]
+fn a_recovery_beside_those_that_still_run_breaks_the_promises() -> Result<()> {
+    let output = cargo(&["sim", "run", "scenarios/files/must-fail/recovered-though-they-run.toml"])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && text.contains("\n  P3 at") && !text.contains("\n  P2 at"), "{text}");
+    Ok(())
+}

@@ -420,34 +420,44 @@ impl Failover {
             .map(|node| async move { (*node, self.halt(map, shard, *node, change.epoch).await) })
             .collect();
         let mut halted: Vec<(NodeId, Report)> = vec![];
-        let mut last = Error::Unavailable(format!("shard {shard} has no replica in {}", change.to));
+        // By node, so that what is waited for reads the same as long as it is the same.
+        let mut without: BTreeMap<NodeId, String> =
+            there.iter().map(|node| (*node, format!("node {node} did not answer"))).collect();
         let began = Instant::now();
         loop {
             let enough = halted.len() >= needed;
             let patience = if enough { HALT_WITHIN } else { STEP }.saturating_sub(began.elapsed());
             match time::timeout(patience, futures::StreamExt::next(&mut waiting)).await {
-                Ok(Some((node, Ok(Some(report))))) => halted.push((node, report)),
-                Ok(Some((node, Ok(None)))) => {
-                    last =
-                        Error::Unavailable(format!("shard {shard}: node {node} has forgotten what it had"));
+                Ok(Some((node, Ok(Some(report))))) => {
+                    without.remove(&node);
+                    halted.push((node, report));
                 }
-                Ok(Some((_, Err(error)))) => last = error,
+                Ok(Some((node, Ok(None)))) => {
+                    without.insert(node, format!("node {node} has forgotten what it had"));
+                }
+                Ok(Some((node, Err(error)))) => {
+                    without.insert(node, error.to_string());
+                }
                 Ok(None) | Err(_) => break,
             }
         }
-        if halted.is_empty() || (halted.len() < needed && !change.accept_data_loss) {
+        let missing = || {
             let problem = format!(
-                "shard {shard}: {} of {} replicas in {} say what they have, {needed} are needed ({last}); bring them back, or give --accept-data-loss",
+                "shard {shard}: {} of {} replicas in {} say what they have, {needed} are needed; bring the others back, or give --accept-data-loss ({})",
                 halted.len(),
                 there.len(),
-                change.to
+                change.to,
+                without.values().map(String::as_str).collect::<Vec<_>>().join("; ")
             );
-            return Err(Error::Unavailable(problem));
+            Error::Unavailable(problem)
+        };
+        if halted.is_empty() || (halted.len() < needed && !change.accept_data_loss) {
+            return Err(missing());
         }
         let voters: BTreeSet<NodeId> = halted.iter().map(|(node, _)| *node).collect();
         let least = halted.iter().min_by_key(|(node, report)| (report.last, *node));
         let chosen = if sim::planted!("promote-the-one-with-least") { least } else { choose(&halted) };
-        let Some((chosen, report)) = chosen else { return Err(last) };
+        let Some((chosen, report)) = chosen else { return Err(missing()) };
         sim::trace::probe("region: a shard promoted");
         sim::warn!(
             "shard {shard} goes on in {} with entry {} of node {chosen}; behind {} something may be lost",
