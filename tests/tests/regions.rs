@@ -2,6 +2,7 @@
 //! follower, gives back what had been lost with it, and is made the primary again. All the while any node says which region to talk to, and a webhook hears of what
 //! happens.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
@@ -103,18 +104,18 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     };
 
     // Once both regions have their replicas, a write is durable in both, whoever takes it.
-    let (mut sure, mut acked) = (BTreeSet::new(), BTreeSet::new());
-    let mut add = |number: usize, by: usize, elsewhere: bool| -> Result<bool> {
+    let (sure, acked) = (RefCell::new(BTreeSet::new()), RefCell::new(BTreeSet::new()));
+    let add = |number: usize, by: usize, elsewhere: bool| -> Result<bool> {
         let (text, key_of) = (format!("memory {number}"), format!("key {number}"));
         let mut args = vec!["--addr", &at[by - 1], "--key", &key, "add", &text, "--idempotency-key", &key_of];
         args.extend(elsewhere.then_some("--durable-elsewhere"));
         let added = run(&dir.0, &args)?;
         let there = elsewhere && added.status.success() && added.stderr.is_empty();
         if there {
-            sure.insert(text.clone());
+            sure.borrow_mut().insert(text.clone());
         }
         if added.status.success() {
-            acked.insert(text);
+            acked.borrow_mut().insert(text);
         }
         Ok(if elsewhere { there } else { added.status.success() })
     };
@@ -225,11 +226,42 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     assert_eq!(steps.get(..wanted.len()), Some(&wanted[..]), "{seen:?}");
     for id in [1, 4, 6] {
         let listed = texts(&go(id, &["list", "--json"])?);
+        let sure = sure.borrow();
         let lost: Vec<&String> = sure.difference(&listed).collect();
         assert!(lost.is_empty(), "durable in both regions, and lost: {lost:?}\n{status}");
         // The rest was durable in both too, or came back with the old disks.
+        let acked = acked.borrow();
         let lost: Vec<&String> = acked.difference(&listed).collect();
         assert!(lost.is_empty(), "acknowledged and lost: {lost:?}\n{status}");
+    }
+
+    // The primary and the witness are gone together: nobody but an operator can say so. What is there is what was durable in both regions, and maybe more.
+    while !add(number, 2, true)? {}
+    for id in [1, 2, 3, 7] {
+        nodes[id - 1].take().map(Process::kill).transpose()?;
+    }
+    let told = go(5, &["control", "recover"])?;
+    assert_eq!(told.matches("does not answer").count(), 4, "{told}");
+    assert!(told.contains("west would go on"), "{told}");
+    assert!(!add(number + 1, 5, false)?, "nobody writes before an operator has decided");
+    let told = go(5, &["control", "recover", "--yes"])?;
+    assert!(told.contains("in its incarnation 2") && told.contains("west writes, in epoch 1003"), "{told}");
+    while !add(number + 1, 4, false)? {}
+    // Who comes back follows, and has a say again: then the three that were left are not needed any more.
+    for id in [1, 2, 3, 7] {
+        nodes[id - 1] = Some(node(id)?);
+    }
+    while !add(number + 2, 6, true)? {}
+    let again = run(&dir.0, &["--addr", &at[4], "--key", &key, "control", "recover"])?;
+    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("needs no recovery"));
+    while !go(7, &["cluster", "status", "--json"])?.contains("\"incarnation\":2") {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for id in [1, 4, 7] {
+        let listed = texts(&go(id, &["list", "--json"])?);
+        let acked = acked.borrow();
+        let lost: Vec<&String> = acked.difference(&listed).collect();
+        assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
     }
     Ok(())
 }

@@ -129,13 +129,17 @@ fn show(to: &To, cluster: &v1::ClusterResponse) {
         let pin = |p: &v1::ClusterPin| json!({ "tenant": p.tenant, "shard": p.shard, "slots_to_move": p.slots_to_move });
         println!(
             "{}",
-            json!({ "version": cluster.version, "nodes": cluster.nodes.iter().map(node).collect::<Vec<_>>(),
+            json!({ "version": cluster.version, "incarnation": cluster.incarnation, "nodes": cluster.nodes.iter().map(node).collect::<Vec<_>>(),
                 "shards": cluster.shards.iter().map(shard).collect::<Vec<_>>(), "resize": resize,
                 "pins": cluster.pins.iter().map(pin).collect::<Vec<_>>() })
         );
         return;
     }
-    println!("map version {}", cluster.version);
+    let of = match cluster.incarnation {
+        0 => String::new(),
+        number => format!(", by incarnation {number} of the control group"),
+    };
+    println!("map version {}{of}", cluster.version);
     for node in &cluster.nodes {
         println!(
             "node {:3}  {:22} {:8} {:9} {:3} replicas  {}",

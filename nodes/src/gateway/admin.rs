@@ -384,6 +384,7 @@ fn cluster(map: &ClusterMap) -> v1::ClusterResponse {
         pins: map.apart().into_iter().map(pin).collect(),
         regions: map.regions.as_ref().map(regions_of),
         erasures_open: map.open_erasures().len() as u32,
+        incarnation: map.incarnation,
     }
 }
 
