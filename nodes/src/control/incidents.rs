@@ -8,7 +8,7 @@
 //! What it cost, by the calendars of those who led the control group:
 //! - **RTO**: from the moment when the primary was found silent (or the change was ordered) until every shard had taken a write in the new region. A
 //!   leader of the control group that dies with the primary takes along what it had seen: the silence is then counted from when its successor saw it.
-//! - **RPO**: what of the ended epochs is lost ([`End`]), of shards that are still there. Until a majority of a shard's old disks was read it is at
+//! - **RPO**: what of the ended epochs is lost ([`End`]), of shards that are still there, and within which time it was written, by the calendars of those who wrote. Until a majority of a shard's old disks was read it is at
 //!   most what lies between what was certain and the ceiling; a planned change loses nothing, since it waits for the whole tail before the grant.
 //! - **MTTR**: until redundancy is back, in every region that serves. An incident is closed then, also if the old disks never come back and the loss
 //!   stays unresolved; what they say later is added to it.
@@ -82,6 +82,7 @@ impl ClusterMap {
                 .iter()
                 .filter(unknown)
                 .fold(0, |sum: u64, loss| sum.saturating_add(loss.to - loss.after)),
+            lost_within_ms: within(&losses),
             losses,
             accounted_at: change.accounted,
             closed_at,
@@ -201,13 +202,31 @@ fn step_of((step, at_ms): &(Step, i64)) -> v1::RegionStep {
     v1::RegionStep { step: step.name().into(), at_ms: *at_ms }
 }
 
+/// Within which time all that is known to be lost was written.
+fn within(losses: &[v1::Loss]) -> Option<u64> {
+    let first = losses.iter().filter_map(|loss| loss.first_written_ms).min()?;
+    let last = losses.iter().filter_map(|loss| loss.last_written_ms).max()?;
+    Some(last.abs_diff(first))
+}
+
 fn loss_of(shard: ShardId, epoch: u64, end: &End, planned: bool) -> v1::Loss {
     let loss = v1::Loss { shard, epoch, ..v1::Loss::default() };
     match end.lost() {
         Some((after, to)) if to > after => {
             let most = end.old_disks.iter().max_by_key(|(_, old): &(_, &OldDisk)| old.last);
-            let (quarantine, commands) = most.map_or((0, 0), |(node, old)| (*node, old.commands));
-            v1::Loss { resolved: true, after, to, commands, quarantine, ..loss }
+            let (quarantine, old) = most.map_or((0, OldDisk::default()), |(node, old)| (*node, *old));
+            let (first_written_ms, last_written_ms) = old.written.unzip();
+            let commands = old.commands;
+            v1::Loss {
+                resolved: true,
+                after,
+                to,
+                commands,
+                quarantine,
+                first_written_ms,
+                last_written_ms,
+                ..loss
+            }
         }
         Some((after, to)) => v1::Loss { resolved: true, after, to, ..loss },
         // It had the whole tail before the epoch was granted.
@@ -276,11 +295,14 @@ mod tests {
     fn it_is_closed_when_every_replica_is_back_and_knows_the_loss_from_the_old_disks() -> Result<(), Error> {
         let map = failed_over()?;
         assert_eq!(map.account(10_000), map, "east is away");
-        let map = map.old_disk(0, 1, 1, OldDisk { kept: 9, last: 9, commands: 0 });
-        let map = map.old_disk(0, 1, 3, OldDisk { kept: 10, last: 12, commands: 2 }).account(11_000);
+        let map = map.old_disk(0, 1, 1, OldDisk { kept: 9, last: 9, ..OldDisk::default() });
+        let map = map
+            .old_disk(0, 1, 3, OldDisk { kept: 10, last: 12, commands: 2, written: Some((700, 950)) })
+            .account(11_000);
         let incident = only(&map)?;
         assert_eq!((incident.accounted, incident.accounted_at), (true, Some(11_000)));
         assert_eq!((incident.commands_lost, incident.entries_at_most), (2, 0));
+        assert_eq!(incident.lost_within_ms, Some(250));
         let loss = &incident.losses[0];
         assert_eq!((loss.after, loss.to, loss.quarantine), (10, 12, 3));
         assert_eq!(incident.state, "recovering");
@@ -343,9 +365,9 @@ mod tests {
             .fold(hear(&map, 1..=3, Liveness::Up), |map, node| map.end_learner(0, node, Learner::Joining));
         let whole = back.account(20_000);
         assert_eq!(told(&whole)[5..], [("closed", "whole", 20_000)]);
-        let late = [1, 2]
-            .into_iter()
-            .fold(whole, |map, node| map.old_disk(0, 1, node, OldDisk { kept: 10, last: 10, commands: 0 }));
+        let late = [1, 2].into_iter().fold(whole, |map, node| {
+            map.old_disk(0, 1, node, OldDisk { kept: 10, last: 10, ..OldDisk::default() })
+        });
         let late = late.account(30_000);
         let ids: BTreeSet<String> = late.incident_events().into_iter().map(|event| event.id).collect();
         assert_eq!((told(&late).len(), ids.len()), (7, 7));

@@ -22,6 +22,7 @@ use super::lease::{Drift, HolderId, Settings};
 use super::map::{ClusterMap, Learner, NodeId, ShardEntry, ShardId};
 use crate::error::Error;
 use crate::ledger::epochs::{Place, Report};
+use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -237,7 +238,7 @@ pub struct End {
     pub old_disks: BTreeMap<NodeId, OldDisk>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
 pub struct OldDisk {
     /// Up to here it agreed with the next epoch.
     pub kept: u64,
@@ -245,6 +246,9 @@ pub struct OldDisk {
     pub last: u64,
     /// Commands in what was taken away from it.
     pub commands: u64,
+    /// When the first and the last of them were written, by their writers' calendars, in milliseconds.
+    #[serde(default)]
+    pub written: Option<(i64, i64)>,
 }
 
 impl End {
@@ -482,7 +486,7 @@ impl ClusterMap {
             let (last, ceiling) = (last.map_or(0, |last| last.index), ceiling.max(certain).max(began));
             let voted = entry.members.clone();
             // Where a region goes on by itself, its own replicas are the old disks; of this one everything is kept.
-            let itself = OldDisk { kept: last, last, commands: 0 };
+            let itself = OldDisk { kept: last, last, ..OldDisk::default() };
             let old_disks = voted.get(&chosen).map(|node| (*node, itself)).into_iter().collect();
             let end = End { certain, last, ceiling, began, runs, voters: voted, old_disks };
             let ended = (entry.epoch, end.clone());
@@ -699,11 +703,11 @@ mod tests {
         let mut end =
             End { certain: 8, last: 10, ceiling: 30, voters: BTreeSet::from([1, 2, 3]), ..End::default() };
         assert_eq!(end.lost(), None);
-        end.old_disks.insert(1, OldDisk { kept: 9, last: 9, commands: 0 });
+        end.old_disks.insert(1, OldDisk { kept: 9, last: 9, ..OldDisk::default() });
         assert_eq!(end.lost(), None, "the others may have more");
-        end.old_disks.insert(9, OldDisk { kept: 9, last: 20, commands: 0 });
+        end.old_disks.insert(9, OldDisk { kept: 9, last: 20, ..OldDisk::default() });
         assert_eq!(end.lost(), None, "it did not vote");
-        end.old_disks.insert(3, OldDisk { kept: 10, last: 12, commands: 2 });
+        end.old_disks.insert(3, OldDisk { kept: 10, last: 12, commands: 2, written: None });
         assert_eq!(end.lost(), Some((10, 12)));
         // What it had of the epoch before, and nobody has who went on.
         end.began = 15;

@@ -67,7 +67,7 @@ pub fn incident(incident: &v1::Incident) -> Value {
         "cause": incident.cause, "epoch": incident.epoch, "steps": steps(&incident.steps), "silent_since": incident.silent_since,
         "rto_ms": incident.rto_ms, "mttr_ms": incident.mttr_ms,
         "rpo": {
-            "accounted": incident.accounted, "commands_lost": incident.commands_lost,
+            "accounted": incident.accounted, "commands_lost": incident.commands_lost, "lost_within_ms": incident.lost_within_ms,
             "entries_at_most": incident.entries_at_most, "shards": incident.losses.iter().map(loss).collect::<Vec<_>>(),
         },
         "accounted_at": incident.accounted_at, "closed_at": incident.closed_at, "waits_for": incident.waits_for,

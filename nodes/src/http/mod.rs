@@ -89,7 +89,11 @@ pub fn figures(incident: &v1::Incident) -> Vec<String> {
     }];
     told.push(match (incident.accounted, incident.losses.is_empty(), incident.commands_lost) {
         (true, _, 0) => "RPO: nothing was lost".into(),
-        (true, _, lost) => format!("RPO: {lost} commands were lost, and are in quarantine"),
+        (true, _, lost) => {
+            let within =
+                incident.lost_within_ms.map_or(String::new(), |ms| format!(", written within {}", time(ms)));
+            format!("RPO: {lost} commands were lost{within}, and are in quarantine")
+        }
         (false, true, _) => "RPO: not known before the shards are promoted".into(),
         (false, false, lost) => format!(
             "RPO: unresolved: {}, until the old disks are read{}",

@@ -25,7 +25,7 @@
 //! written in known ones: what it has of the others may contradict even what is certain. If its log no longer says how far that is, it starts over.
 
 use super::log_store::{self, decode_entry, encode_entry, position_index};
-use super::quarantine;
+use super::quarantine::{self, Taken};
 use super::recovery::LOG;
 use super::types::{Entry, Types, Vote};
 use crate::control::regions::{End, OldDisk};
@@ -99,8 +99,8 @@ pub struct Held {
     pub first: u64,
     /// What it had when it halted.
     pub report: Option<Report>,
-    /// What returns took away, by epoch: what was kept, the last entry there was, and the commands in between.
-    pub taken: Vec<(u64, (u64, u64, u64))>,
+    /// What returns took away, by epoch.
+    pub taken: Vec<(u64, OldDisk)>,
 }
 
 impl Held {
@@ -109,10 +109,8 @@ impl Held {
         self.of < self.epoch
     }
 
-    pub fn old_disks(&self) -> impl Iterator<Item = (u64, OldDisk)> + use<'_> {
-        self.taken.iter().map(|(epoch, (kept, last, commands))| {
-            (*epoch, OldDisk { kept: *kept, last: *last, commands: *commands })
-        })
+    pub fn old_disks(&self) -> impl Iterator<Item = (u64, OldDisk)> {
+        self.taken.iter().copied()
     }
 }
 
@@ -278,7 +276,8 @@ fn go_over(
     for (epoch, end) in plan.ends.range(from..plan.epoch) {
         let (last, kept) = (log.last_index(), agrees(log, *epoch, end, strayed)?);
         *views_max = (*views_max).min(if strayed { kept } else { kept.max(end.certain) });
-        let commands = if last > kept { quarantine::put(disk, log, *epoch, kept)? } else { 0 };
+        let taken = if last > kept { quarantine::put(disk, log, *epoch, kept)? } else { Taken::default() };
+        let Taken { commands, written } = taken;
         if last > kept {
             sim::trace::probe("epoch: a returning replica's entries were taken away");
             sim::warn!(
@@ -291,7 +290,7 @@ fn go_over(
         let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
         let told = held.taken.iter().any(|(of, _)| of == epoch);
         if !told && whole && (!halted || last > kept || end.voters.contains(&id)) {
-            held.taken.push((*epoch, (kept.min(last), last, commands)));
+            held.taken.push((*epoch, OldDisk { kept: kept.min(last), last, commands, written }));
             // Before anything is cut: an attempt that is made again no longer sees it.
             keep(log, held)?;
         }
@@ -472,7 +471,11 @@ mod tests {
                 // The second time as after a crash before the end.
                 let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
                 assert_eq!(log.last_index(), kept, "{leaders:?}");
-                assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
+                assert_eq!(
+                    returned.held.taken,
+                    [(1, OldDisk { kept, last, ..OldDisk::default() })],
+                    "{leaders:?}"
+                );
                 assert_eq!((returned.views_max, returned.start_over), (kept.max(20), false), "{leaders:?}");
             }
         }
@@ -501,7 +504,11 @@ mod tests {
             for _ in 0..2 {
                 let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(last))?;
                 assert_eq!((log.last_index(), returned.views_max), (kept, kept), "{leaders:?}");
-                assert_eq!(returned.held.taken, [(1, (kept, last, 0))], "{leaders:?}");
+                assert_eq!(
+                    returned.held.taken,
+                    [(1, OldDisk { kept, last, ..OldDisk::default() })],
+                    "{leaders:?}"
+                );
                 assert_eq!((returned.held.of, returned.start_over), (1001, false), "{leaders:?}");
             }
         }

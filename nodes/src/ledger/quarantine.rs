@@ -28,12 +28,22 @@ fn path(epoch: u64) -> String {
     format!("{QUARANTINE}/epoch-{epoch}.entries")
 }
 
-/// Puts what lies behind `kept` into the quarantine; how many commands that are.
-pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<u64, Error> {
-    let (mut bytes, mut commands) = (vec![], 0);
+/// What was put into the quarantine.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Taken {
+    pub commands: u64,
+    /// When the first and the last of them were written, by their writers' calendars, in milliseconds.
+    pub written: Option<(i64, i64)>,
+}
+
+/// Puts what lies behind `kept` into the quarantine.
+pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<Taken, Error> {
+    let (mut bytes, mut taken) = (vec![], Taken::default());
     epochs::each(log, kept + 1, |entry| {
-        if let Ok(Some(batch)) = decode_batch(&entry) {
-            commands += batch.commands.len() as u64;
+        for command in decode_batch(&entry).ok().flatten().map_or(vec![], |batch| batch.commands) {
+            taken.commands += 1;
+            let (first, last) = taken.written.unwrap_or((command.now, command.now));
+            taken.written = Some((first.min(command.now), last.max(command.now)));
         }
         let encoded = encode_entry(&entry);
         bytes.extend_from_slice(&(encoded.len() as u32).to_le_bytes());
@@ -41,7 +51,7 @@ pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<u64
         bytes.extend_from_slice(&encoded);
     })?;
     if bytes.is_empty() {
-        return Ok(0);
+        return Ok(taken);
     }
     disk.create_dir_all(QUARANTINE).map_err(failed)?;
     // An earlier attempt was interrupted: the log still has all that its file had.
@@ -50,7 +60,7 @@ pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<u64
     file.write_at(&bytes, 0).map_err(failed)?;
     file.sync().map_err(failed)?;
     disk.sync_dir(QUARANTINE).map_err(failed)?;
-    Ok(commands)
+    Ok(taken)
 }
 
 /// A look at what one epoch took away here.
@@ -117,9 +127,9 @@ mod tests {
     use storage::log::LogOptions;
     use storage::model::{Batch, Operation};
 
-    fn command(key: String) -> Command {
+    fn command(key: String, now: i64) -> Command {
         let operation = Operation::Delete { id: [1; 16], expected_version: None };
-        let (tenant, now) = ("t".into(), 1);
+        let tenant = "t".into();
         Command { tenant, slot: None, idempotency_key: key, request_hash: [0; 16], now, operation }
     }
 
@@ -129,17 +139,17 @@ mod tests {
         let log = Log::open(disk.clone(), LOG, LogOptions::default())?;
         let leader = openraft::alias::LeaderIdOf::<Types>::new(3, 1).to_committed();
         for index in 1..=30 {
-            let commands =
-                vec![command(format!("{index}{}", "x".repeat(100_000))), command(index.to_string())];
+            let (long, now) = (format!("{index}{}", "x".repeat(100_000)), index as i64);
+            let commands = vec![command(long, now), command(index.to_string(), now)];
             let payload = EntryPayload::Normal(Data(codec::encode(&Batch { commands }).into()));
             let id = openraft::alias::LogIdOf::<Types>::new(leader, index - 1);
             log.append(&[(index, &encode_entry(&Entry::new(id, payload)))])?;
         }
-        assert_eq!(put(&disk, &log, 1, 30)?, 0, "nothing was taken away");
+        assert_eq!(put(&disk, &log, 1, 30)?, Taken::default(), "nothing was taken away");
         assert_eq!(page(&*disk, Look { epoch: 1, from: 0 })?, Page::default());
         // The second time as after a crash before the log was cut.
         for _ in 0..2 {
-            assert_eq!(put(&disk, &log, 1, 5)?, 50);
+            assert_eq!(put(&disk, &log, 1, 5)?, Taken { commands: 50, written: Some((6, 30)) });
         }
         let (mut found, mut from, mut pages) = (vec![], Some(0), 0);
         while let Some(at) = from {

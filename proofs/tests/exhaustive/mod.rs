@@ -18,7 +18,7 @@ pub struct Checked<A> {
 }
 
 /// Prints the states and seconds when the check is over.
-struct AtTheEnd<'a>(&'a str);
+pub struct AtTheEnd<'a>(pub &'a str);
 
 impl<M: Model> Reporter<M> for AtTheEnd<'_> {
     fn report_checking(&mut self, data: ReportData) {
