@@ -1,6 +1,6 @@
 //! What a replica's disk goes through when another region takes over: the real `epochs::turn`, on a real log.
 
-use nodes::control::regions::End;
+use nodes::control::regions::{End, OldDisk};
 use nodes::ledger::epochs::{Held, Place, Plan, Turned, Way, held, keep, term_of, turn};
 use nodes::ledger::log_store::encode_entry;
 use nodes::ledger::types::{Entry, Types};
@@ -46,7 +46,8 @@ impl Replica {
     }
 
     fn turns(&self, epoch: u64, ends: &BTreeMap<u64, End>, way: Way) -> Held {
-        let plan = Plan { epoch, first: 1, ends: ends.clone(), way };
+        let plan =
+            Plan { epoch, first: 1, ends: ends.clone(), known: epoch - matches!(way, Way::Halt) as u64, way };
         let turned = turn(&self.disk, &self.log, &self.bases, HERE, &plan, || Ok(self.applied));
         let Ok(Turned { held, start_over: false, .. }) = turned else { panic!("did not turn") };
         assert!(keep(&self.log, &held).is_ok());
@@ -71,7 +72,8 @@ fn what_an_epoch_lost_is_not_reported_as_part_of_the_next_one() {
     let last = Place { term: 1, node: LED, index: 1 };
     assert_eq!((report.last, report.certain), (Some(last), 1));
     assert!(halted.is_halted());
-    assert_eq!(halted.taken, vec![(1, (1, 3, 0))], "it is an old disk of the first epoch");
+    let old = OldDisk { kept: 1, last: 3, ..OldDisk::default() };
+    assert_eq!(halted.taken, vec![(1, old)], "it is an old disk of the first epoch");
 }
 
 #[test]
