@@ -24,7 +24,7 @@ pub const SHIPPED: [(&str, &str); 13] = [
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
-pub const CHAOS: [(&str, &str); 16] = [
+pub const CHAOS: [(&str, &str); 17] = [
     ("vector-node-failure", include_str!("../files/chaos/vector-node-failure.toml")),
     ("graph-node-failure", include_str!("../files/chaos/graph-node-failure.toml")),
     ("records-node-failure", include_str!("../files/chaos/records-node-failure.toml")),
@@ -41,6 +41,10 @@ pub const CHAOS: [(&str, &str); 16] = [
     ("rolling-restart", include_str!("../files/chaos/rolling-restart.toml")),
     ("spot-reclaim", include_str!("../files/chaos/spot-reclaim.toml")),
     ("full-region-failure", include_str!("../files/chaos/full-region-failure.toml")),
+    (
+        "full-region-failure-short-windows",
+        include_str!("../files/chaos/full-region-failure-short-windows.toml"),
+    ),
 ];
 
 /// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.
