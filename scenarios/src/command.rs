@@ -45,6 +45,12 @@ pub fn print_report(report: &Report) {
         "  {:.1} virtual s in {:.1} wall s; longest time without an acknowledged write {:.2} s",
         report.virtual_s, report.wall_s, report.write_gap_s
     );
+    if report.lost_reported > 0 {
+        println!(
+            "  {} acknowledged writes lost with a region as was reported, those of {:.2} s",
+            report.lost_reported, report.lost_s
+        );
+    }
     for fired in &report.faults {
         let fault = &fired.fault;
         let state = if fired.fired { "" } else { "  (never took place)" };

@@ -87,6 +87,9 @@ pub struct Report {
     /// Those that were lost with a region, as the cluster reported.
     #[serde(default)]
     pub lost_reported: usize,
+    /// In how many virtual seconds those had been acknowledged.
+    #[serde(default)]
+    pub lost_s: f64,
     pub faults: Vec<Fired>,
     pub violations: Vec<Violation>,
     /// Reads and searches that were answered.
@@ -126,6 +129,7 @@ pub fn empty() -> Report {
         acked: 0,
         lost: 0,
         lost_reported: 0,
+        lost_s: 0.0,
         faults: vec![],
         violations: vec![],
         reads: 0,
@@ -155,7 +159,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 51] = [
+pub const PROBES: [&str; 52] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
@@ -182,6 +186,7 @@ pub const PROBES: [&str; 51] = [
     "ledger: a deposed leader's entries cut",
     "ledger: a stream asked for entries that are purged",
     "ledger: a write's outcome unknown",
+    "ledger: an append ran out of time",
     "ledger: an unheard leader gave way",
     "ledger: snapshot installed",
     "ledger: the right to write ran out under a write",

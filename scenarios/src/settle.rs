@@ -149,8 +149,21 @@ fn plan(generate: &Generate, random: &mut Random, workload_s: u64) -> Vec<Fault>
             Target::Drawn => random.pick(&[Target::Leader, Target::Any, Target::All]).unwrap_or(Target::Any),
             target => target,
         };
-        let (pick, from, at_step, beside) = (random.below(1 << 32), generate.from, None, false);
-        plan.push(Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms });
+        let (pick, from, at_step, beside, bytes_per_s) =
+            (random.below(1 << 32), generate.from, None, false, 0);
+        plan.push(Fault {
+            at_ms,
+            lasts_ms,
+            kind,
+            target,
+            from,
+            at_step,
+            beside,
+            pick,
+            rate_ppm,
+            step_ms,
+            bytes_per_s,
+        });
         at_ms += lasts_ms.max(random.ms(generate.every_s));
     }
     plan
@@ -170,8 +183,20 @@ fn disk_plan(random: &mut Random, workload_s: u64) -> Vec<Fault> {
         if at_ms + lasts_ms + 2000 > workload_s * 1000 {
             break;
         }
-        let (from, at_step, beside, rate_ppm, step_ms) = Default::default();
-        plan.push(Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms });
+        let (from, at_step, beside, rate_ppm, step_ms, bytes_per_s) = Default::default();
+        plan.push(Fault {
+            at_ms,
+            lasts_ms,
+            kind,
+            target,
+            from,
+            at_step,
+            beside,
+            pick,
+            rate_ppm,
+            step_ms,
+            bytes_per_s,
+        });
         at_ms += lasts_ms + random.ms([2, 10]);
     }
     plan

@@ -24,7 +24,7 @@ pub const SHIPPED: [(&str, &str); 13] = [
 ];
 
 /// The rows of the chaos table, by name: scenarios that measure recovery. A row more is a file more.
-pub const CHAOS: [(&str, &str); 16] = [
+pub const CHAOS: [(&str, &str); 17] = [
     ("vector-node-failure", include_str!("../files/chaos/vector-node-failure.toml")),
     ("graph-node-failure", include_str!("../files/chaos/graph-node-failure.toml")),
     ("records-node-failure", include_str!("../files/chaos/records-node-failure.toml")),
@@ -41,6 +41,10 @@ pub const CHAOS: [(&str, &str); 16] = [
     ("rolling-restart", include_str!("../files/chaos/rolling-restart.toml")),
     ("spot-reclaim", include_str!("../files/chaos/spot-reclaim.toml")),
     ("full-region-failure", include_str!("../files/chaos/full-region-failure.toml")),
+    (
+        "full-region-failure-short-windows",
+        include_str!("../files/chaos/full-region-failure-short-windows.toml"),
+    ),
 ];
 
 /// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.
@@ -158,11 +162,14 @@ pub struct Enough {
     /// Acknowledged writes.
     pub acked: usize,
     pub virtual_s: f64,
+    /// Seconds in which the writes that were lost with a region had been acknowledged.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lost_s: f64,
 }
 
 impl Default for Enough {
     fn default() -> Enough {
-        Enough { acked: 500, virtual_s: 60.0 }
+        Enough { acked: 500, virtual_s: 60.0, lost_s: 0.0 }
     }
 }
 
@@ -405,6 +412,8 @@ pub enum FaultKind {
     Partition,
     PartitionIn,
     PartitionOut,
+    /// Its links to the other replicas carry only `bytes_per_s`, each way of each pair.
+    Narrow,
     /// The clock runs `rate_ppm` fast and the calendar steps; the rate is true again when the fault ends.
     Clock,
     /// A bit of what is stored flips: in the log, the views or the bases.
@@ -437,7 +446,7 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
-    /// Whether only a model can suffer it: no real machine's power, disk or clock is anybody's to break.
+    /// Whether only a model can suffer it: no real machine's power, disk, clock or bandwidth is anybody's to take.
     pub fn is_modelled(self) -> bool {
         match self {
             FaultKind::Crash
@@ -450,6 +459,7 @@ impl FaultKind {
             | FaultKind::Reclaim
             | FaultKind::Replace => false,
             FaultKind::PowerOff
+            | FaultKind::Narrow
             | FaultKind::Clock
             | FaultKind::CalendarStep
             | FaultKind::BitRot
@@ -472,6 +482,7 @@ impl FaultKind {
             | FaultKind::Partition
             | FaultKind::PartitionIn
             | FaultKind::PartitionOut
+            | FaultKind::Narrow
             | FaultKind::Clock
             | FaultKind::Silence
             | FaultKind::CalendarStep
@@ -561,7 +572,7 @@ pub struct Fault {
     pub lasts_ms: u64,
     pub kind: FaultKind,
     pub target: Target,
-    /// Of a partition: from whom; from all other replicas if nobody is named.
+    /// Of a partition or narrow links: from whom, or to whom; all other replicas if nobody is named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Target>,
     /// It begins when a change of the primary region is at this step, and not before its time.
@@ -577,6 +588,8 @@ pub struct Fault {
     pub rate_ppm: i64,
     #[serde(default, skip_serializing_if = "is_default")]
     pub step_ms: i64,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bytes_per_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -714,9 +727,47 @@ impl Scenario {
                 "faults: a fault that is written down has its target; 'drawn' is for generated ones".into()
             );
         }
+        let narrow = |fault: &Fault| fault.kind == FaultKind::Narrow;
+        if written.clone().any(|fault| narrow(fault) != (fault.bytes_per_s > 0))
+            || self.faults.generate.iter().any(|g| g.kinds.contains(&FaultKind::Narrow))
+        {
+            return Err(
+                "faults: 'narrow' has bytes_per_s of 1 at least, no other kind has, and it is not generated"
+                    .into(),
+            );
+        }
         if self.workload_s > 100_000 || self.faults.generate.as_ref().is_some_and(|g| g.kinds.is_empty()) {
             return Err("workload_s: at most 100,000; faults.generate: at least one kind".into());
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn narrow_links_say_how_narrow_and_nothing_else_does() -> Result<(), String> {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/files/regions/saturated-link.toml");
+        let scenario = find(file)?;
+        let with = |kind, bytes_per_s| {
+            let mut other = scenario.clone();
+            other.faults.list[0].kind = kind;
+            other.faults.list[0].bytes_per_s = bytes_per_s;
+            other.check()
+        };
+        assert_eq!(with(FaultKind::Narrow, 1), Ok(()));
+        assert_eq!(with(FaultKind::Partition, 0), Ok(()));
+        for (kind, bytes_per_s) in [(FaultKind::Narrow, 0), (FaultKind::Partition, 1)] {
+            assert!(with(kind, bytes_per_s).is_err_and(|why| why.contains("bytes_per_s")), "{kind:?}");
+        }
+        let mut generated = scenario.clone();
+        let (target, from, first_s) = (Target::Any, None, [1, 2]);
+        let kinds = vec![FaultKind::Narrow];
+        generated.faults.generate =
+            Some(Generate { kinds, target, from, first_s, every_s: [5, 9], lasts_s: [1, 2] });
+        assert!(generated.check().is_err());
         Ok(())
     }
 }

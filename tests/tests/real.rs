@@ -48,7 +48,12 @@ fn acknowledged_writes_survive_faults_of_real_processes() -> Result<()> {
 
 #[test]
 fn what_only_a_model_can_suffer_is_refused_before_anything_is_started() -> Result<()> {
-    for (scenario, named) in [("leader-power-loss", "PowerOff"), ("chaos/slow-disk.toml", "SlowDisk")] {
+    let modelled = [
+        ("leader-power-loss", "PowerOff"),
+        ("chaos/slow-disk.toml", "SlowDisk"),
+        ("regions/saturated-link.toml", "Narrow"),
+    ];
+    for (scenario, named) in modelled {
         let file = root().join("scenarios/files").join(scenario);
         let name = if file.exists() { file.to_string_lossy().into_owned() } else { scenario.to_string() };
         let output = real(&["run", &name])?;

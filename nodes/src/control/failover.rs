@@ -40,7 +40,7 @@ use storage::slots::SlotSet;
 
 /// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(500);
-/// While a change is carried out.
+/// While the primary is silent, and while a change is carried out.
 const HURRY: Duration = Duration::from_millis(100);
 /// How long a node may take to say that it is there.
 const REACH_WITHIN: Duration = Duration::from_millis(800);
@@ -142,13 +142,13 @@ impl Failover {
                 time::sleep(LOOK).await;
                 continue;
             };
-            let hurry = regions.change.as_ref().is_some_and(|change| change.step() >= Step::Granting);
+            let changing = regions.change.is_some();
             let more = self.look(&mut seen).await;
             match &more {
                 Err(error) => self.wait_for(&error.to_string()),
                 Ok(()) => self.wait_for(""),
             }
-            time::sleep(if hurry { HURRY } else { LOOK }).await;
+            time::sleep(if changing || seen.silent.is_some() { HURRY } else { LOOK }).await;
         }
     }
 
@@ -197,7 +197,7 @@ impl Failover {
 
     async fn detect(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
         seen.validated = None;
-        let addrs = voters(map);
+        let (addrs, began) = (voters(map), Instant::now());
         let reached = reach(&self.peers, &addrs, 0).await;
         if well(map, &addrs, &reached) {
             seen.silent = None;
@@ -206,7 +206,8 @@ impl Failover {
             }
             return Ok(());
         }
-        let since = *seen.silent.get_or_insert_with(Instant::now);
+        // Whoever did not answer was silent when it was asked.
+        let since = *seen.silent.get_or_insert(began);
         if !regions.policy.automatic || since.elapsed() < Duration::from_millis(regions.policy.detect_ms) {
             return Ok(());
         }
@@ -245,18 +246,12 @@ impl Failover {
     /// Whether no observer reaches the region: neither this node nor any of the control group outside of it.
     async fn is_silent_to_all(&self, map: &ClusterMap, regions: &Regions) -> bool {
         let addrs = voters(map);
-        if well(map, &addrs, &reach(&self.peers, &addrs, 0).await) {
-            return false;
-        }
-        if sim::planted!("validate-with-one-observer") {
-            return true;
-        }
         let group = self.groups.get(CONTROL);
         let members = group.iter().flat_map(|replica| replica.ledger.member_addrs()).collect::<Vec<_>>();
         let observers =
             members.into_iter().filter(|(id, _)| *id != self.id && map.region_of(*id) != regions.primary);
         let body = bytes::Bytes::from(codec::encode(&addrs));
-        let seen = join_all(observers.map(|(_, addr)| {
+        let others = join_all(observers.map(|(_, addr)| {
             let body = Body { body: body.clone(), ..Body::default() };
             async move {
                 let mut client = self.peers.client(&addr).ok()?;
@@ -265,10 +260,16 @@ impl Failover {
                 let reached: Vec<bool> = codec::decode(&asked.ok()?.ok()?.into_inner().body).ok()?;
                 Some(reached)
             }
-        }))
-        .await;
+        }));
+        let (own, others) = futures::future::join(reach(&self.peers, &addrs, 0), others).await;
+        if well(map, &addrs, &own) {
+            return false;
+        }
+        if sim::planted!("validate-with-one-observer") {
+            return true;
+        }
         // Who does not answer says nothing.
-        !seen.into_iter().flatten().any(|reached| well(map, &addrs, &reached))
+        !others.into_iter().flatten().any(|reached| well(map, &addrs, &reached))
     }
 
     /// Whether enough replicas of the other region are there.

@@ -12,6 +12,7 @@ use super::map::{ClusterMap, NodeId};
 use crate::groups::{CONTROL, Groups};
 use crate::peers::Peers;
 use crate::proto::internal::Body;
+use futures::stream::{FuturesUnordered, StreamExt};
 use serde::{Deserialize, Serialize};
 use sim::time::{self, Duration, Instant};
 use std::collections::BTreeSet;
@@ -20,7 +21,7 @@ use storage::codec;
 
 /// A renewal is asked for so many times in its span.
 const TIMES_IN_SPAN: u64 = 4;
-/// How long a node of the control group may take for its answer.
+/// How long whoever leads the control group may take for its answer. When all its nodes are asked, half of the span is left to them: a slow link, too, renews it.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the control group says to a renewal.
@@ -156,7 +157,8 @@ impl Rights {
             };
             let pause = Duration::from_millis(regions.policy.lease_ms / TIMES_IN_SPAN);
             let reached = groups.shards().iter().map(|replica| replica.ledger.reached()).max().unwrap_or(0);
-            let asked = self.ask(&peers, &voters, &mut leader, reached).await;
+            let patience = Duration::from_millis(regions.policy.lease_ms / 2).max(ASK_WITHIN);
+            let asked = self.ask((&peers, patience), &voters, &mut leader, reached).await;
             if !asked {
                 sim::debug!("the right to write is not renewed");
             }
@@ -168,46 +170,63 @@ impl Rights {
         }
     }
 
-    /// Whether the control group renewed it.
+    /// Whether the control group renewed it. Asked is who led it last; where that one does not lead any more, all its nodes at once: some may be dead, and each
+    /// of those would take all its time.
     async fn ask(
         &self,
-        peers: &Peers,
+        (peers, patience): (&Peers, Duration),
         voters: &[String],
         leader: &mut Option<String>,
         reached: Index,
     ) -> bool {
-        let mut order: Vec<String> = leader.take().into_iter().chain(voters.iter().cloned()).collect();
-        let mut at = 0;
-        while let Some(addr) = order.get(at).cloned() {
-            at += 1;
-            let Some(ask) = self.state().leased.as_ref().map(|leased| leased.ask(reached, self.now())) else {
-                return false;
-            };
-            match renew_at(peers, &addr, &ask).await {
-                Some(Renewed::Granted(answer)) => {
-                    let mut state = self.state();
-                    state.leased = state.leased.as_ref().map(|leased| leased.answered(&answer));
+        // What is granted counts from the question.
+        let question = || self.state().leased.as_ref().map(|leased| leased.ask(reached, self.now()));
+        let (mut asked, mut next) = (BTreeSet::new(), leader.take());
+        while let Some(addr) = next.take().filter(|addr| asked.insert(addr.clone())) {
+            let Some(ask) = question() else { return false };
+            match renew_at(peers, &addr, &ask, ASK_WITHIN).await {
+                Some(Renewed::NotLeader(other)) => next = other,
+                Some(answer) => {
                     *leader = Some(addr);
-                    return true;
+                    return self.answered(answer);
                 }
-                Some(Renewed::NotLeader(Some(other))) if !order[..at].contains(&other) => {
-                    order.insert(at, other)
-                }
-                Some(Renewed::NotLeader(_)) | None => {}
-                Some(Renewed::Refused { epoch }) => {
-                    sim::debug!("epoch {epoch} is another region's, or is about to end");
-                    *leader = Some(addr);
-                    return false;
-                }
+                None => {}
+            }
+        }
+        let Some(ask) = question() else { return false };
+        let others = voters.iter().filter(|addr| !asked.contains(*addr));
+        let ask = &ask;
+        let mut answers: FuturesUnordered<_> =
+            others.map(|addr| async move { (addr, renew_at(peers, addr, ask, patience).await) }).collect();
+        while let Some((addr, answer)) = answers.next().await {
+            if let Some(answer @ (Renewed::Granted(_) | Renewed::Refused { .. })) = answer {
+                *leader = Some(addr.clone());
+                return self.answered(answer);
             }
         }
         false
     }
+
+    /// Takes over what whoever leads the control group said; whether that renews it.
+    fn answered(&self, renewed: Renewed) -> bool {
+        match renewed {
+            Renewed::Granted(answer) => {
+                let mut state = self.state();
+                state.leased = state.leased.as_ref().map(|leased| leased.answered(&answer));
+                true
+            }
+            Renewed::Refused { epoch } => {
+                sim::debug!("epoch {epoch} is another region's, or is about to end");
+                false
+            }
+            Renewed::NotLeader(_) => false,
+        }
+    }
 }
 
-async fn renew_at(peers: &Peers, addr: &str, ask: &Ask) -> Option<Renewed> {
+async fn renew_at(peers: &Peers, addr: &str, ask: &Ask, within: Duration) -> Option<Renewed> {
     let body = Body { body: codec::encode_serde(ask).into(), group: CONTROL, epoch: 0 };
     let mut client = peers.client(addr).ok()?;
-    let asked = time::timeout(ASK_WITHIN, client.renew(peers.request(body, ASK_WITHIN))).await;
+    let asked = time::timeout(within, client.renew(peers.request(body, within))).await;
     codec::decode_serde(&asked.ok()?.ok()?.into_inner().body).ok()
 }

@@ -24,7 +24,7 @@ pub const PURGED: &str = "purged";
 /// After so long without an append, the log's mark is made durable too.
 const IDLE: Duration = Duration::from_millis(200);
 /// A read returns at most this many bytes of payload; openraft asks again for the rest.
-const READ_BYTES_MAX: usize = 4 << 20;
+pub const READ_BYTES_MAX: usize = 4 << 20;
 
 #[derive(Clone)]
 pub struct LogStore {

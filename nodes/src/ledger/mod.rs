@@ -24,6 +24,7 @@ pub mod elsewhere;
 pub mod epochs;
 pub mod log_store;
 pub mod network;
+mod pace;
 pub mod quarantine;
 pub mod recovery;
 pub mod service;

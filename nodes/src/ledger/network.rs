@@ -1,30 +1,29 @@
 //! openraft's messages to a peer: snapshots by calls of their own, all else over the link that all groups share ([`crate::links`]).
 
 use super::log_store::Missed;
+use super::pace::Pace;
 use super::recovery;
 use super::state_machine::SnapshotSource;
-use super::types::{Types, Vote};
+use super::types::{Entry, Types, Vote};
 use crate::groups::GroupId;
 use crate::peers::Peers;
 use crate::proto::internal::{Body, Method};
+use openraft::entry::RaftEntry;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, v2::RaftNetworkV2};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
-use openraft::{BasicNode, OptionalSend, RaftNetworkFactory};
+use openraft::{BasicNode, EntryPayload, OptionalSend, RaftNetworkFactory};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sim::disk::Disk;
-use sim::time::Duration;
+use sim::time::{Duration, Instant};
 use std::future::Future;
 use std::sync::Arc;
 use storage::{bases, codec};
 
-/// How long a peer may take to store entries. openraft allows for a heartbeat's time, but another region may be further away than that: its leader would never
-/// hear that it has them.
-const APPEND_WITHIN: Duration = Duration::from_secs(1);
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -42,12 +41,13 @@ pub struct Peer {
     network: Network,
     target: u64,
     addr: String,
+    pace: Pace,
 }
 
 impl RaftNetworkFactory<Types> for Network {
     type Network = Peer;
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
-        Peer { network: self.clone(), target, addr: node.addr.clone() }
+        Peer { network: self.clone(), target, addr: node.addr.clone(), pace: Pace::default() }
     }
 }
 
@@ -55,6 +55,14 @@ type Error = RPCError<Types>;
 
 fn unreachable(message: impl std::fmt::Display) -> Unreachable<Types> {
     Unreachable::from_string(message)
+}
+
+/// What an entry has to carry; its head is small.
+fn bytes_of(entry: &Entry) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(data) => data.0.len(),
+        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
+    }
 }
 
 impl Peer {
@@ -77,14 +85,35 @@ impl RaftNetworkV2<Types> for Peer {
 
     async fn append_entries(
         &mut self,
-        rpc: AppendEntriesRequest<Types>,
+        mut rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, Error> {
-        if rpc.entries.is_empty() && self.network.missed.take() {
-            return Err(unreachable("it needs entries that are purged, and with that a snapshot").into());
+        if rpc.entries.is_empty() {
+            if self.network.missed.take() {
+                return Err(unreachable("it needs entries that are purged, and with that a snapshot").into());
+            }
+            return self.call(Method::Append, &rpc, option.hard_ttl()).await;
         }
-        let within = if rpc.entries.is_empty() { option.hard_ttl() } else { APPEND_WITHIN };
-        self.call(Method::Append, &rpc, within.max(option.hard_ttl())).await
+        let asked = rpc.entries.len();
+        let (count, bytes) = self.pace.fitting(rpc.entries.iter().map(bytes_of));
+        rpc.entries.truncate(count);
+        let last = rpc.entries.last().map(|entry| entry.log_id());
+        let (began, within) = (Instant::now(), self.pace.within(bytes).max(option.hard_ttl()));
+        let answer = self.call(Method::Append, &rpc, within).await;
+        match &answer {
+            Ok(_) => self.pace.answered(bytes, began.elapsed()),
+            Err(_) if began.elapsed() >= within => {
+                sim::trace::probe("ledger: an append ran out of time");
+                self.pace.ran_out(bytes);
+            }
+            Err(_) => {}
+        }
+        match answer? {
+            AppendEntriesResponse::Success if count < asked => {
+                Ok(AppendEntriesResponse::PartialSuccess(last))
+            }
+            answer => Ok(answer),
+        }
     }
 
     async fn vote(

@@ -241,6 +241,22 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             nodes.iter().for_each(|n| machines.note(*n, Level::Info, "links healed"));
             running && met
         }
+        FaultKind::Narrow => {
+            let carry = |bytes_per_s: Option<u64>| {
+                let Some(modelled) = machines.modelled() else { return };
+                for (node, other) in nodes.iter().flat_map(|n| others(*n).map(move |other| (*n, other))) {
+                    modelled.narrow(node, other, bytes_per_s);
+                    modelled.narrow(other, node, bytes_per_s);
+                }
+            };
+            carry(Some(fault.bytes_per_s));
+            let text = format!("its links carry {} bytes a second", fault.bytes_per_s);
+            nodes.iter().for_each(|n| machines.note(*n, Level::Warn, &text));
+            time::sleep(lasts).await;
+            carry(None);
+            nodes.iter().for_each(|n| machines.note(*n, Level::Info, "its links are as usual"));
+            running
+        }
         FaultKind::CalendarStep => {
             nodes.iter().for_each(|n| step(*n, 0, fault.step_ms));
             time::sleep(lasts).await;

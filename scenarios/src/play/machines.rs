@@ -93,7 +93,7 @@ pub trait Machines: Send + Sync {
     }
 }
 
-/// Power, disks and clocks of modelled machines. No real machine has such hands: [`crate::spec::FaultKind::is_modelled`].
+/// Power, disks, clocks and links of modelled machines. No real machine has such hands: [`crate::spec::FaultKind::is_modelled`].
 pub trait Modelled {
     /// `harsh`: it takes all from the disk that it may take.
     fn power_off(&self, node: NodeIndex, harsh: bool);
@@ -103,4 +103,6 @@ pub trait Modelled {
     fn disk_fails(&self, node: NodeIndex, fault: &Fault);
     fn disk_works(&self, node: NodeIndex);
     fn set_clock(&self, node: NodeIndex, rate_ppm: i64, step_ms: i64);
+    /// The link from one to the other carries so much in a second; `None`: as much as usual.
+    fn narrow(&self, from: NodeIndex, to: NodeIndex, bytes_per_s: Option<u64>);
 }

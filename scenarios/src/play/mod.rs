@@ -88,10 +88,10 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
     let (lost_reported, first_lost) = (reported.len(), reported.iter().map(|lost| lost.op.return_ns).min());
     // A write may be answered long after it was made, but it is not made before it was asked for.
     let last_lost = reported.iter().map(|lost| lost.op.call_ns).max();
-    let span_s =
+    let lost_s =
         first_lost.zip(last_lost).map_or(0.0, |(first, last)| last.saturating_sub(first) as f64 / 1e9);
-    if let Some(within) = settled.promises.lost_within_s.filter(|within| span_s > *within) {
-        let what = format!("lost were the writes of {span_s:.1} seconds, not of {within:.1} at most");
+    if let Some(within) = settled.promises.lost_within_s.filter(|within| lost_s > *within) {
+        let what = format!("lost were the writes of {lost_s:.1} seconds, not of {within:.1} at most");
         violations.push(promises::Violation { promise: "P2".into(), what, at_s: virtual_s });
     }
     let measured = measured.map(|measured| Measured {
@@ -110,6 +110,11 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
         (Verdict::Vacuous, format!("only {acked} acknowledged writes, {} are needed", enough.acked))
     } else if virtual_s < enough.virtual_s {
         (Verdict::Vacuous, format!("only {virtual_s:.0} virtual seconds, {:.0} are needed", enough.virtual_s))
+    } else if lost_s < enough.lost_s {
+        (
+            Verdict::Vacuous,
+            format!("only the writes of {lost_s:.1} s were lost, {:.1} are needed", enough.lost_s),
+        )
     } else if let Some(calls) = measured.as_ref().map(|m| m.quiet_calls).filter(|n| *n < QUIET_CALLS_MIN) {
         (Verdict::Vacuous, format!("only {calls} calls before the fault, {QUIET_CALLS_MIN} are needed"))
     } else if !idle.is_empty() {
@@ -139,6 +144,7 @@ pub fn judge(seen: Seen, virtual_s: f64, settled: &Scenario) -> (Report, History
         acked,
         lost: promises::lost(&history),
         lost_reported,
+        lost_s,
         faults: fired,
         violations,
         reads: count(|r| {

@@ -28,7 +28,7 @@ pub fn refusal(written: &Scenario, settled: &Scenario) -> Option<String> {
     let planned = settled.faults.list.iter().chain(settled.faults.disk.iter().flatten());
     if let Some(fault) = planned.map(|fault| fault.kind).find(|kind| kind.is_modelled()) {
         return Some(format!(
-            "it plans {fault:?} and real processes have no power, disk or clock of their own to break; they can play crash, pause, partition, \
+            "it plans {fault:?} and real processes have no power, disk, clock or bandwidth of their own to take; they can play crash, pause, partition, \
              partition_in, partition_out, silence, rolling_restart and reclaim"
         ));
     }

@@ -117,6 +117,9 @@ enum Cmd {
         seeds: Range<u64>,
         /// Only these; all if none is named.
         mutants: Vec<String>,
+        /// On these scenarios; on all that ship if none is named. A scenario file is one too.
+        #[arg(long, num_args = 1..)]
+        scenarios: Vec<String>,
         /// One JSON line for each.
         #[arg(long)]
         json: bool,
@@ -222,8 +225,8 @@ pub fn main() -> ExitCode {
             MUTANTS.iter().for_each(|mutant| println!("{:44} {}", mutant.name, mutant.what));
             Ok(ExitCode::SUCCESS)
         }
-        Cmd::Mutants { seeds, mutants, json, jobs: asked, .. } => {
-            hunt::hunt(seeds, mutants, jobs(asked), json)
+        Cmd::Mutants { seeds, mutants, scenarios, json, jobs: asked, .. } => {
+            hunt::hunt(seeds, mutants, scenarios, jobs(asked), json)
         }
         Cmd::Shrink { which, out, minutes, jobs: asked } => which.find().and_then(|(_, job)| {
             println!("{}", Shrink { job, out, minutes, jobs: jobs(asked) }.run()?);

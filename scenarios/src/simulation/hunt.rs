@@ -31,14 +31,20 @@ struct Caught {
     runs_reached: u64,
 }
 
-/// Plants each bug (or the named ones) and runs seeds until one catches it.
-pub fn hunt(seeds: Range<u64>, named: Vec<String>, jobs: usize, json: bool) -> Result<ExitCode, String> {
+/// Plants each bug (or the named ones) and runs seeds of all scenarios (or of the named ones) until one catches it.
+pub fn hunt(
+    seeds: Range<u64>,
+    named: Vec<String>,
+    on: Vec<String>,
+    jobs: usize,
+    json: bool,
+) -> Result<ExitCode, String> {
     if let Some(name) = named.iter().find(|name| !MUTANTS.iter().any(|m| m.name == **name)) {
         return Err(format!("there is no planted bug '{name}'; `cargo sim mutants --list` names them"));
     }
     let wanted: Vec<&Mutant> =
         MUTANTS.iter().filter(|m| named.is_empty() || named.iter().any(|name| name == m.name)).collect();
-    let scenarios = scenarios(vec![])?;
+    let scenarios = scenarios(on)?;
     // Runs without a bug are shared by all bugs.
     let clean: Mutex<BTreeMap<Job, bool>> = Mutex::default();
     let begun = wall_seconds();

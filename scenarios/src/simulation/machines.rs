@@ -28,6 +28,8 @@ const SLOW_SYNC: Duration = Duration::from_millis(100);
 pub struct Simulated {
     topology: Topology,
     world: World,
+    /// The links of two machines in one region, and in two.
+    links: (LinkModel, LinkModel),
     slowdown: u32,
     disk_bytes_per_s: u64,
     nodes: Mutex<BTreeMap<NodeIndex, Made>>,
@@ -56,24 +58,23 @@ impl Simulated {
         world.set_buggify(draw.buggify);
         let base = Duration::from_micros(draw.latency_us);
         let latency = Latency { base, jitter: base.mul_f64(0.4) };
-        world.links().set_default(LinkModel {
-            latency,
-            loss: scenario.topology.loss,
-            ..LinkModel::default()
-        });
+        let near = LinkModel { latency, loss: scenario.topology.loss, ..LinkModel::default() };
+        world.links().set_default(near);
+        let mut far = near;
         if let Some(regions) = &scenario.topology.regions {
             let ms = Duration::from_millis;
             let latency = Latency { base: base + ms(regions.latency_ms), jitter: ms(regions.jitter_ms) };
-            let model = LinkModel { latency, bandwidth: regions.bytes_per_s, loss: regions.loss };
+            far = LinkModel { latency, bandwidth: regions.bytes_per_s, loss: regions.loss };
             for from in regions.cluster.members.keys() {
                 for to in regions.cluster.members.keys().filter(|to| *to != from) {
-                    world.links().set_regions(from, to, model);
+                    world.links().set_regions(from, to, far);
                 }
             }
         }
         Simulated {
             topology: scenario.topology.clone(),
             world: world.clone(),
+            links: (near, far),
             slowdown: scenario.recovery.as_ref().map_or(1, |r| r.cpu_slowdown),
             disk_bytes_per_s: scenario.recovery.as_ref().map_or(0, |r| r.disk_bytes_per_s),
             nodes: Mutex::default(),
@@ -299,6 +300,13 @@ impl Modelled for Simulated {
 
     fn set_clock(&self, node: NodeIndex, rate_ppm: i64, step_ms: i64) {
         self.world.set_clock(node, rate_ppm, step_ms);
+    }
+
+    fn narrow(&self, from: NodeIndex, to: NodeIndex, bytes_per_s: Option<u64>) {
+        let region = |node| self.topology.region_of(&self.world.node_name(node)).to_string();
+        let usual = if region(from) == region(to) { self.links.0 } else { self.links.1 };
+        let model = bytes_per_s.map(|bandwidth| LinkModel { bandwidth, ..usual });
+        self.world.links().set_pair(from, to, model);
     }
 }
 

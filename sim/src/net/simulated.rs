@@ -22,6 +22,8 @@ use tower::Service;
 /// How long a caller waits on a silent peer before it gives the connection up.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A longer request is sent in pieces, each when the link has carried the one before it: what others send goes in between, as with HTTP/2's frames.
+const PIECE_BYTES: usize = 16 << 10;
 
 /// What arrives at a listening node.
 pub struct Incoming {
@@ -96,14 +98,29 @@ impl Channel {
         }
         let (request, (bytes, hash)) = gather(request).await?;
         let method = request.uri().path().to_string();
-        let arrival = {
-            let mut connection = self.connection.lock().map_err(|_| broken("poisoned".into()))?;
-            connection.listener = Some(incarnation);
-            let arrival = world::transmit(from, to, bytes, connection.last_arrival_ns);
-            if let Arrival::At(ns) = arrival {
-                connection.last_arrival_ns = ns;
+        let mut left = bytes;
+        let arrival = loop {
+            let piece = left.min(PIECE_BYTES);
+            left -= piece;
+            let arrival = {
+                let mut connection = self.connection.lock().map_err(|_| broken("poisoned".into()))?;
+                connection.listener = Some(incarnation);
+                let arrival = world::transmit(from, to, piece, connection.last_arrival_ns);
+                if let Arrival::At(ns) = arrival {
+                    connection.last_arrival_ns = ns;
+                }
+                arrival
+            };
+            match arrival {
+                _ if left == 0 => break arrival,
+                Arrival::At(_) => world::sent_off(from, to).await,
+                Arrival::Stalled { .. } => {
+                    if let Err(error) = wait(arrival).await {
+                        self.reset();
+                        return Err(error);
+                    }
+                }
             }
-            arrival
         };
         tell(from, to, (&method, false), (bytes, hash), arrival);
         if let Err(error) = wait(arrival).await {
@@ -391,5 +408,58 @@ impl Drop for CutShort {
         if let Some(send) = self.0.take() {
             let _ = send.try_send(Err(broken("connection reset by peer".into())));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::{ClockModel, LinkModel, NodeOptions};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Posts so many bytes to the server on a connection of its own; the milliseconds until it has answered.
+    async fn post(bytes: usize) -> u64 {
+        let body = http_body_util::Full::new(Bytes::from(vec![7; bytes]));
+        let asked = crate::time::Instant::now();
+        let request = http::Request::builder().method("POST").uri("/nothing").body(body);
+        if let Ok(request) = request {
+            let _ = send("server:80", request).await;
+        }
+        asked.elapsed().as_millis() as u64
+    }
+
+    #[test]
+    fn a_small_request_does_not_wait_for_all_of_a_large_one_on_a_slow_link() {
+        let took = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let noted = took.clone();
+        world::run(1, false, |world| async move {
+            world.links().set_default(LinkModel { bandwidth: 100_000, ..LinkModel::default() });
+            let node = |name: &str| NodeOptions {
+                name: name.into(),
+                region: "here".into(),
+                cores: 1,
+                slowdown: 1,
+                clock: ClockModel::default(),
+            };
+            world.add_node(node("server"), || async {
+                let _ = serve("server:80", Routes::default(), |_| (), std::future::pending()).await;
+            });
+            world.add_node(node("client"), move || {
+                let noted = noted.clone();
+                async move {
+                    sleep(Duration::from_millis(100)).await;
+                    let large = noted.clone();
+                    crate::task::spawn(async move {
+                        large[0].store(post(1_000_000).await, Ordering::SeqCst);
+                    });
+                    sleep(Duration::from_secs(1)).await;
+                    noted[1].store(post(100).await, Ordering::SeqCst);
+                }
+            });
+            sleep(Duration::from_secs(20)).await;
+        });
+        let [large, small] = [&took[0], &took[1]].map(|took| took.load(Ordering::SeqCst));
+        assert!((10_000..11_000).contains(&large), "{large} ms for 1 MB at 100 kB/s");
+        assert!((1..1500).contains(&small), "{small} ms for 100 bytes beside it");
     }
 }

@@ -156,6 +156,11 @@ impl Links {
         Arrival::At((*busy + delay.as_nanos() as u64).max(not_before_ns))
     }
 
+    /// When all that was sent so far has left for the link, in global nanoseconds.
+    pub(super) fn free_ns(&self, from: NodeIndex, to: NodeIndex) -> u64 {
+        lock(&self.state).busy_until.get(&(from, to)).copied().unwrap_or(0)
+    }
+
     fn is_cut(&self, from: NodeIndex, to: NodeIndex) -> bool {
         lock(&self.state).cut.contains(&(from, to))
     }
@@ -184,6 +189,14 @@ pub(super) async fn arrive(links: &Links, arrival: Arrival) -> bool {
             };
             crate::time::timeout(GIVE_UP, healed).await.is_ok()
         }
+    }
+}
+
+/// Waits until the link has carried what was sent so far.
+pub(super) async fn sent_off(links: &Links, from: NodeIndex, to: NodeIndex) {
+    let (free, now) = (links.free_ns(from, to), super::global_ns());
+    if free > now {
+        true_sleep(Duration::from_nanos(free - now)).await;
     }
 }
 

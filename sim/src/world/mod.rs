@@ -587,6 +587,12 @@ pub(crate) async fn arrive(arrival: Arrival) -> bool {
     links::arrive(&world.inner.links, arrival).await
 }
 
+/// Waits until the link from one node to another has carried what was sent so far.
+pub(crate) async fn sent_off(from: NodeIndex, to: NodeIndex) {
+    let world = World::current();
+    links::sent_off(&world.inner.links, from, to).await
+}
+
 /// Virtual time since the world began, on nobody's clock: for those who judge, not for those who run.
 pub fn true_now() -> Duration {
     madsim::time::TimeHandle::current().elapsed()
