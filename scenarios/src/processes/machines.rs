@@ -29,7 +29,7 @@ pub fn refusal(written: &Scenario, settled: &Scenario) -> Option<String> {
     if let Some(fault) = planned.map(|fault| fault.kind).find(|kind| kind.is_modelled()) {
         return Some(format!(
             "it plans {fault:?} and real processes have no power, disk, clock or bandwidth of their own to take; they can play crash, pause, partition, \
-             partition_in, partition_out, silence, rolling_restart and reclaim"
+             partition_in, partition_out, silence, rolling_restart, reclaim and replace"
         ));
     }
     if settled.topology.loss > 0.0 {
