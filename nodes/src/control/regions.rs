@@ -266,6 +266,15 @@ impl End {
         (read.len() * 2 > self.voters.len()).then_some((kept, last.max(kept).max(self.began)))
     }
 
+    /// Up to where a log agrees with what the next epoch has, if it does up to `agreed`, and all that is known of it from there on begins with this entry.
+    pub fn joins(&self, agreed: u64, place: Place) -> u64 {
+        let index = place.index.min(self.last);
+        let run = self.runs.iter().rev().find(|run| run.index <= index);
+        // What a leader wrote comes after all that it had, and it never replaces what it wrote.
+        let same = run.is_some_and(|run| (run.term, run.node) == (place.term, place.node));
+        if same { index.max(agreed) } else { agreed }
+    }
+
     /// Up to where a log agrees with what the next epoch has, if it does up to `agreed` and has this entry behind that.
     pub fn agrees(&self, agreed: u64, place: Place) -> u64 {
         let run = self.runs.iter().rev().find(|run| run.index <= place.index);

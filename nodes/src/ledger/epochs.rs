@@ -161,8 +161,20 @@ pub fn keep(log: &Log, held: &Held) -> Result<(), Error> {
     log.put_meta(EPOCH, &codec::encode(held)).map_err(|e| failed("fact", e))
 }
 
-pub(super) fn each(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<(), Error> {
-    let from = from.max(log.first_index());
+pub(super) fn each(log: &Log, from: u64, give: impl FnMut(Entry)) -> Result<(), Error> {
+    each_from(log, from.max(log.first_index()), give)
+}
+
+/// The first entry at or behind `from` that is still on the disk with all that follow: purged ones stay for a while. One that cannot be read any more is none.
+pub(super) fn kept_from(log: &Log, from: u64) -> u64 {
+    let (first, kept) = (log.first_index(), from.max(log.kept_from()));
+    match kept < first && each_from(log, kept, |_| ()).is_err() {
+        true => first,
+        false => kept,
+    }
+}
+
+pub(super) fn each_from(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<(), Error> {
     let end = log.last_index() + 1;
     if from >= end {
         return Ok(());
@@ -173,6 +185,18 @@ pub(super) fn each(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Result<
         Ok::<(), LogError>(())
     })
     .map_err(|e| failed("log", e))
+}
+
+/// The last entry that was purged.
+fn purged(log: &Log) -> Result<Option<Place>, Error> {
+    let purged = log.get_meta(log_store::PURGED).map_err(|e| failed("fact", e))?;
+    let purged: Option<super::types::LogId> =
+        purged.map(|bytes| codec::decode_serde(&bytes)).transpose().map_err(|e| failed("fact", e))?;
+    Ok(purged.map(|id| Place {
+        term: id.leader_id.term,
+        node: id.leader_id.node_id,
+        index: position_index(id.index),
+    }))
 }
 
 /// What a log has, of which `certain` was applied.
@@ -188,14 +212,7 @@ pub fn report(log: &Log, certain: u64) -> Result<Report, Error> {
     })?;
     if last.is_none() {
         // All of it is purged: the purge's mark is its last entry.
-        let purged = log.get_meta(log_store::PURGED).map_err(|e| failed("fact", e))?;
-        let purged: Option<super::types::LogId> =
-            purged.map(|bytes| codec::decode_serde(&bytes)).transpose().map_err(|e| failed("fact", e))?;
-        last = purged.map(|id| Place {
-            term: id.leader_id.term,
-            node: id.leader_id.node_id,
-            index: position_index(id.index),
-        });
+        last = purged(log)?;
     }
     Ok(Report { last, certain, runs })
 }
@@ -227,7 +244,7 @@ fn begin(log: &Log, id: u64, epoch: u64, voters: &BTreeMap<u64, String>) -> Resu
 /// Up to where a log was written in this epoch or before it, as far as it still says so.
 fn written_by(log: &Log, epoch: u64) -> Result<u64, Error> {
     let mut written = None;
-    each(log, 1, |entry| {
+    each_from(log, kept_from(log, 1), |entry| {
         let place = Place::of(&entry);
         if place.term < term_of(epoch + 1) {
             written = Some(place.index);
@@ -242,7 +259,20 @@ fn agrees(log: &Log, epoch: u64, end: &End, strayed: bool) -> Result<u64, Error>
     if strayed {
         agreed = agreed.min(written_by(log, epoch)?);
     }
-    each(log, agreed + 1, |entry| agreed = end.agrees(agreed, Place::of(&entry)))?;
+    let from = kept_from(log, agreed + 1);
+    let mut see = |place: Place, first: bool| {
+        agreed = match first && place.index > agreed + 1 {
+            true => end.joins(agreed, place),
+            false => end.agrees(agreed, place),
+        };
+    };
+    // Of what lies before that only the last one's writer is known.
+    let before = if from == log.first_index() { purged(log)? } else { None };
+    if let Some(place) = before {
+        see(place, true);
+    }
+    let mut first = before.is_none();
+    each_from(log, from, |entry| see(Place::of(&entry), std::mem::take(&mut first)))?;
     Ok(agreed)
 }
 
@@ -373,14 +403,18 @@ mod tests {
     /// A log whose entries were written by these leaders: (term and node, how many).
     fn log(disk: &Arc<dyn Disk>, leaders: &[(u64, u64)]) -> Result<Log, LogError> {
         let log = Log::open(disk.clone(), LOG, LogOptions::default())?;
+        fill(&log, leaders)?;
+        Ok(log)
+    }
+
+    fn fill(log: &Log, leaders: &[(u64, u64)]) -> Result<(), LogError> {
         for (term, count) in leaders {
             for _ in 0..*count {
                 let index = log.last_index() + 1;
                 log.append(&[(index, &encode_entry(&entry(*term, *term, index)))])?;
             }
         }
-        log.sync()?;
-        Ok(log)
+        log.sync().map(drop)
     }
 
     fn place(term: u64, index: u64) -> Place {
@@ -554,7 +588,37 @@ mod tests {
         log.purge_to(30)?;
         let end = End { certain: 20, last: 22, runs: vec![place(3, 21)], ..End::default() };
         let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), known: 2, way: Way::Return };
-        assert!(turn(&disk, &log, &bases, 7, &plan, || Ok(20))?.start_over);
+        let turned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+        assert!(turned.start_over);
+        // It still knows what it gives up, since what was purged is still there.
+        assert_eq!(turned.held.taken, [(1, OldDisk { kept: 22, last: 40, ..OldDisk::default() })]);
+        Ok(())
+    }
+
+    #[test]
+    fn who_has_even_let_go_of_what_is_left_goes_by_who_wrote_the_rest() -> Tested {
+        let end = End { certain: 20, last: 22, runs: vec![place(3, 21)], ..End::default() };
+        let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), known: 2, way: Way::Return };
+        for (leaders, kept) in [
+            (vec![(3, 40)], 22),
+            // Another leader came: nobody can say any more what stood there.
+            (vec![(3, 25), (5, 15)], 20),
+        ] {
+            let disk: Arc<dyn Disk> = SimDisk::new(1);
+            let small = LogOptions { segment_bytes_max: 200, ..LogOptions::default() };
+            let log = Log::open(disk.clone(), LOG, small)?;
+            fill(&log, &leaders)?;
+            let last = Place { term: if leaders.len() > 1 { 5 } else { 3 }, ..place(3, 30) };
+            let leader = openraft::alias::LeaderIdOf::<Types>::new(last.term, last.term).to_committed();
+            let id = openraft::alias::LogIdOf::<Types>::new(leader, last.index - 1);
+            log.put_meta(log_store::PURGED, &codec::encode_serde(&id))?;
+            log.purge_to(30)?;
+            log.release_to(30)?;
+            assert!(log.kept_from() > 23, "{}", log.kept_from());
+            let bases = Bases::open(disk.clone(), "bases")?;
+            let turned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+            assert_eq!(turned.held.taken, [(1, OldDisk { kept, last: 40, ..OldDisk::default() })]);
+        }
         Ok(())
     }
 }

@@ -39,7 +39,16 @@ pub struct Taken {
 /// Puts what lies behind `kept` into the quarantine.
 pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<Taken, Error> {
     let (mut bytes, mut taken) = (vec![], Taken::default());
-    epochs::each(log, kept + 1, |entry| {
+    // What was purged already is still on the disk, as a rule.
+    let from = epochs::kept_from(log, kept + 1);
+    if from > kept + 1 {
+        sim::error!(
+            "entries {} to {} of epoch {epoch} are no longer on this disk: another old one may have them",
+            kept + 1,
+            from - 1
+        );
+    }
+    epochs::each_from(log, from, |entry| {
         for command in decode_batch(&entry).ok().flatten().map_or(vec![], |batch| batch.commands) {
             taken.commands += 1;
             let (first, last) = taken.written.unwrap_or((command.now, command.now));

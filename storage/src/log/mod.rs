@@ -250,6 +250,15 @@ impl Log {
         lock(&self.state).base + 1
     }
 
+    /// From here on all entries up to the last one are on the disk, those below the base too, though only [`Log::replay`] gives them.
+    pub fn kept_from(&self) -> u64 {
+        let state = lock(&self.state);
+        let live = state.segments.first().map_or(state.base + 1, |segment| segment.first);
+        let from =
+            state.kept.iter().rev().fold(live, |from, kept| if kept.end == from { kept.first } else { from });
+        from.min(state.base + 1)
+    }
+
     /// Index of the last entry; that before [`Log::first_index`] if there is none.
     pub fn last_index(&self) -> u64 {
         lock(&self.state).last
