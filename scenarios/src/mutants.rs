@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 50] = [
+pub const MUTANTS: [Mutant; 52] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -110,6 +110,11 @@ pub const MUTANTS: [Mutant; 50] = [
     mutant(
         "believe-tokens-of-an-epoch-that-is-over",
         "a token for what was lost is answered as if it were there",
+    ),
+    mutant("forget-what-was-purged", "an old disk gives up what it has purged, though the next epoch has it"),
+    mutant(
+        "wait-for-a-chosen-replica-that-has-forgotten",
+        "nobody begins an epoch in place of a replica that lost its disk before it did",
     ),
 ];
 

@@ -5,6 +5,10 @@ use super::{Done, Failure, region};
 use clap::Subcommand;
 use nodes::proto::v1;
 use serde_json::json;
+use sim::time::Duration;
+
+/// Nodes whose disks are slow take long to halt.
+const RECOVER_WITHIN: Duration = Duration::from_secs(120);
 
 #[derive(Subcommand)]
 pub enum Control {
@@ -76,7 +80,9 @@ async fn recover(
     client: &Client,
     ask: v1::RecoverControlRequest,
 ) -> Result<v1::RecoverControlResponse, Failure> {
-    let answer = client.admin().recover_control(client.request(ask)).await;
+    let mut request = client.request(ask);
+    request.set_timeout(RECOVER_WITHIN);
+    let answer = client.admin().recover_control(request).await;
     Ok(answer.map_err(|s| client.explain(s))?.into_inner())
 }
 

@@ -489,6 +489,9 @@ impl Failover {
 
     /// Goes back to the grant if the replica that was to begin a shard's epoch has forgotten what it had.
     async fn choose_again(&self, map: &ClusterMap, shard: ShardId) -> Result<(), Error> {
+        if sim::planted!("wait-for-a-chosen-replica-that-has-forgotten") {
+            return Ok(());
+        }
         let Some(entry) = map.shards.get(&shard) else { return Ok(()) };
         let Some(chosen) = entry.chosen else { return Ok(()) };
         let Ok(None) = self.halt(map, shard, chosen, entry.epoch).await else { return Ok(()) };

@@ -272,6 +272,7 @@ impl ClusterMap {
 }
 
 /// Carries a recovery out, from any node.
+#[derive(Clone)]
 pub struct Recoverer {
     pub control: Control,
     pub peers: Peers,

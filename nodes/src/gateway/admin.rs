@@ -287,7 +287,10 @@ impl admin_service_server::AdminService for AdminService {
         request: Request<v1::RecoverControlRequest>,
     ) -> Result<Response<v1::RecoverControlResponse>, Status> {
         operator(&request)?;
-        Ok(Response::new(self.recoverer.run(request.get_ref()).await?))
+        let (recoverer, ask) = (self.recoverer.clone(), request.into_inner());
+        // It goes on if the caller hangs up: half a recovery helps nobody.
+        let recovered = sim::task::spawn(async move { recoverer.run(&ask).await }).await;
+        Ok(Response::new(recovered.map_err(|e| Status::internal(e.to_string()))??))
     }
 
     async fn change_cluster(

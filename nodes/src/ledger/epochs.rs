@@ -259,20 +259,21 @@ fn agrees(log: &Log, epoch: u64, end: &End, strayed: bool) -> Result<u64, Error>
     if strayed {
         agreed = agreed.min(written_by(log, epoch)?);
     }
-    let from = kept_from(log, agreed + 1);
-    let mut see = |place: Place, first: bool| {
-        agreed = match first && place.index > agreed + 1 {
+    let mut joins = !sim::planted!("forget-what-was-purged");
+    let from = if joins { kept_from(log, agreed + 1) } else { log.first_index().max(agreed + 1) };
+    let mut know = |place: Place| {
+        agreed = match std::mem::take(&mut joins) && place.index > agreed + 1 {
             true => end.joins(agreed, place),
             false => end.agrees(agreed, place),
         };
     };
     // Of what lies before that only the last one's writer is known.
-    let before = if from == log.first_index() { purged(log)? } else { None };
-    if let Some(place) = before {
-        see(place, true);
+    if from == log.first_index()
+        && let Some(place) = purged(log)?
+    {
+        know(place);
     }
-    let mut first = before.is_none();
-    each_from(log, from, |entry| see(Place::of(&entry), std::mem::take(&mut first)))?;
+    each_from(log, from, |entry| know(Place::of(&entry)))?;
     Ok(agreed)
 }
 
