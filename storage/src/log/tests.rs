@@ -382,7 +382,7 @@ fn purged_entries_can_be_replayed_until_they_are_released() -> Result<(), LogErr
             seen += 1;
             Ok(())
         })?;
-        assert_eq!((seen, log.first_index()), (19, 16), "turn {turn}");
+        assert_eq!((seen, log.first_index(), log.kept_from()), (19, 16, 1), "turn {turn}");
         drop(log);
         log = Log::open(disk.clone(), "log", options())?;
     }
@@ -394,8 +394,11 @@ fn purged_entries_can_be_replayed_until_they_are_released() -> Result<(), LogErr
         Ok(())
     })?;
     assert!(first == 10 && log.bytes_after(2) < before);
+    assert!((2..=10).contains(&log.kept_from()), "{}", log.kept_from());
+    log.replay::<LogError>(log.kept_from()..21, &mut |_, _| Ok(()))?;
     assert!(matches!(log.replay::<LogError>(1..16, &mut |_, _| Ok(())), Err(LogError::Missing { .. })));
     log.purge_to(30)?;
+    assert_eq!(log.kept_from(), 31, "what lies behind a gap does not continue what lay before");
     assert!(log.replay::<LogError>(16..20, &mut |_, _| Ok(())).is_err());
     log.start_over()?;
     assert_eq!(
