@@ -13,6 +13,8 @@
 //!
 //! A region that goes on by itself after a recovery of the control group ([`super::recover`]) goes through the same steps, from the third on, with itself as the new one.
 //!
+//! The leader is to be outside of the primary region ([`Failover::lead_from_elsewhere`]), so that it does not die with what it watches.
+//!
 //! What can go wrong: *the leader of the control group dies*: the step is in the map, and each step may be repeated; what it had observed is observed
 //! anew, for the whole windows. *The old region comes back in the middle*: until the grant it withdraws the change; from then on it has no right,
 //! and its replicas follow. *A replica of the new region is missing*: the others are enough but for one. *The new region fails too*: the change
@@ -72,12 +74,16 @@ struct Seen {
     validated: Option<Instant>,
     /// When it was last told that the other region is not ready.
     told: Option<Instant>,
+    /// When the leadership was last offered to a node outside of the primary region.
+    offered: Option<Instant>,
     /// Since when a planned change has waited for the new region to have everything.
     pausing: Option<Instant>,
     /// The map was compared with the right to write since this node leads.
     compared: bool,
 }
 
+/// How often the leadership is offered.
+const OFFER_EVERY: Duration = Duration::from_secs(10);
 /// How often somebody is told of the same.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
@@ -201,6 +207,7 @@ impl Failover {
         let reached = reach(&self.peers, &addrs, 0).await;
         if well(map, &addrs, &reached) {
             seen.silent = None;
+            self.lead_from_elsewhere(map, regions, seen).await;
             if map.account(time::calendar_ms()) != *map {
                 self.control.update(|map| Ok(map.account(time::calendar_ms())), soon()).await?;
             }
@@ -241,6 +248,27 @@ impl Failover {
         self.control.update(begun, soon()).await?;
         seen.validated = Some(Instant::now());
         Ok(())
+    }
+
+    /// A leader in the primary region dies with it, and whoever follows has to find out anew that it is silent. So it lets another one lead: one of the witness, whose
+    /// links carry nothing else, or of the other region.
+    async fn lead_from_elsewhere(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) {
+        if map.region_of(self.id) != regions.primary
+            || seen.offered.is_some_and(|at| at.elapsed() < OFFER_EVERY)
+        {
+            return;
+        }
+        seen.offered = Some(Instant::now());
+        let Some(group) = self.groups.get(CONTROL) else { return };
+        let mut others: Vec<(NodeId, String)> = group.ledger.voter_addrs().into_iter().collect();
+        others.retain(|(id, _)| map.region_of(*id) != regions.primary);
+        others.sort_by_key(|(id, _)| (Some(map.region_of(*id)) != regions.witness.as_deref(), *id));
+        for (id, addr) in others {
+            if self.peers.is_there(&addr, 0, REACH_WITHIN).await && group.ledger.hand_over_to_node(id).await {
+                sim::trace::probe("control: the primary region's leader let another one lead");
+                return;
+            }
+        }
     }
 
     /// Whether no observer reaches the region: neither this node nor any of the control group outside of it.

@@ -67,6 +67,8 @@ const QUEUE_MAX: usize = 4096;
 const READ_POSITION_FIRST: Duration = Duration::from_millis(300);
 /// A leader that is told to stop waits so long for another one.
 const HAND_OVER_MAX: Duration = Duration::from_secs(2);
+/// Who is to take over lacks so many entries at most.
+const HAND_OVER_BEHIND_MAX: u64 = 10;
 
 /// How the ledger behaves; the defaults are production's.
 #[derive(Clone, Debug)]
@@ -259,7 +261,27 @@ impl Ledger {
             replication.into_iter().filter(|(id, _)| *id != own && voters.contains(id)).collect();
         others.sort_by_key(|(id, held)| (std::cmp::Reverse(*held), *id));
         let Some(&(next, _)) = others.get(attempt % others.len().max(1)) else { return };
-        if let Err(error) = self.raft.trigger().transfer_leader(next).await {
+        self.transfer(next).await;
+    }
+
+    /// If this replica leads, and that voter has all but a little of its log, lets it take over; whether it was asked to.
+    pub async fn hand_over_to_node(&self, node: u64) -> bool {
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        let votes = metrics.membership_config.membership().voter_ids().any(|id| id == node);
+        let Some(replication) = metrics.replication.filter(|_| votes && self.raft.is_leader()) else {
+            return false;
+        };
+        let held = replication.get(&node).copied().flatten().map_or(0, |held| held.index);
+        let close = metrics.last_log_index.unwrap_or(0).saturating_sub(held) <= HAND_OVER_BEHIND_MAX;
+        if close {
+            self.transfer(node).await;
+        }
+        close
+    }
+
+    async fn transfer(&self, to: u64) {
+        let own = *self.raft.node_id();
+        if let Err(error) = self.raft.trigger().transfer_leader(to).await {
             return sim::warn!("leadership not handed over: {error}");
         }
         let deadline = Instant::now() + HAND_OVER_MAX;
