@@ -13,7 +13,7 @@
 //!
 //! A region that goes on by itself after a recovery of the control group ([`super::recover`]) goes through the same steps, from the third on, with itself as the new one.
 //!
-//! The leader is to be outside of the primary region ([`Failover::lead_from_elsewhere`]), so that it does not die with what it watches.
+//! The leader is to be in the witness, or outside of the primary region ([`Failover::lead_from_elsewhere`]), so that it does not die with what it watches.
 //!
 //! What can go wrong: *the leader of the control group dies*: the step is in the map, and each step may be repeated; what it had observed is observed
 //! anew, for the whole windows. *The old region comes back in the middle*: until the grant it withdraws the change; from then on it has no right,
@@ -74,15 +74,15 @@ struct Seen {
     validated: Option<Instant>,
     /// When it was last told that the other region is not ready.
     told: Option<Instant>,
-    /// When the leadership was last offered to a node outside of the primary region.
-    offered: Option<Instant>,
+    /// Since when all has been well, or the leadership was last offered to another node.
+    quiet: Option<Instant>,
     /// Since when a planned change has waited for the new region to have everything.
     pausing: Option<Instant>,
     /// The map was compared with the right to write since this node leads.
     compared: bool,
 }
 
-/// How often the leadership is offered.
+/// How long all must have been well before the leadership is offered, and then how often it is.
 const OFFER_EVERY: Duration = Duration::from_secs(10);
 /// How often somebody is told of the same.
 const TELL_EVERY: Duration = Duration::from_secs(60);
@@ -192,12 +192,13 @@ impl Failover {
             _ => self.control.read(soon()).await?,
         };
         let Some(regions) = &map.regions else { return Ok(()) };
-        match regions.change.as_ref().map(|change| (change, change.step())) {
-            None => self.detect(&map, regions, seen).await,
-            Some((_, Step::Validating)) => self.validate(&map, regions, seen).await,
-            Some((change, Step::Granting)) => self.grant(&map, regions, change, seen).await,
-            Some((change, Step::Promoting)) => self.promote(&map, change).await,
-            Some((_, _)) => self.verify(&map).await,
+        let Some(change) = &regions.change else { return self.detect(&map, regions, seen).await };
+        seen.quiet = None;
+        match change.step() {
+            Step::Validating => self.validate(&map, regions, seen).await,
+            Step::Granting => self.grant(&map, regions, change, seen).await,
+            Step::Promoting => self.promote(&map, change).await,
+            _ => self.verify(&map).await,
         }
     }
 
@@ -215,6 +216,7 @@ impl Failover {
         }
         // Whoever did not answer was silent when it was asked.
         let since = *seen.silent.get_or_insert(began);
+        seen.quiet = None;
         if !regions.policy.automatic || since.elapsed() < Duration::from_millis(regions.policy.detect_ms) {
             return Ok(());
         }
@@ -250,22 +252,22 @@ impl Failover {
         Ok(())
     }
 
-    /// A leader in the primary region dies with it, and whoever follows has to find out anew that it is silent. So it lets another one lead: one of the witness, whose
-    /// links carry nothing else, or of the other region.
+    /// A leader in the primary region dies with it, and whoever follows has to find out anew that it is silent. So it lets one of the witness lead, whose links carry
+    /// nothing else; where there is no witness, one of the other region.
     async fn lead_from_elsewhere(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) {
-        if map.region_of(self.id) != regions.primary
-            || seen.offered.is_some_and(|at| at.elapsed() < OFFER_EVERY)
-        {
+        let wanted = |node: NodeId| match &regions.witness {
+            Some(witness) => map.region_of(node) == witness,
+            None => map.region_of(node) != regions.primary,
+        };
+        if wanted(self.id) || seen.quiet.get_or_insert_with(Instant::now).elapsed() < OFFER_EVERY {
             return;
         }
-        seen.offered = Some(Instant::now());
+        seen.quiet = Some(Instant::now());
         let Some(group) = self.groups.get(CONTROL) else { return };
-        let mut others: Vec<(NodeId, String)> = group.ledger.voter_addrs().into_iter().collect();
-        others.retain(|(id, _)| map.region_of(*id) != regions.primary);
-        others.sort_by_key(|(id, _)| (Some(map.region_of(*id)) != regions.witness.as_deref(), *id));
+        let others = group.ledger.voter_addrs().into_iter().filter(|(id, _)| wanted(*id));
         for (id, addr) in others {
             if self.peers.is_there(&addr, 0, REACH_WITHIN).await && group.ledger.hand_over_to_node(id).await {
-                sim::trace::probe("control: the primary region's leader let another one lead");
+                sim::trace::probe("control: the leader let one lead that does not die with what it watches");
                 return;
             }
         }
