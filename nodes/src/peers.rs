@@ -1,7 +1,9 @@
 //! Channels to the other nodes of the cluster: one connection per address, shared by everything that talks to it.
 
+use crate::error::Error;
 use crate::links::Links;
 use crate::proto::internal::{Body, replica_client::ReplicaClient};
+use bytes::Bytes;
 use sim::net::Channel;
 use sim::time::Duration;
 use std::collections::BTreeMap;
@@ -53,6 +55,22 @@ impl Peers {
         let body = Body { body: codec::encode(&version).into(), ..Body::default() };
         let asked = client.is_there(self.request(body, within));
         sim::time::timeout(within, asked).await.is_ok_and(|answer| answer.is_ok())
+    }
+
+    /// One call to the node at an address: the body of its answer.
+    pub async fn ask<A: Future<Output = Result<tonic::Response<Body>, tonic::Status>>>(
+        &self,
+        addr: &str,
+        body: Body,
+        within: Duration,
+        call: impl FnOnce(ReplicaClient<Channel>, tonic::Request<Body>) -> A,
+    ) -> Result<Bytes, Error> {
+        let client = self.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
+        match sim::time::timeout(within, call(client, self.request(body, within))).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner().body),
+            Ok(Err(status)) => Err(Error::Unavailable(status.message().into())),
+            Err(_) => Err(Error::Unavailable(format!("no answer within {within:?}"))),
+        }
     }
 
     /// A request with the cluster's secret and a deadline.

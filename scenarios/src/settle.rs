@@ -149,21 +149,9 @@ fn plan(generate: &Generate, random: &mut Random, workload_s: u64) -> Vec<Fault>
             Target::Drawn => random.pick(&[Target::Leader, Target::Any, Target::All]).unwrap_or(Target::Any),
             target => target,
         };
-        let (pick, from, at_step, beside, bytes_per_s) =
-            (random.below(1 << 32), generate.from, None, false, 0);
-        plan.push(Fault {
-            at_ms,
-            lasts_ms,
-            kind,
-            target,
-            from,
-            at_step,
-            beside,
-            pick,
-            rate_ppm,
-            step_ms,
-            bytes_per_s,
-        });
+        let (pick, from) = (random.below(1 << 32), generate.from);
+        let fault = Fault::new(kind, target, (at_ms, lasts_ms));
+        plan.push(Fault { from, pick, rate_ppm, step_ms, ..fault });
         at_ms += lasts_ms.max(random.ms(generate.every_s));
     }
     plan
@@ -183,20 +171,7 @@ fn disk_plan(random: &mut Random, workload_s: u64) -> Vec<Fault> {
         if at_ms + lasts_ms + 2000 > workload_s * 1000 {
             break;
         }
-        let (from, at_step, beside, rate_ppm, step_ms, bytes_per_s) = Default::default();
-        plan.push(Fault {
-            at_ms,
-            lasts_ms,
-            kind,
-            target,
-            from,
-            at_step,
-            beside,
-            pick,
-            rate_ppm,
-            step_ms,
-            bytes_per_s,
-        });
+        plan.push(Fault { pick, ..Fault::new(kind, target, (at_ms, lasts_ms)) });
         at_ms += lasts_ms + random.ms([2, 10]);
     }
     plan

@@ -592,6 +592,14 @@ pub struct Fault {
     pub bytes_per_s: u64,
 }
 
+impl Fault {
+    /// One of its own, that nothing else is said of.
+    pub fn new(kind: FaultKind, target: Target, (at_ms, lasts_ms): (u64, u64)) -> Fault {
+        let (from, at_step, beside, pick, rate_ppm, step_ms, bytes_per_s) = Default::default();
+        Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms, bytes_per_s }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Promises {

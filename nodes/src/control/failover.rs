@@ -105,15 +105,9 @@ pub async fn halt(
     epoch: u64,
     within: Duration,
 ) -> Result<Option<Report>, Error> {
-    let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
     let body = Body { body: codec::encode_serde(&ended).into(), group, epoch };
-    match time::timeout(within, client.halt(peers.request(body, within))).await {
-        Ok(Ok(answer)) => {
-            codec::decode(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
-        }
-        Ok(Err(status)) => Err(Error::Unavailable(status.message().into())),
-        Err(_) => Err(Error::Unavailable("no answer in time".into())),
-    }
+    let halted = peers.ask(addr, body, within, |mut to, body| async move { to.halt(body).await }).await?;
+    codec::decode(&halted).map_err(|e| Error::Internal(e.to_string()))
 }
 
 /// Whether of each shard a majority of those who vote is there, of whom some were reached.
@@ -124,6 +118,21 @@ fn well(map: &ClusterMap, addrs: &[String], reached: &[bool]) -> bool {
         let addrs = map.addrs(*shard);
         addrs.iter().filter(|addr| there.contains(addr)).count() * 2 > addrs.len()
     })
+}
+
+/// Whether of each shard enough replicas of a region answer for it to go on.
+pub async fn has_replicas(peers: &Peers, map: &ClusterMap, region: &str) -> Result<(), Error> {
+    for shard in map.shards.keys() {
+        let there = map.replicas_in(*shard, region);
+        let nodes = there.iter().filter_map(|node| map.nodes.get(node));
+        let addrs: Vec<String> = nodes.map(|node| node.addr.clone()).collect();
+        let answer = reach(peers, &addrs, 0).await.into_iter().filter(|there| *there).count();
+        if answer < needed(there.len()) {
+            let problem = format!("shard {shard}: {answer} of {} replicas in {region} answer", there.len());
+            return Err(Error::Unavailable(format!("{problem}, {} are needed", needed(there.len()))));
+        }
+    }
+    Ok(())
 }
 
 /// The nodes that vote in some shard.
@@ -304,19 +313,10 @@ impl Failover {
 
     /// Whether enough replicas of the other region are there.
     async fn can_take_over(&self, map: &ClusterMap, regions: &Regions) -> Result<(), Error> {
-        let Some(change) = &regions.change else { return Ok(()) };
-        for shard in map.shards.keys() {
-            let there = map.replicas_in(*shard, &change.to);
-            let addrs: Vec<String> =
-                there.iter().filter_map(|node| map.nodes.get(node)).map(|node| node.addr.clone()).collect();
-            let reached = reach(&self.peers, &addrs, 0).await.into_iter().filter(|there| *there).count();
-            if reached < needed(there.len()) && !change.accept_data_loss {
-                let problem =
-                    format!("shard {shard}: {reached} of {} replicas in {} answer", there.len(), change.to);
-                return Err(Error::Unavailable(format!("{problem}, {} are needed", needed(there.len()))));
-            }
+        match &regions.change {
+            Some(change) if !change.accept_data_loss => has_replicas(&self.peers, map, &change.to).await,
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn validate(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {

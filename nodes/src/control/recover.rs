@@ -31,7 +31,7 @@
 
 use super::keeper::Keeper;
 use super::map::{ClusterMap, NodeId};
-use super::regions::{End, RegionChange, Step, choose, needed};
+use super::regions::{End, RegionChange, Step, choose};
 use super::{Control, DIR, failover};
 use crate::control::driver::Membership;
 use crate::error::Error;
@@ -109,9 +109,13 @@ pub struct Standing {
     pub voters: BTreeMap<NodeId, String>,
 }
 
+fn number_of(incarnation: &Option<Incarnation>) -> u64 {
+    incarnation.as_ref().map_or(FIRST_EPOCH, |incarnation| incarnation.number)
+}
+
 impl Standing {
     fn number(&self) -> u64 {
-        self.incarnation.as_ref().map_or(FIRST_EPOCH, |incarnation| incarnation.number)
+        number_of(&self.incarnation)
     }
 }
 
@@ -130,15 +134,10 @@ pub struct Recovery {
 }
 
 async fn stands(peers: &Peers, addr: &str) -> Result<Standing, Error> {
-    let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-    let asked = client.stands(peers.request(Body::default(), STAND_WITHIN));
-    match time::timeout(STAND_WITHIN, asked).await {
-        Ok(Ok(answer)) => {
-            codec::decode_serde(&answer.into_inner().body).map_err(|e| Error::Internal(e.to_string()))
-        }
-        Ok(Err(status)) => Err(Error::Unavailable(status.message().into())),
-        Err(_) => Err(Error::Unavailable(format!("no answer within {STAND_WITHIN:?}"))),
-    }
+    let asked =
+        peers.ask(addr, Body::default(), STAND_WITHIN, |mut to, body| async move { to.stands(body).await });
+    let stands = asked.await?;
+    codec::decode_serde(&stands).map_err(|e| Error::Internal(e.to_string()))
 }
 
 impl Recovery {
@@ -165,13 +164,12 @@ impl Recovery {
 
     /// Goes over to an incarnation, unless this node has it or a newer one.
     pub async fn adopt(&self, incarnation: Incarnation) -> Result<(), Error> {
-        let number = incarnation.number;
-        let held = self.held().map_or(FIRST_EPOCH, |held| held.number).max(self.replica()?.ledger.epoch());
-        if self.held().is_some_and(|held| held.number >= number) {
+        let (number, halted) = (incarnation.number, self.replica()?.ledger.epoch());
+        if number_of(&self.held()) >= number {
             return Ok(());
         }
-        if held > number {
-            return Err(Error::Unavailable(format!("this node has halted for incarnation {held}")));
+        if halted > number {
+            return Err(Error::Unavailable(format!("this node has halted for incarnation {halted}")));
         }
         let (disk, bytes) = (self.disk.clone(), codec::encode_serde(&incarnation));
         let kept = sim::task::blocking(move || facts::put(&*disk, DIR, FACT, &bytes)).await;
@@ -216,7 +214,7 @@ impl Recovery {
 
     /// What another node says of itself: this one follows it, or takes it in again.
     async fn met(&self, standing: Standing, leads: bool) -> Result<(), Error> {
-        let own = self.held().map_or(FIRST_EPOCH, |held| held.number);
+        let own = number_of(&self.held());
         match standing.incarnation {
             Some(newer) if newer.number > own => self.adopt(newer).await,
             // It has come back, and followed.
@@ -256,10 +254,7 @@ impl ClusterMap {
             map.incarnation = incarnation.number;
             map.version += VERSIONS;
             let Some(regions) = map.regions.as_mut().filter(|_| !incarnation.to.is_empty()) else { return };
-            if let Some(mut change) = regions.change.take() {
-                change.steps.push((Step::Withdrawn, now));
-                regions.past.push(change);
-            }
+            regions.end_change((Step::Withdrawn, now));
             let cause = format!(
                 "the control group had lost its majority, and was recovered by an operator: incarnation {}",
                 incarnation.number
@@ -343,7 +338,7 @@ impl Recoverer {
         wanted.retain(|name| ask.to.is_empty() || **name == ask.to);
         let mut last = None;
         for region in wanted {
-            match self.has_replicas(&map, region).await {
+            match failover::has_replicas(&self.peers, &map, region).await {
                 Ok(()) => return Ok(region.clone()),
                 Err(_) if ask.accept_data_loss && !ask.to.is_empty() => return Ok(region.clone()),
                 Err(error) => last = Some(error),
@@ -353,21 +348,6 @@ impl Recoverer {
         Err(Error::Unavailable(format!(
             "{problem}; bring them back, or go on with what there is: --to REGION --accept-data-loss"
         )))
-    }
-
-    async fn has_replicas(&self, map: &ClusterMap, region: &str) -> Result<(), Error> {
-        for shard in map.shards.keys() {
-            let there = map.replicas_in(*shard, region);
-            let nodes = there.iter().filter_map(|node| map.nodes.get(node));
-            let addrs: Vec<String> = nodes.map(|node| node.addr.clone()).collect();
-            let answer = failover::reach(&self.peers, &addrs, 0).await.into_iter().filter(|is| *is).count();
-            if answer < needed(there.len()) {
-                let problem =
-                    format!("shard {shard}: {answer} of {} replicas in {region} answer", there.len());
-                return Err(Error::Unavailable(format!("{problem}, {} are needed", needed(there.len()))));
-            }
-        }
-        Ok(())
     }
 
     /// Halts all who answer, and has the one with most begin the next incarnation.
@@ -406,7 +386,7 @@ impl Recoverer {
             old_disks: BTreeMap::new(),
         };
         // Also those that did not begin: somebody may have halted for them.
-        let mut ends = before.incarnation.as_ref().map_or(BTreeMap::new(), |held| held.ends.clone());
+        let mut ends = before.ends.clone();
         ends.extend((before.number..number).map(|epoch| (epoch, end.clone())));
         let accept_data_loss = ask.accept_data_loss;
         let next = Incarnation { number, ends, chosen, voters: voters.clone(), to, accept_data_loss };
@@ -428,26 +408,24 @@ impl Recoverer {
     }
 
     async fn halt(&self, node: NodeId, before: &Before, number: u64) -> Result<Option<Report>, Error> {
-        let ends = before.incarnation.as_ref().map_or(BTreeMap::new(), |held| held.ends.clone());
-        failover::halt(&self.peers, self.addr(node)?, CONTROL, (ends, before.number), number, STEP).await
+        let ended = (before.ends.clone(), before.number);
+        failover::halt(&self.peers, self.addr(node)?, CONTROL, ended, number, STEP).await
     }
 
     async fn tell(&self, node: NodeId, incarnation: &Incarnation) -> Result<(), Error> {
-        let mut client = self.peers.client(self.addr(node)?).map_err(|e| Error::Internal(e.to_string()))?;
         let body = Body { body: codec::encode_serde(incarnation).into(), ..Body::default() };
-        match time::timeout(STEP, client.adopt(self.peers.request(body, STEP))).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(status)) => Err(Error::Unavailable(status.message().into())),
-            Err(_) => Err(Error::Unavailable(format!("no answer within {STEP:?}"))),
-        }
+        let call =
+            self.peers.ask(self.addr(node)?, body, STEP, |mut to, body| async move { to.adopt(body).await });
+        call.await.map(drop)
     }
 }
 
 /// What there was before a recovery, by those who answer.
 #[derive(Debug)]
 struct Before {
-    incarnation: Option<Incarnation>,
     number: u64,
+    /// How the incarnations before that one ended.
+    ends: BTreeMap<u64, End>,
     /// The highest number that anybody has halted for.
     highest: u64,
     voters: BTreeSet<NodeId>,
@@ -475,7 +453,8 @@ fn able(found: &Found) -> Result<Before, Error> {
         ));
     }
     let highest = standings.iter().map(|standing| standing.epoch.max(standing.number())).max();
-    Ok(Before { incarnation: newest.incarnation.clone(), number, highest: highest.unwrap_or(number), voters })
+    let ends = newest.incarnation.as_ref().map_or(BTreeMap::new(), |held| held.ends.clone());
+    Ok(Before { number, ends, highest: highest.unwrap_or(number), voters })
 }
 
 #[cfg(test)]

@@ -314,6 +314,15 @@ impl Regions {
         self.names.iter().position(|name| name == region).map(|at| at as HolderId)
     }
 
+    /// The change that is under way, if one is, ends with this step.
+    pub(super) fn end_change(&mut self, last: (Step, i64)) {
+        let Some(mut change) = self.change.take() else { return };
+        change.steps.push(last);
+        self.past.push(change);
+        let more = self.past.len().saturating_sub(PAST_MAX);
+        self.past.drain(..more);
+    }
+
     /// The regions that keep replicas.
     pub fn serving(&self) -> impl Iterator<Item = &String> {
         self.names.iter().filter(|name| Some(*name) != self.witness.as_ref())
@@ -445,17 +454,10 @@ impl ClusterMap {
     /// Goes on from one step to the next one, or ends the change.
     pub fn region_step(&self, from: Step, to: Step, now: i64) -> ClusterMap {
         self.change_region(|regions| {
-            let Some(mut change) = regions.change.take() else { return };
-            if change.step() == from {
-                change.steps.push((to, now));
-            }
-            match change.step() {
-                Step::Done | Step::Withdrawn => {
-                    regions.past.push(change);
-                    let more = regions.past.len().saturating_sub(PAST_MAX);
-                    regions.past.drain(..more);
-                }
-                _ => regions.change = Some(change),
+            let Some(change) = regions.change.as_mut().filter(|change| change.step() == from) else { return };
+            match to {
+                Step::Done | Step::Withdrawn => regions.end_change((to, now)),
+                _ => change.steps.push((to, now)),
             }
         })
     }

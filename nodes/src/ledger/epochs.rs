@@ -27,7 +27,7 @@
 use super::log_store::{self, decode_entry, encode_entry, position_index};
 use super::quarantine::{self, Taken};
 use super::recovery::LOG;
-use super::types::{Entry, Types, Vote};
+use super::types::{Entry, LogId, Types, Vote};
 use crate::control::regions::{End, OldDisk};
 use crate::error::Error;
 use bincode::{Decode, Encode};
@@ -70,7 +70,10 @@ pub struct Place {
 
 impl Place {
     pub(super) fn of(entry: &Entry) -> Place {
-        let id = entry.log_id();
+        Place::at(entry.log_id())
+    }
+
+    fn at(id: LogId) -> Place {
         Place { term: id.leader_id.term, node: id.leader_id.node_id, index: position_index(id.index) }
     }
 
@@ -190,13 +193,9 @@ pub(super) fn each_from(log: &Log, from: u64, mut give: impl FnMut(Entry)) -> Re
 /// The last entry that was purged.
 fn purged(log: &Log) -> Result<Option<Place>, Error> {
     let purged = log.get_meta(log_store::PURGED).map_err(|e| failed("fact", e))?;
-    let purged: Option<super::types::LogId> =
+    let purged: Option<LogId> =
         purged.map(|bytes| codec::decode_serde(&bytes)).transpose().map_err(|e| failed("fact", e))?;
-    Ok(purged.map(|id| Place {
-        term: id.leader_id.term,
-        node: id.leader_id.node_id,
-        index: position_index(id.index),
-    }))
+    Ok(purged.map(Place::at))
 }
 
 /// What a log has, of which `certain` was applied.
