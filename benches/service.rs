@@ -98,6 +98,9 @@ impl replica_server::Replica for Echo {
     async fn renew(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }
+    async fn range_hashes(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
+        self.query(request).await
+    }
     async fn halt(&self, request: Request<Body>) -> std::result::Result<Response<Body>, Status> {
         self.query(request).await
     }

@@ -306,12 +306,16 @@ pub fn receipt(id: ErasureId, erasure: &Erasure, map: &ClusterMap) -> v1::EraseR
 }
 
 /// Where bytes stay that nobody is shown any more, and until when.
-const LEFTOVERS: [(&str, &str); 6] = [
+const LEFTOVERS: [(&str, &str); 7] = [
     (
         "each replica's log: the writes themselves",
         "its segments are purged, behind a later checkpoint and both bases",
     ),
     ("each replica's two bases, which damaged views are made anew from", "two later ones are written"),
+    (
+        "old views of a replica that started over, which its snapshot is completed with",
+        "it has the snapshot, or its next checkpoint",
+    ),
     ("the index of words: single words, without what they stood in", "SQLite merges its segments"),
     (
         "segments of vectors",

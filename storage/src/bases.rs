@@ -22,6 +22,7 @@
 //! - *A gap in the ledger* (this replica received a snapshot from a peer): what was received becomes the only base.
 
 use crate::codec::{self, FRAME_HEAD};
+use crate::delta::RangeHashes;
 use crate::error::StorageError;
 use crate::facts;
 use crate::log::read_up_to;
@@ -66,6 +67,15 @@ impl Writer {
     pub fn push(&mut self, frames: &[u8]) -> io::Result<()> {
         self.file.write_at(frames, self.offset)?;
         self.offset += frames.len() as u64;
+        Ok(())
+    }
+
+    /// Appends frames that were gathered, and removes them there, once they are a chunk.
+    pub fn push_full(&mut self, frames: &mut Vec<u8>) -> io::Result<()> {
+        if frames.len() >= CHUNK_BYTES {
+            self.push(frames)?;
+            frames.clear();
+        }
         Ok(())
     }
 
@@ -130,17 +140,18 @@ impl Reader {
     }
 }
 
-/// Exports a shard's views into a file; its length.
-pub fn export(shard: &Shard, disk: &dyn Disk, path: &str) -> Result<(u64, u64, [u8; 16]), StorageError> {
+/// Exports a shard's views into a file, but for what its receiver has: how long the file is, and of what.
+pub fn export(
+    shard: &Shard,
+    there: &RangeHashes,
+    disk: &dyn Disk,
+    path: &str,
+) -> Result<(u64, u64, [u8; 16]), StorageError> {
     let mut writer = Writer::create(disk, path)?;
     let mut chunk = Vec::new();
-    let (position, digest) = shard.export(&mut |frame| {
+    let (position, digest) = shard.export_to(there, &mut |frame| {
         chunk.extend_from_slice(frame);
-        if chunk.len() >= CHUNK_BYTES {
-            writer.push(&chunk)?;
-            chunk.clear();
-        }
-        Ok(())
+        Ok(writer.push_full(&mut chunk)?)
     })?;
     writer.push(&chunk)?;
     Ok((writer.finish()?, position.index, digest))
@@ -202,7 +213,7 @@ impl Bases {
     pub fn write(&self, shard: &Shard) -> Result<Base, StorageError> {
         let _changing = lock(&self.changing);
         let temporary = self.path("base.tmp");
-        let (bytes, index, digest) = export(shard, &*self.disk, &temporary)?;
+        let (bytes, index, digest) = export(shard, &RangeHashes::default(), &*self.disk, &temporary)?;
         self.commit(&temporary, Base { index, file: String::new(), bytes, digest }, KEPT)
     }
 

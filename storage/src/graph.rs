@@ -148,13 +148,16 @@ pub fn tenant_of(owner: &[u8]) -> Result<String, StorageError> {
     }
 }
 
-/// Calls `work` for every edge of the shard.
+/// Calls `work` for every edge of the shard, or of one slot.
 pub fn each(
     db: &Connection,
+    slot: Option<Slot>,
     work: &mut dyn FnMut(EdgeRow) -> Result<(), StorageError>,
 ) -> Result<(), StorageError> {
-    let sql =
-        format!("SELECT {EDGE}, owners.owner, slot FROM edges JOIN owners ON owners.number = edges.tenant");
+    let only = slot.map_or(String::new(), |slot| format!("WHERE slot = {slot}"));
+    let sql = format!(
+        "SELECT {EDGE}, owners.owner, slot FROM edges JOIN owners ON owners.number = edges.tenant {only}"
+    );
     let mut statement = db.prepare_cached(&sql)?;
     let mut found = statement.query([])?;
     while let Some(row) = found.next()? {

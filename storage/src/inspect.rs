@@ -217,6 +217,7 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
                 Piece::Edge(row) => ("edges", graph::hash(row)),
                 Piece::Deleted { .. } => ("places of deleted memories", 0),
                 Piece::Erasure(erasure) => ("erasures", rows::erasure_hash(erasure)),
+                Piece::Kept(_) => ("ranges that are not here, but at a receiver", 0),
                 Piece::End { pieces: counted, state } => {
                     ended = true;
                     say!(found, "snapshot of the views at position {:?}, {len} bytes", state.position);

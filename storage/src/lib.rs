@@ -12,6 +12,7 @@ mod apply;
 pub mod bases;
 mod cache;
 pub mod codec;
+pub mod delta;
 pub mod embed;
 pub mod erase;
 mod error;

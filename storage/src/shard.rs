@@ -18,7 +18,7 @@ use crate::records::fields;
 use crate::records::months::{self, Months, suffix};
 use crate::records::rows::{self, HISTORY, KEY, MEMORY, State, Stored};
 use crate::records::words;
-use crate::records::{LazyReader, Records};
+use crate::records::{LazyReader, RECORDS, Records};
 use crate::shown::Shown;
 use crate::slots::{Moving, Slot, SlotSet, Slots, slot_of};
 use crate::touched::Touched;
@@ -97,9 +97,8 @@ type Scored = ((String, Slot, MemoryId), f32);
 
 /// The fact that views have no index of words.
 const WORDLESS: &str = "wordless";
-const RECORDS: &str = "records.db";
 /// The fact that views are damaged.
-const CONDEMNED: &str = "condemned";
+pub(crate) const CONDEMNED: &str = "condemned";
 
 /// What a fact says whose being there is what matters.
 fn fact(disk: &dyn Disk, dir: &str, name: &str) -> Result<Option<String>, StorageError> {
@@ -948,7 +947,7 @@ impl Shard {
             digest = digest.wrapping_add(rows::key_hash(&rows::key_row(row)?));
             Ok(())
         })?;
-        graph::each(&reader, &mut |row| {
+        graph::each(&reader, None, &mut |row| {
             digest = digest.wrapping_add(graph::hash(&row));
             Ok(())
         })?;

@@ -1,19 +1,20 @@
 //! A shard's views as a stream of checksummed frames: what a replica that lags behind the log is given.
 //!
 //! Each frame holds an encoded [`Piece`]; a chunk holds whole frames. The last piece counts the others and carries the state, so
-//! a stream that was cut short or mixed up is refused, and then nothing has changed: an import is one transaction.
+//! a stream that was cut short or mixed up is refused, and then nothing has changed: an import is one transaction. What the receiver has already need not be
+//! sent ([`delta`]).
 
 use crate::apply::Applier;
 use crate::codec;
+use crate::delta::{self, Kept, RangeHashes};
 use crate::error::StorageError;
-use crate::graph::{self, EdgeRow};
-use crate::model::{Erasure, MemoryId, Month, Position};
+use crate::graph::EdgeRow;
+use crate::model::{Erasure, MemoryId, Position};
 use crate::records::months;
-use crate::records::rows::{self, HISTORY, KEY, KeyRow, MEMORY, Place, State, Stored};
-use crate::shard::{Shard, each, lock};
+use crate::records::rows::{self, KeyRow, Place, State, Stored};
+use crate::shard::{Shard, lock};
 use crate::slots::Slot;
 use bincode::{Decode, Encode};
-use std::cell::Cell;
 use std::sync::Arc;
 
 #[derive(Encode, Decode)]
@@ -38,6 +39,8 @@ pub enum Piece {
         place: Place,
     },
     Erasure(Erasure),
+    /// Only on the way to a receiver that has these rows.
+    Kept(Kept),
 }
 
 impl Shard {
@@ -48,40 +51,35 @@ impl Shard {
         &self,
         sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>,
     ) -> Result<(Position, [u8; 16]), StorageError> {
+        self.export_to(&RangeHashes::default(), sink)
+    }
+
+    /// Likewise, but for the rows that a receiver has: it completes what it gets ([`delta::Material::complete`]).
+    pub fn export_to(
+        &self,
+        there: &RangeHashes,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), StorageError>,
+    ) -> Result<(Position, [u8; 16]), StorageError> {
         let mut reader = self.records.reader();
         let snapshot = reader.transaction()?;
-        let pieces = Cell::new(0);
+        let mut pieces = 0;
         let mut frame = vec![];
-        let mut send = |piece: &Piece| {
+        let mut send = |piece: Piece, rows: u64| {
+            pieces += rows;
             frame.clear();
-            codec::frame(&mut frame, &codec::encode(piece));
-            pieces.set(pieces.get() + 1);
+            codec::frame(&mut frame, &codec::encode(&piece));
             sink(&frame)
         };
-        let months = months::load(&snapshot)?;
-        rows::each(&snapshot, &months, (MEMORY, 'm'), &mut |_, row| {
-            send(&Piece::Memory(rows::stored(row)?))
-        })?;
-        rows::each(&snapshot, &months, (&format!("{HISTORY}, version"), 'h'), &mut |_, row| {
-            send(&Piece::History { version: row.get::<_, i64>(5)? as u64, row: rows::stored(row)? })
-        })?;
-        each(
-            &snapshot,
-            "SELECT tenant, id, month, version, slot FROM directory WHERE position = 0",
-            |row| {
-                let place =
-                    Place { month: Month(row.get(2)?), position: 0, version: row.get::<_, i64>(3)? as u64 };
-                send(&Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, slot: row.get(4)?, place })
-            },
-        )?;
-        graph::each(&snapshot, &mut |edge| send(&Piece::Edge(edge)))?;
-        each(&snapshot, &format!("SELECT {KEY} FROM keys"), |row| send(&Piece::Key(rows::key_row(row)?)))?;
+        delta::send_rows(&snapshot, there, &mut send)?;
         for erasure in rows::erasures(&snapshot)? {
-            send(&Piece::Erasure(erasure))?;
+            send(Piece::Erasure(erasure), 1)?;
         }
         let state = Box::new(rows::load_state(&snapshot)?);
         let (position, digest) = (state.position, state.whole_digest().to_le_bytes());
-        send(&Piece::End { pieces: pieces.get(), state })?;
+        let end = codec::encode(&Piece::End { pieces, state });
+        frame.clear();
+        codec::frame(&mut frame, &end);
+        sink(&frame)?;
         Ok((position, digest))
     }
 
@@ -162,6 +160,9 @@ fn put(applier: &mut Applier<'_>, piece: Piece) -> Result<(), StorageError> {
         Piece::Edge(row) => applier.restore_edge(&row)?,
         Piece::Deleted { tenant, id, slot, place } => rows::put_place(applier.db, &tenant, &id, slot, place)?,
         Piece::Erasure(erasure) => applier.list_erasure(&erasure)?,
+        Piece::Kept(kept) => {
+            return Err(StorageError::Snapshot(format!("it was not completed: {kept:?} is missing")));
+        }
         Piece::End { .. } => {}
     }
     Ok(())

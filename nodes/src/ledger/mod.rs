@@ -14,7 +14,7 @@
 //!   whose answer is missing gets OUTCOME_UNKNOWN and retries with its idempotency key, decided at apply.
 //! - *A deposed leader is asked.* It can neither commit nor confirm a read position without a majority: it answers with an error.
 //! - *A log write or fsync fails.* The process ends and recovers from what its disk really holds ([`log_store`]).
-//! - *A replica is far behind.* It gets a snapshot ([`storage::bases`]).
+//! - *A replica is far behind.* It gets a snapshot ([`storage::bases`]), without what it has already ([`storage::delta`]).
 //! - *A disk has rotted.* See [`recovery`].
 //! - *The region is given up.* The leader and each voter append only while the region has the right to write ([`crate::control::rights`]), and the leader looks
 //!   again before it acknowledges: what it cannot be sure of is OUTCOME_UNKNOWN. See [`epochs`] for what becomes of the replicas, and [`elsewhere`] for
@@ -188,7 +188,8 @@ impl Ledger {
         let repair = log.repair().map_err(|e| internal("ledger", e))?;
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
         let store = log_store::LogStore::new(log.clone());
-        let keeper = Keeper { log: log.clone(), bases, base_bytes_min: options.base_bytes_min };
+        let (disk_of_keeper, base_bytes_min) = (disk.clone(), options.base_bytes_min);
+        let keeper = Keeper { disk: disk_of_keeper, log: log.clone(), bases, base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
         let missed = store.missed.clone();

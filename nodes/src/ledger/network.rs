@@ -22,7 +22,9 @@ use sim::disk::Disk;
 use sim::time::{Duration, Instant};
 use std::future::Future;
 use std::sync::Arc;
+use storage::delta::RangeHashes;
 use storage::{bases, codec};
+use tonic::Code;
 
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -77,6 +79,25 @@ impl Peer {
         let answer =
             peers.tell(&self.addr, (*group, *epoch, method), body, ttl).await.map_err(unreachable)?;
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
+    }
+
+    /// What the peer has already. Where it cannot say, a snapshot for it is whole.
+    async fn range_hashes(&self) -> Result<RangeHashes, Unreachable<Types>> {
+        let Network { peers, group, epoch, .. } = &self.network;
+        let mut client = peers.client(&self.addr).map_err(unreachable)?;
+        let body = Body { group: *group, epoch: *epoch, ..Body::default() };
+        match client.range_hashes(peers.request(body, SNAPSHOT_TIMEOUT)).await {
+            Ok(answer) => codec::decode(&answer.into_inner().body).map_err(unreachable),
+            Err(status) if status.code() == Code::Internal => {
+                sim::warn!(
+                    "peer {} cannot say what it has ({}): it is sent all",
+                    self.target,
+                    status.message()
+                );
+                Ok(RangeHashes::default())
+            }
+            Err(status) => Err(unreachable(status.message())),
+        }
     }
 }
 
@@ -150,15 +171,19 @@ impl RaftNetworkV2<Types> for Peer {
         let SnapshotSource::Views(shard) = snapshot.snapshot else {
             return Err(unreachable("a received snapshot is not sent on").into());
         };
-        let views = shard.clone();
-        sim::info!("peer {} is behind the log: sending it a snapshot", self.target);
+        let (views, target) = (shard.clone(), self.target);
+        sim::info!("peer {target} is behind the log: sending it a snapshot");
         let send = async {
-            let (disk, path) = (self.network.disk.clone(), format!("snapshot-to-{}.tmp", self.target));
-            let head = codec::encode_serde(&(vote, snapshot.meta));
+            let (disk, path) = (self.network.disk.clone(), format!("snapshot-to-{target}.tmp"));
+            let there = self.range_hashes().await?;
+            let whole = there == RangeHashes::default();
+            let head = codec::encode_serde(&(vote, snapshot.meta, whole));
             let file = {
                 let (disk, path) = (disk.clone(), path.clone());
                 sim::task::blocking(move || {
-                    bases::export(&shard, &*disk, &path)?;
+                    let (bytes, _, _) = bases::export(&shard, &there, &*disk, &path)?;
+                    let beside = if whole { "" } else { ", beside what it has" };
+                    sim::info!("the snapshot for peer {target} has {bytes} bytes{beside}");
                     bases::Reader::open(&*disk, &path)
                 })
             };

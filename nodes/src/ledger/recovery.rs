@@ -5,7 +5,7 @@
 //! | a torn tail of the log, views that are behind | nothing was lost: the log is cut, and gives the views the rest |
 //! | one of a fact's two copies is damaged | healed from the other ([`storage::facts`]) |
 //! | views that are damaged, or behind the purged log | made anew from a base and the log ([`storage::bases`]); a damaged base is passed over |
-//! | views that no base and log can make | the replica starts over, as below, and a peer sends a snapshot |
+//! | views that no base and log can make | the replica starts over, as below, and a peer sends a snapshot; what sound views have of it already is not sent ([`storage::delta`]) |
 //! | a log that is damaged though it was durable | cut there; this replica *does not vote* until it has everything back |
 //! | an epoch that is over | what the next one has not is taken away ([`epochs`](super::epochs)) |
 //! | both copies of a fact are damaged | an error that names the file |
@@ -27,6 +27,7 @@ use sim::disk::Disk;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use storage::bases::Bases;
+use storage::delta;
 use storage::log::{Log, LogError, LogOptions};
 use storage::{Shard, ShardOptions, StorageError};
 
@@ -34,6 +35,8 @@ use storage::{Shard, ShardOptions, StorageError};
 pub const LOG: &str = "ledger";
 pub const VIEWS: &str = "views";
 pub const BASES: &str = "bases";
+/// Views that could not be used, though they were sound, until a snapshot is completed with them ([`storage::delta`]).
+pub const ASIDE: &str = "aside";
 
 /// Entries replayed in one transaction.
 const REPLAY_ENTRIES: usize = 256;
@@ -58,6 +61,7 @@ pub struct Opened {
 /// Writes bases, and lets go of the log that none of them needs.
 #[derive(Clone)]
 pub struct Keeper {
+    pub disk: Arc<dyn Disk>,
     pub log: Arc<Log>,
     pub bases: Arc<Bases>,
     /// A base is worth its cost only for this many bytes of log, at least.
@@ -67,6 +71,9 @@ pub struct Keeper {
 impl Keeper {
     /// Called after a checkpoint.
     pub fn keep(&self, shard: &Shard) -> Result<(), StorageError> {
+        if shard.applied().0.index > 0 {
+            delta::discard(&*self.disk, ASIDE)?;
+        }
         let newest = self.bases.held().into_iter().next();
         let due =
             newest.is_none_or(|base| self.log.bytes_after(base.index) > base.bytes.max(self.base_bytes_min));
@@ -127,7 +134,9 @@ pub fn open(
         Ok(Opened { log, shard: Arc::new(shard), bases, held: held.clone() })
     };
     let purged = log.first_index() - 1;
-    let problem = match Shard::open(disk.clone(), VIEWS, shard.clone()) {
+    let opened = Shard::open(disk.clone(), VIEWS, shard.clone());
+    let sound = opened.is_ok();
+    let problem = match opened {
         _ if start_over => "what is left of an old epoch lies before the log's beginning".to_string(),
         Ok(views) if (purged..=views_max).contains(&views.applied().0.index) => {
             return done(log, views, bases, &held);
@@ -151,6 +160,9 @@ pub fn open(
         false => sim::trace::probe("views: made anew"),
     }
     sim::error!("{problem}; making the views anew");
+    if sound && !alone {
+        delta::set_aside(&**disk, VIEWS, ASIDE).map_err(|e| failed("views", e))?;
+    }
     let started = Instant::now();
     let mut from: Vec<_> = bases.held().into_iter().map(Some).collect();
     from.push(None);
@@ -162,6 +174,7 @@ pub fn open(
         match restored.map_err(|e| e.to_string()).and_then(|()| replay(&log, &views, held.first, purged)) {
             Ok(()) => {
                 views.acquit().map_err(|e| failed("views", e))?;
+                delta::discard(&**disk, ASIDE).map_err(|e| failed("views", e))?;
                 let (position, _) = views.applied();
                 sim::info!(
                     "views made anew from {name}, at {} after {:?}",

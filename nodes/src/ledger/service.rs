@@ -2,6 +2,7 @@
 
 use super::log_store::position_index;
 use super::quarantine::{self, Look};
+use super::recovery::ASIDE;
 use super::state_machine::SnapshotSource;
 use super::types::{SnapshotMeta, Types, Vote};
 use super::{Ledger, Proposed};
@@ -25,11 +26,14 @@ use openraft::entry::RaftEntry;
 use openraft::raft::{AppendEntriesRequest, SnapshotResponse};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use sim::disk::Disk;
 use sim::time::{Duration, Instant};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use storage::bases::Writer;
-use storage::codec;
+use storage::delta::{self, Completed, Material};
 use storage::model::Position;
+use storage::{Shard, StorageError, codec};
 use tonic::{Request, Response, Status, Streaming};
 
 pub struct ReplicaService {
@@ -81,6 +85,37 @@ fn of_epoch(ledger: &Ledger, epoch: u64) -> Result<(), Error> {
     sim::trace::probe("epoch: a message of another one refused");
     let problem = format!("{} is in epoch {} here, not in {epoch}", name_of(ledger.group), ledger.epoch());
     Err(Error::NotHere(problem))
+}
+
+/// Makes a snapshot that arrived beside what is here whole; the file that it is in.
+fn complete(
+    disk: &Arc<dyn Disk>,
+    path: &str,
+    number: u64,
+    views: &Arc<Shard>,
+) -> Result<String, StorageError> {
+    let material = Material::open(disk, ASIDE, views)?;
+    let whole = format!("snapshot-whole-{number}.tmp");
+    let completed = material.complete(&**disk, path, &whole);
+    disk.remove(path)?;
+    match completed {
+        Ok(Completed { arrived, kept }) => {
+            sim::trace::probe("ledger: snapshot completed with what was here");
+            sim::info!("of a snapshot's rows {arrived} arrived and {kept} were here");
+            Ok(whole)
+        }
+        Err(error) => {
+            sim::warn!("a snapshot cannot be completed with what is here: {error}");
+            if disk.exists(&whole)? {
+                disk.remove(&whole)?;
+            }
+            if let Material::Aside(_) = material {
+                drop(material);
+                delta::discard(&**disk, ASIDE)?;
+            }
+            Err(error)
+        }
+    }
 }
 
 /// What the group's replica answers to one of openraft's messages.
@@ -139,6 +174,14 @@ impl replica_server::Replica for ReplicaService {
         Ok(Response::new(stream::iter(first).chain(answers).boxed()))
     }
 
+    async fn range_hashes(&self, request: Request<Body>) -> Reply {
+        let body = request.get_ref();
+        let Replica { ledger, disk, .. } = self.replica(body)?;
+        of_epoch(&ledger, body.epoch)?;
+        let hashes = sim::task::blocking(move || Material::open(&disk, ASIDE, &ledger.shard)?.hashes());
+        encoded(&hashes.await.map_err(|e| Status::internal(e.to_string()))?)
+    }
+
     async fn snapshot(&self, request: Request<Streaming<Body>>) -> Reply {
         let mut stream = request.into_inner();
         let Some(head) = stream.message().await? else {
@@ -146,7 +189,7 @@ impl replica_server::Replica for ReplicaService {
         };
         let replica = self.replica(&head)?;
         of_epoch(&replica.ledger, head.epoch)?;
-        let (vote, meta): (Vote, SnapshotMeta) = codec::decode_serde(&head.body)
+        let (vote, meta, whole): (Vote, SnapshotMeta, bool) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
         // One that comes late, behind entries of the same leader, must not take those away again: what it is of is here, and committed.
         let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;
@@ -156,8 +199,10 @@ impl replica_server::Replica for ReplicaService {
             let body = codec::encode_serde(&SnapshotResponse::<Types>::new(own)).into();
             return Ok(Response::new(Body { body, ..Body::default() }));
         }
-        let path = format!("snapshot-in-{}.tmp", replica.received.fetch_add(1, Ordering::Relaxed));
+        let number = replica.received.fetch_add(1, Ordering::Relaxed);
+        let path = format!("snapshot-in-{number}.tmp");
         let broken = |e: std::io::Error| Status::internal(format!("snapshot cannot be stored: {e}"));
+        let unusable = |e: StorageError| Status::internal(format!("snapshot not installed: {e}"));
         let (disk, name) = (replica.disk.clone(), path.clone());
         let mut sink = sim::task::blocking(move || Writer::create(&*disk, &name)).await.map_err(broken)?;
         while let Some(chunk) = stream.message().await? {
@@ -165,10 +210,19 @@ impl replica_server::Replica for ReplicaService {
                 sim::task::blocking(move || sink.push(&chunk.body).map(|()| sink)).await.map_err(broken)?;
         }
         sim::task::blocking(move || sink.finish()).await.map_err(broken)?;
+        let path = match whole {
+            true => path,
+            false => {
+                let (disk, views) = (replica.disk.clone(), replica.ledger.shard.clone());
+                let done = sim::task::blocking(move || complete(&disk, &path, number, &views)).await;
+                done.map_err(unusable)?
+            }
+        };
         let source = SnapshotSource::File { disk: replica.disk.clone(), path };
         let snapshot = openraft::storage::Snapshot { meta, snapshot: source };
         let installed = replica.ledger.raft.install_full_snapshot(vote, snapshot).await;
         let installed = installed.map_err(|e| Status::unavailable(e.to_string()))?;
+        sim::task::blocking(move || delta::discard(&*replica.disk, ASIDE)).await.map_err(unusable)?;
         Ok(Response::new(Body { body: codec::encode_serde(&installed).into(), ..Body::default() }))
     }
 

@@ -51,6 +51,8 @@ use rusqlite::{Connection, OpenFlags};
 use sim::disk::{Disk, open_sqlite};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// The database's name in its directory.
+pub const RECORDS: &str = "records.db";
 pub const SCHEMA_VERSION: i64 = 4;
 /// A database of this format lacks the list of erasures, and is given it.
 const WITHOUT_ERASURES: i64 = 3;
@@ -129,6 +131,11 @@ fn configure(connection: &Connection, cache_kib: u32) -> Result<(), rusqlite::Er
 }
 
 impl Records {
+    /// Whether a file in the database's directory is part of it.
+    pub fn has(name: &str) -> bool {
+        name.starts_with(RECORDS) || name.strip_suffix(".meta") == Some(MOVING)
+    }
+
     /// Opens the database at `path`, whose directory exists, creating it if there is none.
     pub fn open(disk: Arc<dyn Disk>, path: &str) -> Result<Records, StorageError> {
         let writer = open_sqlite(&*disk, path, OpenFlags::default())?;
