@@ -21,6 +21,8 @@ pub const STRIKES_MAX: u32 = 3;
 pub const HEDGE_SHARE: f64 = 0.1;
 /// Hedges that may be saved up.
 const HEDGES_SAVED_MAX: f64 = 20.0;
+/// So many near ones are asked before a far one.
+const NEAR_FIRST: usize = 2;
 /// Answers that say how long they take.
 const SAMPLE: usize = 128;
 /// Until so many answers have come, nobody knows.
@@ -67,12 +69,17 @@ impl Standing {
         self.state.lock().unwrap_or_else(|p| p.into_inner())
     }
 
-    /// Whom to ask, best first: all of them, those that are trusted before the others, of those the near ones, each group beginning at `turn`.
+    /// Whom to ask, best first: all of them, those that are trusted before the others, of those the near ones, each group beginning at `turn`. Whoever has not been answered by two
+    /// of the near ones asks a far one next: what is near may be behind as a whole, as a region is that comes back.
     pub fn order(&self, turn: usize) -> Vec<usize> {
         let state = self.state();
         let count = state.replicas.len().max(1);
         let mut order: Vec<usize> = (0..state.replicas.len()).map(|at| (at + turn) % count).collect();
         order.sort_by_key(|at| (state.replicas[*at].suspected, *at >= self.near));
+        let far = order.iter().position(|at| *at >= self.near && !state.replicas[*at].suspected);
+        if let Some(far) = far.filter(|far| *far > NEAR_FIRST) {
+            order[NEAR_FIRST..=far].rotate_right(1);
+        }
         order
     }
 
@@ -161,6 +168,18 @@ mod tests {
         assert_eq!((standing.order(1), standing.leader()), (vec![2, 0, 1], None));
         standing.clear(1);
         assert_eq!((standing.order(1), standing.leader()), (vec![1, 2, 0], Some(1)));
+    }
+
+    #[test]
+    fn a_far_one_is_asked_after_two_near_ones() {
+        let addrs = ["a:1", "b:1", "c:1", "x:1", "y:1"].map(String::from).to_vec();
+        let standing = Standing::new(addrs, 3, 1);
+        assert_eq!(standing.order(1), [1, 2, 3, 0, 4]);
+        standing.suspect(3);
+        assert_eq!(standing.order(0), [0, 1, 4, 2, 3]);
+        standing.suspect(0);
+        standing.suspect(1);
+        assert_eq!(standing.order(0), [2, 4, 0, 1, 3]);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::Control;
 use super::grants::{Granted, Grants};
 use super::lease::HolderId;
 use super::map::{ClusterMap, NodeId, ShardId};
-use super::regions::{End, RegionChange, Regions, Step, choose, needed};
+use super::regions::{End, RegionChange, RegionPolicy, Regions, Step, choose, needed};
 use crate::error::Error;
 use crate::groups::{CONTROL, GroupId, Groups};
 use crate::ledger::epochs::Report;
@@ -44,6 +44,8 @@ use storage::slots::SlotSet;
 const LOOK: Duration = Duration::from_millis(500);
 /// While the primary is silent, and while a change is carried out.
 const HURRY: Duration = Duration::from_millis(100);
+/// Looks of who does not answer take as long as each other, but for so much.
+const MARGIN: Duration = Duration::from_millis(20);
 /// How long a node may take to say that it is there.
 const REACH_WITHIN: Duration = Duration::from_millis(800);
 /// One step's time.
@@ -64,6 +66,9 @@ pub struct Failover {
     /// What a change waits for, for whoever asks.
     pub waits_for: Arc<Mutex<String>>,
 }
+
+/// The map, if it was changed.
+type Made = Result<Option<Arc<ClusterMap>>, Error>;
 
 /// What the leader has seen so far.
 #[derive(Default)]
@@ -86,6 +91,27 @@ struct Seen {
 const OFFER_EVERY: Duration = Duration::from_secs(10);
 /// How often somebody is told of the same.
 const TELL_EVERY: Duration = Duration::from_secs(60);
+
+impl Seen {
+    /// How much is left of the window in which the primary must be silent.
+    fn window_left(&self, policy: &RegionPolicy) -> Option<Duration> {
+        let (since, window) = match self.validated {
+            Some(since) => (since, policy.validate_ms),
+            None => (self.silent?, policy.detect_ms),
+        };
+        Some(Duration::from_millis(window).saturating_sub(since.elapsed()))
+    }
+}
+
+/// How long to wait for the next look. `window`: what is left of the window in which the primary is silent. Looks that wait for who does not answer take long; so that
+/// the window is no longer than it must be, the last one ends with it. `took`: how long the one before took.
+fn pause(window: Option<Duration>, took: Duration, changing: bool) -> Duration {
+    match window {
+        Some(left) if left >= took + HURRY && left < took * 2 + HURRY * 2 => left - took + MARGIN,
+        None if !changing => LOOK,
+        _ => HURRY,
+    }
+}
 
 fn soon() -> Instant {
     Instant::now() + STEP
@@ -147,23 +173,28 @@ impl Failover {
         if !self.control.has_regions().await {
             return;
         }
-        let mut seen = Seen::default();
+        let (mut seen, mut made) = (Seen::default(), None);
         loop {
             let leads = self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader());
             let known = self.control.map();
             let Some(regions) = known.regions.as_ref().filter(|_| leads) else {
-                seen = Seen::default();
+                (seen, made) = (Seen::default(), None);
                 self.wait_for("");
                 time::sleep(LOOK).await;
                 continue;
             };
-            let changing = regions.change.is_some();
-            let more = self.look(&mut seen).await;
-            match &more {
+            let began = Instant::now();
+            let looked = self.look(made.take(), &mut seen).await;
+            match &looked {
                 Err(error) => self.wait_for(&error.to_string()),
-                Ok(()) => self.wait_for(""),
+                Ok(_) => self.wait_for(""),
             }
-            time::sleep(if changing || seen.silent.is_some() { HURRY } else { LOOK }).await;
+            made = looked.ok().flatten();
+            // A step that is done is followed by the next one at once.
+            if made.is_none() {
+                let changing = regions.change.is_some();
+                time::sleep(pause(seen.window_left(&regions.policy), began.elapsed(), changing)).await;
+            }
         }
     }
 
@@ -189,18 +220,20 @@ impl Failover {
         Ok(())
     }
 
-    async fn look(&self, seen: &mut Seen) -> Result<(), Error> {
+    /// Does what is to be done; the map, if it was changed by a step. `made`: the map that the step before made, which needs no confirmation.
+    async fn look(&self, made: Option<Arc<ClusterMap>>, seen: &mut Seen) -> Made {
         let known = self.control.map();
         if let Some(regions) = known.regions.as_ref().filter(|_| !seen.compared) {
             self.follow_the_grant(regions).await?;
             seen.compared = true;
         }
-        let map = match &known.regions {
+        let map = match (made, &known.regions) {
+            (Some(map), _) => map,
             // What is watched needs no confirmed map; what is carried out does.
-            Some(Regions { change: None, .. }) => self.control.glance(soon()).await?,
+            (None, Some(Regions { change: None, .. })) => self.control.glance(soon()).await?,
             _ => self.control.read(soon()).await?,
         };
-        let Some(regions) = &map.regions else { return Ok(()) };
+        let Some(regions) = &map.regions else { return Ok(None) };
         let Some(change) = &regions.change else { return self.detect(&map, regions, seen).await };
         seen.quiet = None;
         match change.step() {
@@ -211,7 +244,7 @@ impl Failover {
         }
     }
 
-    async fn detect(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
+    async fn detect(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Made {
         seen.validated = None;
         let (addrs, began) = (voters(map), Instant::now());
         let reached = reach(&self.peers, &addrs, 0).await;
@@ -221,15 +254,15 @@ impl Failover {
             if map.account(time::calendar_ms()) != *map {
                 self.control.update(|map| Ok(map.account(time::calendar_ms())), soon()).await?;
             }
-            return Ok(());
+            return Ok(None);
         }
         // Whoever did not answer was silent when it was asked.
         let since = *seen.silent.get_or_insert(began);
         seen.quiet = None;
         if !regions.policy.automatic || since.elapsed() < Duration::from_millis(regions.policy.detect_ms) {
-            return Ok(());
+            return Ok(None);
         }
-        let Some(to) = regions.serving().find(|name| **name != regions.primary) else { return Ok(()) };
+        let Some(to) = regions.serving().find(|name| **name != regions.primary) else { return Ok(None) };
         if let Some((shard, ready)) = map.unready_in(to) {
             if seen.told.is_none_or(|at| at.elapsed() > TELL_EVERY) {
                 seen.told = Some(Instant::now());
@@ -241,7 +274,7 @@ impl Failover {
                 );
                 sim::trace::probe("region: not given up, since the other one is being filled");
             }
-            return Ok(());
+            return Ok(None);
         }
         let cause = format!("no majority of its replicas answers for {:.0?}", since.elapsed());
         sim::trace::probe("region: found silent");
@@ -256,9 +289,9 @@ impl Failover {
             let begun = map.begin_region_change(to, false, false, first, now)?;
             Ok(begun.region_silent_since(now - silent_ms))
         };
-        self.control.update(begun, soon()).await?;
+        let map = self.control.update(begun, soon()).await?;
         seen.validated = Some(Instant::now());
-        Ok(())
+        Ok(Some(map))
     }
 
     /// A leader in the primary region dies with it, and whoever follows has to find out anew that it is silent. So it lets one of the witness lead, whose links carry
@@ -319,7 +352,7 @@ impl Failover {
         }
     }
 
-    async fn validate(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Result<(), Error> {
+    async fn validate(&self, map: &ClusterMap, regions: &Regions, seen: &mut Seen) -> Made {
         let since = *seen.validated.get_or_insert_with(Instant::now);
         let next = match self.is_silent_to_all(map, regions).await {
             false => Step::Withdrawn,
@@ -328,7 +361,7 @@ impl Failover {
                 self.can_take_over(map, regions).await?;
                 Step::Granting
             }
-            true => return Ok(()),
+            true => return Ok(None),
         };
         if next == Step::Withdrawn {
             sim::trace::probe("region: a failover was withdrawn");
@@ -336,11 +369,10 @@ impl Failover {
         } else {
             sim::error!("region {} is silent to every observer: it is given up", regions.primary);
         }
-        self.control
-            .update(|map| Ok(map.region_step(Step::Validating, next, time::calendar_ms())), soon())
-            .await?;
+        let step = |map: &ClusterMap| Ok(map.region_step(Step::Validating, next, time::calendar_ms()));
+        let map = self.control.update(step, soon()).await?;
         *seen = Seen { compared: true, ..Seen::default() };
-        Ok(())
+        Ok(Some(map))
     }
 
     async fn grant(
@@ -349,7 +381,7 @@ impl Failover {
         regions: &Regions,
         change: &RegionChange,
         seen: &mut Seen,
-    ) -> Result<(), Error> {
+    ) -> Made {
         let holder: HolderId = regions
             .holder(&change.to)
             .ok_or_else(|| Error::Internal(format!("region {} is none", change.to)))?;
@@ -359,7 +391,7 @@ impl Failover {
             let since = *seen.pausing.get_or_insert_with(Instant::now);
             if let Some(left) = self.grants.prepare(holder)? {
                 time::sleep(left.min(LOOK)).await;
-                return Ok(());
+                return Ok(None);
             }
             if let Err(error) = self.has_everything(map, change).await {
                 if since.elapsed() < PAUSE_MAX || !self.grants.withdraw() {
@@ -371,8 +403,7 @@ impl Failover {
                 let back = |map: &ClusterMap| {
                     Ok(map.region_step(Step::Granting, Step::Withdrawn, time::calendar_ms()))
                 };
-                self.control.update(back, soon()).await?;
-                return Ok(());
+                return self.control.update(back, soon()).await.map(Some);
             }
         }
         seen.pausing = None;
@@ -383,12 +414,11 @@ impl Failover {
                 sim::warn!("epoch {epoch} is {}'s", change.to);
                 let to = &change.to;
                 let granted = |map: &ClusterMap| Ok(map.region_granted(epoch, to, time::calendar_ms()));
-                self.control.update(granted, soon()).await?;
-                Ok(())
+                self.control.update(granted, soon()).await.map(Some)
             }
             Granted::Wait(left) => {
                 time::sleep(left.min(LOOK)).await;
-                Ok(())
+                Ok(None)
             }
         }
     }
@@ -422,19 +452,22 @@ impl Failover {
         Ok(())
     }
 
-    async fn promote(&self, map: &ClusterMap, change: &RegionChange) -> Result<(), Error> {
-        let (record, _) = self.control.lease(soon()).await?;
+    async fn promote(&self, map: &ClusterMap, change: &RegionChange) -> Made {
         let left = map.to_promote();
         if left.is_empty() {
             // Those who vote now should not wait until they look by themselves.
-            reach(&self.peers, &voters(map), map.version).await;
+            let voters = voters(map);
+            let tell = reach(&self.peers, &voters, map.version);
             let next =
                 |map: &ClusterMap| Ok(map.region_step(Step::Promoting, Step::Verifying, time::calendar_ms()));
-            self.control.update(next, soon()).await?;
-            return Ok(());
+            let (_, map) = futures::future::join(tell, self.control.update(next, soon())).await;
+            return map.map(Some);
         }
+        let (record, _) = self.control.lease(soon()).await?;
         let promoted = left.iter().map(|shard| self.promote_one(map, *shard, change, record.ceiling_before));
-        join_all(promoted).await.into_iter().collect()
+        let promoted: Vec<_> = join_all(promoted).await.into_iter().collect::<Result<_, _>>()?;
+        // The last one has them all.
+        Ok(promoted.into_iter().max_by_key(|map| map.version))
     }
 
     async fn promote_one(
@@ -443,7 +476,7 @@ impl Failover {
         shard: ShardId,
         change: &RegionChange,
         ceiling: u64,
-    ) -> Result<(), Error> {
+    ) -> Result<Arc<ClusterMap>, Error> {
         let there = map.replicas_in(shard, &change.to);
         let needed = if sim::planted!("promote-the-first-that-halts") { 1 } else { needed(there.len()) };
         let mut waiting: futures::stream::FuturesUnordered<_> = there
@@ -498,8 +531,7 @@ impl Failover {
         );
         let promoted =
             |map: &ClusterMap| Ok(map.promote(shard, change.epoch, &voters, (*chosen, report), ceiling));
-        self.control.update(promoted, soon()).await?;
-        Ok(())
+        self.control.update(promoted, soon()).await
     }
 
     async fn halt(
@@ -536,11 +568,12 @@ impl Failover {
     }
 
     /// A write that changes nothing, and a confirmed read, on every shard.
-    async fn verify(&self, map: &ClusterMap) -> Result<(), Error> {
-        reach(&self.peers, &voters(map), map.version).await;
+    async fn verify(&self, map: &ClusterMap) -> Made {
         for shard in map.shards.keys() {
             let at = self.router.at(map, *shard, &[]);
             if let Err(error) = at.reach.propose(vec![], soon()).await {
+                // It may be that one of those who vote does not know of it.
+                reach(&self.peers, &voters(map), map.version).await;
                 self.choose_again(map, *shard).await?;
                 return Err(error);
             }
@@ -550,6 +583,6 @@ impl Failover {
         let map = self.control.update(done, soon()).await?;
         sim::trace::probe("region: a change done");
         sim::warn!("{} writes now, in epoch {}", map.primary(), map.epoch());
-        Ok(())
+        Ok(Some(map))
     }
 }

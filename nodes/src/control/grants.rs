@@ -84,9 +84,9 @@ impl Grants {
 
     async fn begin(&self, raft_term: u64, settings: Settings) -> Result<(), Error> {
         let deadline = Instant::now() + STEP;
-        let (record, _) = self.control.lease(deadline).await?;
-        let lead = Entry::Lead { term: record.term + 1 };
-        let Some(record) = self.control.enter(&lead, deadline).await? else {
+        let read = self.control.lease(deadline).await?;
+        let lead = Entry::Lead { term: read.0.term + 1 };
+        let Some(record) = self.control.enter(&lead, Some(read), deadline).await? else {
             return Err(Error::Unavailable("another one leads the control group".into()));
         };
         let mut grantor = Grantor::leads(&settings, record, self.now());
@@ -127,7 +127,7 @@ impl Grants {
                 GrantorEffect::Propose { entry, then: Some(answer) } => {
                     sim::rand::buggify_wait("between a renewal and its record", 0.05, Duration::from_secs(2))
                         .await;
-                    if let Ok(Some(record)) = self.control.enter(&entry, deadline).await {
+                    if let Ok(Some(record)) = self.control.enter(&entry, None, deadline).await {
                         self.on(GrantorEvent::Read(record));
                         return Renewed::Granted(answer);
                     }
@@ -172,7 +172,7 @@ impl Grants {
     /// Grants the next epoch to a region, unless it has one after `epoch` already. `leap`: so many are left out.
     pub async fn grant(&self, holder: HolderId, epoch: u64, leap: u64) -> Result<Granted, Error> {
         let deadline = Instant::now() + STEP;
-        let (record, _) = self.control.lease(deadline).await?;
+        let (record, version) = self.control.lease(deadline).await?;
         if record.epoch > epoch + leap && record.holder == Some(holder) {
             return Ok(self.granted(record));
         }
@@ -185,7 +185,7 @@ impl Grants {
             if let Entry::Next { epoch, .. } = &mut entry {
                 *epoch += leap;
             }
-            let Some(record) = self.control.enter(&entry, deadline).await? else {
+            let Some(record) = self.control.enter(&entry, Some((record, version)), deadline).await? else {
                 return Err(Error::Unavailable("another one leads the control group".into()));
             };
             return Ok(self.granted(record));

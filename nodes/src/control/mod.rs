@@ -36,12 +36,12 @@ pub mod rights;
 use crate::convert;
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups};
-use crate::ledger::left;
+use crate::ledger::{Proposed, left};
 use crate::peers::Peers;
 use crate::proto::v1;
 use crate::reach::Reach;
 use crate::remote::Remote;
-use crate::views::{Ask, Found, Freshness, Query, unexpected};
+use crate::views::{Answered, Ask, Found, Freshness, Query, unexpected};
 use map::ClusterMap;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -181,16 +181,7 @@ impl Control {
     ) -> Result<Option<(T, u64)>, Error> {
         let ask = Ask::Get { tenant: TENANT.into(), slot: None, id, now: 0 };
         let query = Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() };
-        let Found::Memory(found) = self.reach.query(query, deadline).await?.found else {
-            return Err(unexpected());
-        };
-        let Some(memory) = found else { return Ok(None) };
-        let record = serde_json::from_str(&memory.text).map_err(|e| {
-            Error::Internal(format!(
-                "the control group's record is written in a way that this build does not know: {e}"
-            ))
-        })?;
-        Ok(Some((record, memory.version)))
+        record_of(self.reach.query(query, deadline).await?)
     }
 
     /// The record of the right to write, confirmed by a majority after this call.
@@ -199,14 +190,18 @@ impl Control {
         read.ok_or_else(|| Error::Unavailable("no region has a right to write yet".into()))
     }
 
-    /// Writes an entry of the right to write; the record as it is then. `None`: it is another leader's, or late.
+    /// Writes an entry of the right to write; the record as it is then. `None`: it is another leader's, or late. `read`: the record that was just read, if it was.
     pub async fn enter(
         &self,
         entry: &lease::Entry,
+        mut read: Option<(lease::Record, u64)>,
         deadline: Instant,
     ) -> Result<Option<lease::Record>, Error> {
         loop {
-            let (record, version) = self.lease(deadline).await?;
+            let (record, version) = match read.take() {
+                Some(read) => read,
+                None => self.lease(deadline).await?,
+            };
             let Some(next) = record.apply(entry) else { return Ok(None) };
             if self.write(LEASE, &next, version, deadline).await? {
                 return Ok(Some(next));
@@ -277,6 +272,9 @@ impl Control {
         change: impl Fn(&ClusterMap) -> Result<ClusterMap, Error>,
         deadline: Instant,
     ) -> Result<Arc<ClusterMap>, Error> {
+        if let Some(map) = self.update_here(&change, deadline).await? {
+            return Ok(map);
+        }
         loop {
             let missing = || Error::Unavailable("the cluster is not founded yet".into());
             let (map, version) = self.record(Freshness::Strong, deadline).await?.ok_or_else(missing)?;
@@ -288,6 +286,38 @@ impl Control {
             if self.write(RECORD, &next, version, deadline).await? {
                 return Ok(self.learn(next).await);
             }
+        }
+    }
+
+    /// As [`Control::update`], on the leader of the control group, which need not ask anybody what it has written itself: if there is something newer, it is not the last version,
+    /// and the change is refused. `None`: nothing was changed; whether that is right, only a confirmed map can tell.
+    async fn update_here(
+        &self,
+        change: &impl Fn(&ClusterMap) -> Result<ClusterMap, Error>,
+        deadline: Instant,
+    ) -> Result<Option<Arc<ClusterMap>>, Error> {
+        let Some(replica) = self.reach.groups.get(CONTROL).filter(|replica| replica.ledger.raft.is_leader())
+        else {
+            return Ok(None);
+        };
+        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
+        let query = Query { freshness: Freshness::Any, wait_ms: 0, ask, needs: SlotSet::default() };
+        let Ok(answered) = replica.views.query(query).await else { return Ok(None) };
+        let Some((map, version)) = record_of::<ClusterMap>(answered)? else { return Ok(None) };
+        let Some(next) = change(&map).ok().filter(|next| *next != map && next.check().is_ok()) else {
+            return Ok(None);
+        };
+        let patch = Patch { text: Some(text_of(&next)?), ..Patch::default() };
+        let operation = Operation::Update { id: RECORD, expected_version: Some(version), patch };
+        let proposed = replica.ledger.propose_here(vec![command(operation)]);
+        let within = left(deadline, || Error::Unavailable("no time is left to change the map".into()))?;
+        match time::timeout(within, proposed).await {
+            Ok(Proposed::Done(outcomes)) if matches!(outcomes[..], [Outcome::Done { .. }]) => {
+                Ok(Some(self.learn(next).await))
+            }
+            Ok(Proposed::Unknown(cause)) => Err(Error::OutcomeUnknown(cause)),
+            Ok(_) => Ok(None),
+            Err(elapsed) => Err(Error::OutcomeUnknown(elapsed.to_string())),
         }
     }
 
@@ -313,16 +343,7 @@ impl Control {
     }
 
     async fn propose(&self, operation: Operation, deadline: Instant) -> Result<Outcome, Error> {
-        // The key makes a repetition by the ledger itself harmless; nobody else repeats it.
-        let command = Command {
-            tenant: TENANT.into(),
-            slot: None,
-            idempotency_key: sim::rand::uuid_v7().simple().to_string(),
-            request_hash: [0; 16],
-            now: time::calendar_ms(),
-            operation,
-        };
-        let outcomes = self.reach.propose(vec![command], deadline).await?;
+        let outcomes = self.reach.propose(vec![command(operation)], deadline).await?;
         outcomes.into_iter().next().ok_or_else(|| Error::Internal("the control group gave no outcome".into()))
     }
 
@@ -334,6 +355,29 @@ impl Control {
             let pause = if founded { FOLLOW } else { FOLLOW / 10 };
             time::sleep(pause + pause.mul_f64(sim::rand::unit() / 4.0)).await;
         }
+    }
+}
+
+fn record_of<T: DeserializeOwned>(answered: Answered) -> Result<Option<(T, u64)>, Error> {
+    let Found::Memory(found) = answered.found else { return Err(unexpected()) };
+    let Some(memory) = found else { return Ok(None) };
+    let record = serde_json::from_str(&memory.text).map_err(|e| {
+        Error::Internal(format!(
+            "the control group's record is written in a way that this build does not know: {e}"
+        ))
+    })?;
+    Ok(Some((record, memory.version)))
+}
+
+fn command(operation: Operation) -> Command {
+    Command {
+        tenant: TENANT.into(),
+        slot: None,
+        // The key makes a repetition by the ledger itself harmless; nobody else repeats it.
+        idempotency_key: sim::rand::uuid_v7().simple().to_string(),
+        request_hash: [0; 16],
+        now: time::calendar_ms(),
+        operation,
     }
 }
 

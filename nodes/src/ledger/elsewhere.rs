@@ -8,6 +8,7 @@
 use super::{Ledger, left, log_store};
 use crate::error::Error;
 use crate::groups::name_of;
+use crate::reach::ELSEWHERE_WITHIN;
 use crate::roles::Role;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::{Duration, Instant};
@@ -118,9 +119,12 @@ impl Ledger {
         Ok(self.reached().saturating_sub(has))
     }
 
-    /// Waits until the other region has a position; false if there is none, or the time is up. Only on the leader.
+    /// Waits until the other region has a position; false if there is none, or the time is up. A region that has been away for a while is not waited for by every
+    /// write anew. Only on the leader.
     pub async fn elsewhere_here(&self, position: Position, deadline: Instant) -> Result<bool, Error> {
         let mut metrics = self.raft.metrics();
+        let patience = ELSEWHERE_WITHIN.saturating_sub(self.lag.get().unwrap_or_default());
+        let deadline = deadline.min(Instant::now() + patience);
         loop {
             if !self.raft.is_leader() {
                 return Err(Error::Unavailable("this replica does not lead".into()));

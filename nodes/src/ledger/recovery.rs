@@ -137,7 +137,10 @@ pub fn open(
     let opened = Shard::open(disk.clone(), VIEWS, shard.clone());
     let sound = opened.is_ok();
     let problem = match opened {
-        _ if start_over => "what is left of an old epoch lies before the log's beginning".to_string(),
+        opened if start_over => {
+            drop(opened);
+            "what is left of an old epoch lies before the log's beginning".to_string()
+        }
         Ok(views) if (purged..=views_max).contains(&views.applied().0.index) => {
             return done(log, views, bases, &held);
         }
@@ -174,8 +177,10 @@ pub fn open(
         match restored.map_err(|e| e.to_string()).and_then(|()| replay(&log, &views, held.first, purged)) {
             Ok(()) => {
                 views.acquit().map_err(|e| failed("views", e))?;
-                delta::discard(&**disk, ASIDE).map_err(|e| failed("views", e))?;
                 let (position, _) = views.applied();
+                if position.index > 0 {
+                    delta::discard(&**disk, ASIDE).map_err(|e| failed("views", e))?;
+                }
                 sim::info!(
                     "views made anew from {name}, at {} after {:?}",
                     position.index,

@@ -7,6 +7,8 @@
 //!
 //! Every sum has one order, and lanes are independent: all processors find the same points and the same codes.
 
+use super::cpu::Level;
+
 /// Dimensions that share a byte.
 const PART: usize = 4;
 const POINTS: usize = 256;
@@ -44,13 +46,30 @@ impl<'a> Book<'a> {
 
     /// Appends a vector's codes.
     pub fn encode(&self, vector: &[f32], codes: &mut Vec<u8>) {
-        let of = |(at, points): (usize, &Part)| nearest(points, &part_of(vector, at)).0 as u8;
+        let level = Level::best();
+        let of = |(at, points): (usize, &Part)| nearest(level, points, &part_of(vector, at)).0 as u8;
         codes.extend(self.0.iter().enumerate().map(of));
     }
 }
 
 /// The number of the nearest point, the least of equal ones, and the square of its distance.
-fn nearest(points: &Part, of: &[f32; PART]) -> (usize, f32) {
+fn nearest(level: Level, points: &Part, of: &[f32; PART]) -> (usize, f32) {
+    match level {
+        Level::Portable => nearest_portable(points, of),
+        // SAFETY: `level` says that the CPU has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::Avx512 => unsafe { nearest_avx2(points, of) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn nearest_avx2(points: &Part, of: &[f32; PART]) -> (usize, f32) {
+    nearest_portable(points, of)
+}
+
+#[inline(always)]
+fn nearest_portable(points: &Part, of: &[f32; PART]) -> (usize, f32) {
     let mut distances = [0.0f32; POINTS];
     for (coordinates, x) in points.iter().zip(of) {
         for (distance, coordinate) in distances.iter_mut().zip(coordinates) {
@@ -76,12 +95,12 @@ pub fn train(vectors: &[&[f32]]) -> Vec<f32> {
     let mut numbers = Vec::with_capacity(numbers(dimension));
     for part in 0..parts(dimension) {
         let own: Vec<[f32; PART]> = sample.iter().map(|vector| part_of(vector, part)).collect();
-        numbers.extend_from_slice(bytemuck::cast_slice(&train_part(&own)));
+        numbers.extend_from_slice(bytemuck::cast_slice(&train_part(Level::best(), &own)));
     }
     numbers
 }
 
-fn train_part(own: &[[f32; PART]]) -> Part {
+fn train_part(level: Level, own: &[[f32; PART]]) -> Part {
     let mut points: Part = [[0.0; POINTS]; PART];
     let put = |points: &mut Part, at: usize, to: &[f32; PART]| {
         points.iter_mut().zip(to).for_each(|(coordinates, x)| coordinates[at] = *x);
@@ -91,11 +110,12 @@ fn train_part(own: &[[f32; PART]]) -> Part {
         let (mut sums, mut counts) = ([[0.0f32; PART]; POINTS], [0u32; POINTS]);
         let mut far: Vec<(f32, usize)> = Vec::with_capacity(own.len());
         for (at, of) in own.iter().enumerate() {
-            let (point, distance) = nearest(&points, of);
+            let (point, distance) = nearest(level, &points, of);
             sums[point].iter_mut().zip(of).for_each(|(sum, x)| *sum += x);
             counts[point] += 1;
             far.push((distance, at));
         }
+        let before = points;
         // A point that is nearest to none goes to where the others are farthest off.
         far.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut far = far.into_iter();
@@ -105,6 +125,10 @@ fn train_part(own: &[[f32; PART]]) -> Part {
             } else if let Some((_, from)) = far.next() {
                 put(&mut points, at, &own[from]);
             }
+        }
+        // The next round would do the same.
+        if points == before {
+            break;
         }
     }
     points
@@ -163,6 +187,21 @@ mod tests {
             assert!((table.sum(&codes) - dot(&all[3], vector)).abs() < 1e-4);
         }
         assert_eq!(numbers, train(&borrowed));
+    }
+
+    #[test]
+    fn all_instructions_find_the_same_points() {
+        for count in [1, 40, 300, 2000] {
+            let own: Vec<[f32; PART]> =
+                vectors(count, PART).iter().map(|vector| part_of(vector, 0)).collect();
+            let found = Level::all().into_iter().map(|level| {
+                let points = train_part(level, &own);
+                let codes: Vec<_> = own.iter().map(|of| nearest(level, &points, of)).collect();
+                (points, codes)
+            });
+            let found: Vec<_> = found.collect();
+            assert!(found.windows(2).all(|two| two[0] == two[1]), "{count} vectors");
+        }
     }
 
     #[test]
