@@ -41,7 +41,7 @@ fn open(disk: &Arc<dyn Disk>, alone: bool) -> Result<Opened, String> {
 /// A replica that has lived: purged segments, two bases, a checkpoint, and entries behind it.
 fn lived(disk: &Arc<dyn Disk>) -> Result<Vec<[u8; 16]>, Failure> {
     let Opened { log, shard, bases, .. } = open(disk, false)?;
-    let keeper = Keeper { log: log.clone(), bases, base_bytes_min: 0 };
+    let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min: 0 };
     let mut digests = vec![shard.digest().1];
     for (entry, index) in entries().into_iter().zip(1..) {
         log.append(&[(index, &encode_entry(&entry))])?;

@@ -5,6 +5,9 @@
 //! fault, and more than a quarter of a second: on a machine whose calls take a millisecond, ten of them are a disk that was slow for a moment,
 //! and nobody waits for less. A call is what a client wanted, with all its attempts: one that was refused at first and answered elsewhere in time did not
 //! fail. The end of the last *attempt* that got no answer is told as well.
+//!
+//! **Restored** is the same, but of calls that began before the fault was undone: what comes back and catches up is a disturbance of its own, and a service that goes on
+//! without what failed does not wait for it. Where a region is lost that is the RTO.
 
 use crate::history::{Call, Outcome};
 use serde::{Deserialize, Serialize};
@@ -32,6 +35,9 @@ pub struct Times {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     pub recovery_s: f64,
+    /// Of calls that began before the fault was undone.
+    #[serde(default)]
+    pub restored_s: f64,
     /// The end of the last attempt that got no answer.
     pub attempts_s: f64,
     /// The last one that counts, for a person; empty if there was none.
@@ -115,6 +121,9 @@ pub fn measure(calls: &[Call], times: Times, served: impl Fn(&Call) -> bool) -> 
             _ => measured.late += 1,
         }
         let end_s = since_s(call.return_ns);
+        if call.call_ns < times.undone_ns {
+            measured.restored_s = measured.restored_s.max(end_s);
+        }
         if end_s >= measured.recovery_s {
             measured.recovery_s = end_s;
             let asked: Vec<&str> = call.attempts.iter().map(|attempt| attempt.node.as_str()).collect();
@@ -181,6 +190,16 @@ mod tests {
             "{}",
             all.last
         );
+    }
+
+    #[test]
+    fn what_was_felt_only_when_the_fault_was_undone_came_after_the_service_was_restored() {
+        let measured = with(&[
+            call("add", 5500, 2000, Outcome::Failed),
+            call("get", 8900, 300, Outcome::Answered),
+            call("get", 9100, 300, Outcome::Answered),
+        ]);
+        assert_eq!((measured.restored_s, measured.recovery_s, measured.late), (4.2, 4.4, 2));
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Row {
 /// What the loss of a region came to; times in seconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RegionRow {
+    /// Until the service was restored ([`crate::recovery`]).
+    pub rto_p50_s: Option<f64>,
     pub rto_p99_s: Option<f64>,
     pub rpo_p50_s: Option<f64>,
     pub rpo_p99_s: Option<f64>,
@@ -38,11 +40,13 @@ impl Row {
     pub fn of(name: &str, reports: &[&Report]) -> Row {
         let measured = || reports.iter().filter_map(|report| report.recovery.as_ref());
         let mut recovery: Vec<f64> = measured().map(|m| m.recovery_s).collect();
+        let mut restored: Vec<f64> = measured().map(|m| m.restored_s).collect();
         let mut redundancy: Vec<f64> = measured().filter_map(|m| m.redundancy_s).collect();
         let mut rpo: Vec<f64> = measured().filter_map(|m| m.rpo_s).collect();
         let mut mttr: Vec<f64> = measured().filter_map(|m| m.mttr_s).collect();
         let region = (!mttr.is_empty()).then(|| RegionRow {
-            rto_p99_s: percentile(&mut recovery, 0.99),
+            rto_p50_s: percentile(&mut restored, 0.5),
+            rto_p99_s: percentile(&mut restored, 0.99),
             rpo_p50_s: percentile(&mut rpo, 0.5),
             rpo_p99_s: percentile(&mut rpo, 0.99),
             mttr_p99_s: percentile(&mut mttr, 0.99),

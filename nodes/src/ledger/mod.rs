@@ -188,8 +188,8 @@ impl Ledger {
         let repair = log.repair().map_err(|e| internal("ledger", e))?;
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
         let store = log_store::LogStore::new(log.clone());
-        let (disk_of_keeper, base_bytes_min) = (disk.clone(), options.base_bytes_min);
-        let keeper = Keeper { disk: disk_of_keeper, log: log.clone(), bases, base_bytes_min };
+        let base_bytes_min = options.base_bytes_min;
+        let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
         let missed = store.missed.clone();
