@@ -15,16 +15,22 @@ pub fn reported(history: &History) -> Vec<Missing<'_>> {
     missing(history).into_iter().filter(|missing| missing.is_reported(history)).collect()
 }
 
-/// Operations of which nobody can say that they stand, or stood all the time: those, deletions that may be lost, and what was written again.
+/// Operations of which nobody can say that they stand, or stood all the time: those; and of what may be lost deletions, what was written again, and what was erased since,
+/// of which nothing is left that could say which of both it was.
 pub fn doubtful(history: &History) -> Vec<usize> {
     let unsure = |(_, op): &(usize, &Op)| {
         let may_be_lost = op.response.at().is_some_and(|at| history.may_be_lost(&at));
-        may_be_lost && (matches!(op.request, Request::Delete { .. }) || history.is_again(op))
+        may_be_lost && leaves_no_trace(history, op)
     };
     let unsure = history.ops.iter().enumerate().filter(unsure).map(|(number, _)| number);
     let all: BTreeSet<usize> =
         reported(history).into_iter().map(|missing| missing.number).chain(unsure).collect();
     all.into_iter().collect()
+}
+
+/// Whether the end does not show what became of a write.
+fn leaves_no_trace(history: &History, op: &Op) -> bool {
+    matches!(op.request, Request::Delete { .. }) || history.is_again(op) || history.may_be_erased(op)
 }
 
 pub fn check(history: &History) -> Vec<Violation> {
@@ -54,9 +60,7 @@ pub fn check(history: &History) -> Vec<Violation> {
         found.push(violation("P2", op.return_ns, format!("{problem}: {what}")));
     }
     for (_, op) in history.ops.iter().enumerate().filter(|(number, _)| !gone.contains(number)) {
-        let unsure =
-            matches!(op.request, Request::Delete { .. }) || history.is_again(op) || history.may_be_erased(op);
-        let Some(at) = op.response.at().filter(|_| !unsure) else { continue };
+        let Some(at) = op.response.at().filter(|_| !leaves_no_trace(history, op)) else { continue };
         let lost = history.ends_from(&at).find(|end| end.loses(at.index) == Some(true));
         if let Some((kept, last)) = lost.and_then(|end| end.exact) {
             let problem = format!("reported lost with entries {} to {last}, and there", kept + 1);

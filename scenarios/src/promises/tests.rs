@@ -516,3 +516,23 @@ fn what_comes_back_of_an_erased_person_is_found_wherever_it_is_shown() {
     };
     assert!(forgotten(lost).contains(&"P1".to_string()));
 }
+
+/// `saturated-link`, seed 2: an update was lost with its region, a search showed what it would have replaced, and the person was erased later.
+#[test]
+fn what_was_lost_and_then_erased_need_not_be_shown_in_between() {
+    let id = || "0-3".to_string();
+    // The others see a history without a second epoch, which does not matter here.
+    let breaks_p6 = |end: Option<End>| {
+        let broken = forgotten(|h| {
+            let update = Request::Update { id: id(), expected: None, marker: "p2".into() };
+            let search = Request::Search { by_vector: true };
+            h.ops.push(op(0, 2, 3, update, written(2, 12)));
+            h.ops.push(op(1, 4, 5, search, Response::Rows(vec![Row { id: id(), ..row(1, "p") }])));
+            h.ends.extend(end.map(|end| ((0, 1), end)));
+        });
+        broken.contains(&"P6".to_string())
+    };
+    assert!(breaks_p6(None));
+    assert!(breaks_p6(Some(End { certain: 12, ceiling: 12, exact: None })));
+    assert!(!breaks_p6(Some(End { certain: 11, ceiling: 12, exact: None })));
+}
