@@ -155,6 +155,8 @@ pub enum Response {
     /// The same key was sent again after an answer and got another one.
     Changed {
         first: String,
+        /// When it came.
+        first_ns: u64,
         then: String,
         /// Where the first answer said that it was written.
         at: Option<At>,
@@ -365,6 +367,24 @@ impl History {
     /// Whether the cluster said that what was acknowledged there may be lost with an epoch.
     pub fn may_be_lost(&self, at: &At) -> bool {
         self.ends_from(at).any(|end| end.may_lose(at.index))
+    }
+
+    /// Whether what was decided between two moments may be lost with an epoch, though nobody was told in which entry that was (refusals do not say): it lies behind what was
+    /// acknowledged before, and before what was asked for later.
+    pub fn may_be_lost_between(&self, asked_ns: u64, answered_ns: u64) -> bool {
+        let written = |shard| {
+            let ops = self.ops.iter().filter_map(|op| Some((op, op.response.at()?)));
+            ops.filter(move |(_, at)| at.shard == shard)
+        };
+        self.ends.iter().any(|((shard, epoch), end)| {
+            let of_epoch = || written(*shard).filter(|(_, at)| at.epoch == *epoch);
+            let is_over = written(*shard).any(|(op, at)| at.epoch > *epoch && op.return_ns < asked_ns);
+            let before = of_epoch().filter(|(op, _)| op.return_ns < asked_ns).map(|(_, at)| at.index).max();
+            let later = of_epoch().filter(|(op, _)| op.call_ns > answered_ns).map(|(_, at)| at.index).min();
+            !is_over
+                && before.is_none_or(|before| before <= end.ceiling)
+                && later.is_none_or(|later| later > end.certain)
+        })
     }
 
     /// The erasures of a tenant that may have taken place.

@@ -408,6 +408,7 @@ impl Client {
         let call = self.machines.now();
         let what = (kind.name(), Some(key));
         let mut answer = self.attempts(what, &request, &marker, &text).await;
+        let first_ns = self.now_ns();
         if !matches!(answer, Response::Unknown) && operation.again {
             let again = self.attempts(what, &request, &marker, &text).await;
             if self.several && answer == Response::Refused(Refusal::NotFound) {
@@ -418,7 +419,8 @@ impl Client {
                 answer = again;
             } else if !matches!(again, Response::Unknown) && !same(&answer, &again) {
                 let at = answer.at();
-                answer = Response::Changed { first: answer.to_string(), then: again.to_string(), at };
+                let (first, then) = (answer.to_string(), again.to_string());
+                answer = Response::Changed { first, first_ns, then, at };
             }
         }
         if let Response::Written { version, at, map_version, .. } = &answer {
@@ -467,6 +469,8 @@ impl Client {
                         // Clients of a scenario send nothing wrong: make it visible.
                         return Response::Changed {
                             first: "a valid request".into(),
+                            // No loss explains it.
+                            first_ns: 0,
                             then: status.to_string(),
                             at: None,
                         };

@@ -9,8 +9,11 @@ use std::collections::BTreeMap;
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = vec![];
     for op in &history.ops {
-        if let Response::Changed { at, .. } = &op.response
-            && at.is_none_or(|at| !history.may_be_lost(&at))
+        if let Response::Changed { first_ns, at, .. } = &op.response
+            && !at.map_or_else(
+                || history.may_be_lost_between(op.call_ns, *first_ns),
+                |at| history.may_be_lost(&at),
+            )
         {
             found.push(violation(
                 "P10",

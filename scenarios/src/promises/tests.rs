@@ -316,8 +316,23 @@ fn a_write_applied_twice_breaks_p10() {
         }
     };
     assert_eq!(broken(twice), ["P10"]);
-    let changed = Response::Changed { first: "version 4".into(), then: "version 5".into(), at: None };
-    assert!(broken(|h| h.ops[7].response = changed).contains(&"P10".to_string()));
+    let changed = |first_s: u64| Response::Changed {
+        first: "refused".into(),
+        first_ns: first_s * 1_000_000_000,
+        then: "version 5".into(),
+        at: None,
+    };
+    assert!(broken(|h| h.ops[7].response = changed(16)).contains(&"P10".to_string()));
+    // `far-apart`, seed 4: what the key was refused with is lost with its region.
+    let refused = |call, first, last| {
+        broken(|h| {
+            after_a_failover(h);
+            h.ops.push(op(1, call, last, delete(), changed(first)));
+        })
+    };
+    assert_eq!(refused(13, 14, 30), Vec::<String>::new());
+    assert_eq!(refused(7, 8, 30), ["P10"], "entry 3, which is certain, was asked for after it");
+    assert_eq!(refused(27, 28, 30), ["P10"], "it is of the epoch that goes on");
 }
 
 #[test]
