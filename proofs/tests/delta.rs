@@ -72,14 +72,20 @@ fn changing(number: u64, text: &str) -> Batch {
     Batch { commands: vec![command(String::new(), Operation::Update { id, expected_version: None, patch })] }
 }
 
-#[test]
-fn who_lacks_little_is_sent_little() -> Result<()> {
-    let (here, there) = (disk(1), disk(2));
-    let (ahead, behind) = (open(&here, "views")?, Arc::new(open(&there, "views")?));
-    for number in 1..=3000 {
+/// Two replicas with so many memories, the second one with its disk.
+fn two_alike(memories: u64) -> Result<(Shard, Arc<Shard>, Arc<dyn Disk>)> {
+    let there = disk(2);
+    let (ahead, behind) = (open(&disk(1), "views")?, Arc::new(open(&there, "views")?));
+    for number in 1..=memories {
         feed(&ahead, 1, number, &adding(number))?;
         feed(&behind, 1, number, &adding(number))?;
     }
+    Ok((ahead, behind, there))
+}
+
+#[test]
+fn who_lacks_little_is_sent_little() -> Result<()> {
+    let (ahead, behind, there) = two_alike(3000)?;
     // One has gone on in an epoch that is over, the other in the next one, at the same places.
     for number in 3001..=3030 {
         feed(&ahead, 2, number, &adding(number + 50))?;
@@ -102,12 +108,7 @@ fn who_lacks_little_is_sent_little() -> Result<()> {
 
 #[test]
 fn what_changed_since_it_was_asked_for_is_refused() -> Result<()> {
-    let (here, there) = (disk(1), disk(2));
-    let (ahead, behind) = (open(&here, "views")?, Arc::new(open(&there, "views")?));
-    for number in 1..=200 {
-        feed(&ahead, 1, number, &adding(number))?;
-        feed(&behind, 1, number, &adding(number))?;
-    }
+    let (ahead, behind, there) = two_alike(200)?;
     feed(&ahead, 1, 201, &adding(201))?;
     let material = Material::Views(behind.clone());
     bases::export(&ahead, &material.hashes()?, &*there, "sent")?;

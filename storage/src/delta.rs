@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | memories and their history, of each month | so many that follow each other by position | they are most of the bytes, and change at their end |
 //! | idempotency keys | so many that follow each other by time | likewise |
-//! | edges, places of deleted memories | a slot's | they are small, and have no order that replicas share |
+//! | edges, places of deleted memories | so many that follow each other by slot, whole slots | they are small; in a slot they have no order that replicas share |
 //!
 //! # What can go wrong
 //!
@@ -29,9 +29,9 @@ use crate::facts;
 use crate::graph;
 use crate::model::Month;
 use crate::records::months::{self, Months, suffix};
-use crate::records::rows::{self, HISTORY, KEY, MEMORY, Place, Stored};
+use crate::records::rows::{self, HISTORY, KEY, MEMORY, Place};
 use crate::records::{RECORDS, Records};
-use crate::shard::{CONDEMNED, Shard, each};
+use crate::shard::{CONDEMNED, Shard};
 use crate::slots::Slot;
 use crate::snapshot::Piece;
 use bincode::{Decode, Encode};
@@ -42,10 +42,8 @@ use std::sync::{Arc, MutexGuard};
 
 /// Rows of a range, at least.
 const RANGE_ROWS_MIN: u64 = 16;
-/// Ranges of memories and history, about; there are longer ones rather than more.
+/// Ranges, about; there are longer ones rather than more.
 const RANGES_MAX: u64 = 1 << 16;
-/// So many rows of a range are looked at before it counts as another one than the receiver's.
-const ROWS_AHEAD_MAX: usize = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Encode, Decode)]
 pub(crate) enum Table {
@@ -57,23 +55,43 @@ pub(crate) enum Table {
     Keys,
 }
 
-/// What lies by slots.
-const BY_SLOT: [Table; 2] = [Table::Places, Table::Edges];
-
 /// Rows in an order that replicas share: a table's, of a month if it is kept by months.
 type Run = (Table, Option<Month>);
 
-/// A row's place in a run: its position, or a key's time, tenant, name and slot.
+/// A row's place in a run: its position, or its slot, or a key's time, tenant, name and slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Encode, Decode)]
 pub(crate) struct At(i64, String, String, Slot);
 
-/// What the receiver of a snapshot has, and the hash of that.
+impl At {
+    fn of(piece: &Piece) -> At {
+        let at = |at| At(at, String::new(), String::new(), 0);
+        match piece {
+            Piece::Memory(row) | Piece::History { row, .. } => at(row.position),
+            Piece::Deleted { slot, .. } => at((*slot).into()),
+            Piece::Edge(row) => at(row.slot.into()),
+            Piece::Key(row) => At(row.time, row.tenant.clone(), row.key.clone(), row.slot),
+            Piece::Erasure(_) | Piece::Kept(_) | Piece::End { .. } => At::default(),
+        }
+    }
+}
+
+/// What ranges are compared by.
+fn hash_of(piece: &Piece) -> u128 {
+    match piece {
+        // What the digest needs not tell, since it follows from the history.
+        Piece::Deleted { .. } => rows::hash_of(b"places", &codec::encode(piece)),
+        _ => piece.digest(),
+    }
+}
+
+/// Rows that the receiver of a snapshot has, and their hash: those of a run behind one place and up to another.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
-pub(crate) enum Kept {
-    /// The rows of a run behind one place and up to another.
-    Rows { of: (Table, Option<Month>), after: Option<At>, last: At, hash: u128 },
-    /// The rows of a slot.
-    Slot { table: Table, slot: Slot, hash: u128 },
+pub(crate) struct Kept {
+    of: Run,
+    after: Option<At>,
+    last: At,
+    rows: u64,
+    hash: u128,
 }
 
 /// Rows of a run that follow each other.
@@ -81,188 +99,169 @@ pub(crate) enum Kept {
 struct Range {
     /// The last row's place. The first one's is behind the range before.
     last: At,
+    rows: u64,
     /// Sum of the rows' hashes, modulo 2¹²⁸.
     hash: u128,
 }
 
+impl Range {
+    fn add(&mut self, piece: &Piece) {
+        (self.rows, self.hash) = (self.rows + 1, self.hash.wrapping_add(hash_of(piece)));
+    }
+}
+
 /// What a replica has, as hashes. Of no views: nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
-pub struct RangeHashes {
-    runs: BTreeMap<Run, Vec<Range>>,
-    slots: BTreeMap<(Table, Slot), u128>,
-}
+pub struct RangeHashes(BTreeMap<Run, Vec<Range>>);
 
 /// The runs that views have.
 fn runs(held: &Months) -> Vec<Run> {
     let by_month = [Table::Memories, Table::History].into_iter();
     let by_month = by_month.flat_map(|table| held.keys().map(move |month| (table, Some(*month))));
-    by_month.chain([(Table::Keys, None)]).collect()
+    by_month.chain([Table::Places, Table::Edges, Table::Keys].map(|table| (table, None))).collect()
 }
 
-/// Calls `work` for the rows of a run behind one place and up to another, in their order, each as a piece with its place and its hash.
+type Work<'a> = dyn FnMut(Piece) -> Result<(), StorageError> + 'a;
+
+/// Calls `work` for the rows of a run behind one place and up to another, in their order.
 fn each_in_order(
     db: &Connection,
     (table, month): Run,
     (after, last): (Option<&At>, Option<&At>),
-    work: &mut dyn FnMut(Piece, At, u128) -> Result<(), StorageError>,
+    work: &mut Work<'_>,
 ) -> Result<(), StorageError> {
     let bound = |at: Option<&At>, default| at.map_or(default, |at| at.0);
     let (from, to) = (bound(after, i64::MIN), bound(last, i64::MAX));
-    let Some(month) = month else {
-        let sql =
-            format!("SELECT {KEY} FROM keys WHERE time BETWEEN ?1 AND ?2 ORDER BY time, tenant, key, slot");
-        let mut statement = db.prepare_cached(&sql)?;
-        let mut found = statement.query(params![from, to])?;
-        while let Some(row) = found.next()? {
-            let row = rows::key_row(row)?;
-            let at = At(row.time, row.tenant.clone(), row.key.clone(), row.slot);
-            if after.is_none_or(|after| at > *after) && last.is_none_or(|last| at <= *last) {
-                let hash = rows::key_hash(&row);
-                work(Piece::Key(row), at, hash)?;
-            }
+    let of = month.map(suffix).unwrap_or_default();
+    let order = match table {
+        Table::Memories | Table::History => "position",
+        Table::Places | Table::Edges => "slot",
+        Table::Keys => "time, tenant, key, slot",
+    };
+    let sql = match table {
+        Table::Memories => format!("SELECT {MEMORY} FROM m{of} WHERE position"),
+        Table::History => format!("SELECT {HISTORY}, version FROM h{of} WHERE position"),
+        Table::Places => {
+            "SELECT tenant, id, month, version, slot FROM directory WHERE position = 0 AND slot".into()
         }
-        return Ok(());
+        Table::Edges => format!("{} WHERE slot", graph::rows_of()),
+        Table::Keys => format!("SELECT {KEY} FROM keys WHERE time"),
     };
-    let (columns, letter, name) = match table {
-        Table::History => (format!("{HISTORY}, version"), 'h', "history"),
-        _ => (MEMORY.to_string(), 'm', "memories"),
-    };
-    let of = suffix(month);
-    let sql = format!(
-        "SELECT {columns} FROM {letter}{of} WHERE position > ?1 AND position <= ?2 ORDER BY position"
-    );
-    let mut statement = db.prepare_cached(&sql)?;
+    let mut statement = db.prepare_cached(&format!("{sql} BETWEEN ?1 AND ?2 ORDER BY {order}"))?;
     let mut found = statement.query(params![from, to])?;
-    while let Some(found) = found.next()? {
-        let row: Stored = rows::stored(found)?;
-        let (at, hash) = (At(row.position, String::new(), String::new(), 0), rows::memory_hash(name, &row));
+    while let Some(row) = found.next()? {
         let piece = match table {
-            Table::History => Piece::History { version: found.get::<_, i64>(5)? as u64, row },
-            _ => Piece::Memory(row),
+            Table::Memories => Piece::Memory(rows::stored(row)?),
+            Table::History => {
+                Piece::History { version: row.get::<_, i64>(5)? as u64, row: rows::stored(row)? }
+            }
+            Table::Places => {
+                let version = row.get::<_, i64>(3)? as u64;
+                let place = Place { month: Month(row.get(2)?), position: 0, version };
+                Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, slot: row.get(4)?, place }
+            }
+            Table::Edges => Piece::Edge(graph::row(row)?),
+            Table::Keys => Piece::Key(rows::key_row(row)?),
         };
-        work(piece, at, hash)?;
+        // The query's bounds are those of what comes first in a place, both ends included.
+        let within = after.is_none_or(|after| At::of(&piece) > *after)
+            && last.is_none_or(|last| At::of(&piece) <= *last);
+        if within {
+            work(piece)?;
+        }
     }
     Ok(())
 }
 
-/// Calls `work` for the rows of a table that lie by slots; only for one slot's if that is given.
-fn each_of_slots(
-    db: &Connection,
-    (table, slot): (Table, Option<Slot>),
-    work: &mut dyn FnMut(Piece, Slot, u128) -> Result<(), StorageError>,
-) -> Result<(), StorageError> {
-    let only = slot.map_or("TRUE".to_string(), |slot| format!("slot = {slot}"));
-    match table {
-        Table::Edges => graph::each(db, slot, &mut |edge| {
-            let (slot, hash) = (edge.slot, graph::hash(&edge));
-            work(Piece::Edge(edge), slot, hash)
-        }),
-        _ => {
-            let sql = format!(
-                "SELECT tenant, id, month, version, slot FROM directory WHERE position = 0 AND {only}"
-            );
-            each(db, &sql, |row| {
-                let version = row.get::<_, i64>(3)? as u64;
-                let (slot, place) = (row.get(4)?, Place { month: Month(row.get(2)?), position: 0, version });
-                let piece = Piece::Deleted { tenant: row.get(0)?, id: row.get(1)?, slot, place };
-                let hash = rows::hash_of(b"places", &codec::encode(&piece));
-                work(piece, slot, hash)
-            })
-        }
-    }
-}
-
 fn hashes(db: &Connection) -> Result<RangeHashes, StorageError> {
     let mut all = RangeHashes::default();
-    let held = months::load(db)?;
+    let (held, state) = (months::load(db)?, rows::load_state(db)?);
     let rows: u64 = held.values().map(|month| month.memories + month.history).sum();
-    let range_rows = RANGE_ROWS_MIN.max((rows + rows::load_state(db)?.keys) / RANGES_MAX);
+    let range_rows = RANGE_ROWS_MIN.max((rows + state.keys + state.edges) / RANGES_MAX);
     for of in runs(&held) {
-        let (mut ranges, mut rows) = (vec![], 0);
-        each_in_order(db, of, (None, None), &mut |_, last, hash| {
-            if rows % range_rows == 0 {
+        let mut ranges: Vec<Range> = vec![];
+        each_in_order(db, of, (None, None), &mut |piece| {
+            let at = At::of(&piece);
+            // Rows at one place have no order.
+            if ranges.last().is_none_or(|range| range.rows >= range_rows && range.last < at) {
                 ranges.push(Range::default());
             }
-            rows += 1;
             if let Some(range) = ranges.last_mut() {
-                *range = Range { last, hash: range.hash.wrapping_add(hash) };
+                range.last = at;
+                range.add(&piece);
             }
             Ok(())
         })?;
         if !ranges.is_empty() {
-            all.runs.insert(of, ranges);
+            all.0.insert(of, ranges);
         }
-    }
-    for table in BY_SLOT {
-        each_of_slots(db, (table, None), &mut |_, slot, hash| {
-            let sum = all.slots.entry((table, slot)).or_default();
-            *sum = sum.wrapping_add(hash);
-            Ok(())
-        })?;
     }
     Ok(all)
 }
 
+type Send<'a> = dyn FnMut(Piece, u64) -> Result<(), StorageError> + 'a;
+
 /// A run on its way, range by range as the receiver has them.
 struct Sending<'a> {
     of: Run,
-    /// Where the range at hand begins, and its rows so far.
+    /// Where the range at hand begins, what it is so far, and those of its rows that are not sent yet.
     after: Option<At>,
-    rows: Vec<Piece>,
-    hash: u128,
-    /// Ranges that follow each other and are kept, and their rows.
-    kept: Option<(Kept, u64)>,
-    send: &'a mut dyn FnMut(Piece, u64) -> Result<(), StorageError>,
+    here: Range,
+    waiting: Vec<Piece>,
+    /// Ranges that follow each other and are kept.
+    kept: Option<Kept>,
+    send: &'a mut Send<'a>,
 }
 
 impl Sending<'_> {
-    fn row(&mut self, piece: Piece, hash: u128) -> Result<(), StorageError> {
-        self.hash = self.hash.wrapping_add(hash);
-        self.rows.push(piece);
+    /// A row of the range at hand, which is `there` to the receiver.
+    fn row(&mut self, piece: Piece, there: &Range) -> Result<(), StorageError> {
+        self.here.add(&piece);
+        self.waiting.push(piece);
         // The receiver's range has fewer.
-        if self.rows.len() > ROWS_AHEAD_MAX { self.flush() } else { Ok(()) }
+        if self.here.rows > there.rows { self.flush() } else { Ok(()) }
     }
 
     /// The range at hand is at its end.
-    fn end(&mut self, range: &Range) -> Result<(), StorageError> {
-        if self.hash == range.hash && !self.rows.is_empty() {
-            let more = self.rows.len() as u64;
-            self.rows.clear();
-            if let Some((Kept::Rows { last, hash, .. }, rows)) = &mut self.kept {
-                (*last, *hash, *rows) = (range.last.clone(), hash.wrapping_add(range.hash), *rows + more);
-            } else {
-                let Range { last, hash } = range.clone();
-                self.kept = Some((Kept::Rows { of: self.of, after: self.after.take(), last, hash }, more));
-            }
+    fn end(&mut self, there: &Range) -> Result<(), StorageError> {
+        if (self.here.rows, self.here.hash) == (there.rows, there.hash) {
+            self.waiting.clear();
+            let (of, after) = (self.of, self.after.take());
+            let none = Kept { of, after, last: At::default(), rows: 0, hash: 0 };
+            let kept = self.kept.get_or_insert(none);
+            kept.last = there.last.clone();
+            (kept.rows, kept.hash) = (kept.rows + there.rows, kept.hash.wrapping_add(there.hash));
         } else {
             self.flush()?;
         }
-        (self.after, self.hash) = (Some(range.last.clone()), 0);
+        (self.after, self.here) = (Some(there.last.clone()), Range::default());
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
-        if let Some((kept, rows)) = self.kept.take() {
+        if let Some(kept) = self.kept.take() {
+            let rows = kept.rows;
             (self.send)(Piece::Kept(kept), rows)?;
         }
-        self.rows.drain(..).try_for_each(|row| (self.send)(row, 1))
+        self.waiting.drain(..).try_for_each(|row| (self.send)(row, 1))
     }
 }
 
-fn send_run(
+fn send_run<'a>(
     db: &Connection,
     of: Run,
     there: &RangeHashes,
-    send: &mut dyn FnMut(Piece, u64) -> Result<(), StorageError>,
+    send: &'a mut Send<'a>,
 ) -> Result<(), StorageError> {
-    let mut ranges = there.runs.get(&of).map_or(&[][..], |ranges| ranges).iter().peekable();
-    let mut sending = Sending { of, after: None, rows: vec![], hash: 0, kept: None, send };
-    each_in_order(db, of, (None, None), &mut |piece, at, hash| {
-        while let Some(range) = ranges.next_if(|range| range.last < at) {
+    let mut ranges = there.0.get(&of).map_or(&[][..], |ranges| ranges).iter().peekable();
+    let (here, waiting) = (Range::default(), vec![]);
+    let mut sending = Sending { of, after: None, here, waiting, kept: None, send };
+    each_in_order(db, of, (None, None), &mut |piece| {
+        while let Some(range) = ranges.next_if(|range| range.last < At::of(&piece)) {
             sending.end(range)?;
         }
         match ranges.peek() {
-            Some(_) => sending.row(piece, hash),
+            Some(range) => sending.row(piece, range),
             None => {
                 sending.flush()?;
                 (sending.send)(piece, 1)
@@ -275,41 +274,14 @@ fn send_run(
     sending.flush()
 }
 
-/// Sends what lies by slots.
-fn send_slots(
-    db: &Connection,
-    table: Table,
-    there: &RangeHashes,
-    send: &mut dyn FnMut(Piece, u64) -> Result<(), StorageError>,
-) -> Result<(), StorageError> {
-    // Which of the receiver's slots are the same here, and how many rows each has.
-    let mut here: BTreeMap<Slot, (u128, u64)> = BTreeMap::new();
-    let asked = there.slots.keys().any(|(of, _)| *of == table);
-    if asked {
-        each_of_slots(db, (table, None), &mut |_, slot, hash| {
-            let (sum, rows) = here.entry(slot).or_default();
-            (*sum, *rows) = (sum.wrapping_add(hash), *rows + 1);
-            Ok(())
-        })?;
-    }
-    here.retain(|slot, (hash, _)| there.slots.get(&(table, *slot)) == Some(hash));
-    for (slot, (hash, rows)) in &here {
-        send(Piece::Kept(Kept::Slot { table, slot: *slot, hash: *hash }), *rows)?;
-    }
-    each_of_slots(db, (table, None), &mut |piece, slot, _| match here.contains_key(&slot) {
-        true => Ok(()),
-        false => send(piece, 1),
-    })
-}
-
 /// Gives every row that a snapshot has to `send`, or that the receiver has it; each time with the number of rows.
 pub(crate) fn send_rows(
     db: &Connection,
     there: &RangeHashes,
-    send: &mut dyn FnMut(Piece, u64) -> Result<(), StorageError>,
+    send: &mut Send<'_>,
 ) -> Result<(), StorageError> {
-    runs(&months::load(db)?).into_iter().try_for_each(|of| send_run(db, of, there, send))?;
-    BY_SLOT.into_iter().try_for_each(|table| send_slots(db, table, there, send))
+    let mut all = runs(&months::load(db)?).into_iter();
+    all.try_for_each(|of| send_run(db, of, there, &mut |piece, rows| send(piece, rows)))
 }
 
 /// The rows that a receiver has.
@@ -393,26 +365,15 @@ fn keep(
     kept: &Kept,
     take: &mut dyn FnMut(&Piece) -> Result<(), StorageError>,
 ) -> Result<u64, StorageError> {
-    let (mut rows, mut sum) = (0, 0u128);
-    let mut one = |piece: Piece, hash: u128| {
-        (rows, sum) = (rows + 1, sum.wrapping_add(hash));
-        take(&piece)
-    };
-    let hash = match kept {
-        Kept::Rows { of, after, last, hash } => {
-            let held = months::load(db)?;
-            if of.1.is_none_or(|month| held.contains_key(&month)) {
-                each_in_order(db, *of, (after.as_ref(), Some(last)), &mut |piece, _, hash| one(piece, hash))?;
-            }
-            hash
-        }
-        Kept::Slot { table, slot, hash } => {
-            each_of_slots(db, (*table, Some(*slot)), &mut |piece, _, hash| one(piece, hash))?;
-            hash
-        }
-    };
-    match sum == *hash {
-        true => Ok(rows),
+    let mut here = Range::default();
+    if kept.of.1.map_or(Ok(true), |month| months::load(db).map(|held| held.contains_key(&month)))? {
+        each_in_order(db, kept.of, (kept.after.as_ref(), Some(&kept.last)), &mut |piece| {
+            here.add(&piece);
+            take(&piece)
+        })?;
+    }
+    match (here.rows, here.hash) == (kept.rows, kept.hash) {
+        true => Ok(here.rows),
         false => Err(StorageError::Snapshot(format!("{kept:?} is no longer here as it was"))),
     }
 }

@@ -148,23 +148,14 @@ pub fn tenant_of(owner: &[u8]) -> Result<String, StorageError> {
     }
 }
 
-/// Calls `work` for every edge of the shard, or of one slot.
-pub fn each(
-    db: &Connection,
-    slot: Option<Slot>,
-    work: &mut dyn FnMut(EdgeRow) -> Result<(), StorageError>,
-) -> Result<(), StorageError> {
-    let only = slot.map_or(String::new(), |slot| format!("WHERE slot = {slot}"));
-    let sql = format!(
-        "SELECT {EDGE}, owners.owner, slot FROM edges JOIN owners ON owners.number = edges.tenant {only}"
-    );
-    let mut statement = db.prepare_cached(&sql)?;
-    let mut found = statement.query([])?;
-    while let Some(row) = found.next()? {
-        let tenant = tenant_of(row.get_ref(6)?.as_blob().map_err(rusqlite::Error::from)?)?;
-        work(EdgeRow { tenant, slot: row.get(7)?, edge: edge(row)? })?;
-    }
-    Ok(())
+/// A query for every edge of the shard with what it lies under, as [`row`] reads them.
+pub fn rows_of() -> String {
+    format!("SELECT {EDGE}, owners.owner, slot FROM edges JOIN owners ON owners.number = edges.tenant")
+}
+
+pub fn row(row: &Row<'_>) -> Result<EdgeRow, StorageError> {
+    let tenant = tenant_of(row.get_ref(6)?.as_blob().map_err(rusqlite::Error::from)?)?;
+    Ok(EdgeRow { tenant, slot: row.get(7)?, edge: edge(row)? })
 }
 
 /// Whether a walk may follow an edge.

@@ -3,7 +3,6 @@
 use crate::bases::{self, Base, Reader};
 use crate::codec;
 use crate::facts;
-use crate::graph;
 use crate::log::{self, ENTRY_HEAD, HEAD_BYTES};
 use crate::records::{SCHEMA_VERSION, months, rows};
 use crate::slots::{Moving, SLOTS};
@@ -208,16 +207,14 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
             };
             at += rest.len() - then.len();
             rest = then;
-            let (kind, hash) = match &piece {
-                Piece::Memory(row) => ("memories", rows::memory_hash("memories", row)),
-                Piece::History { row, .. } => {
-                    ("superseded versions and deletions", rows::memory_hash("history", row))
-                }
-                Piece::Key(row) => ("idempotency keys", rows::key_hash(row)),
-                Piece::Edge(row) => ("edges", graph::hash(row)),
-                Piece::Deleted { .. } => ("places of deleted memories", 0),
-                Piece::Erasure(erasure) => ("erasures", rows::erasure_hash(erasure)),
-                Piece::Kept(_) => ("ranges that are not here, but at a receiver", 0),
+            let kind = match &piece {
+                Piece::Memory(_) => "memories",
+                Piece::History { .. } => "superseded versions and deletions",
+                Piece::Key(_) => "idempotency keys",
+                Piece::Edge(_) => "edges",
+                Piece::Deleted { .. } => "places of deleted memories",
+                Piece::Erasure(_) => "erasures",
+                Piece::Kept(_) => "ranges that are not here, but at a receiver",
                 Piece::End { pieces: counted, state } => {
                     ended = true;
                     say!(found, "snapshot of the views at position {:?}, {len} bytes", state.position);
@@ -230,7 +227,7 @@ fn base(disk: &dyn Disk, path: &str, len: u64, found: &mut Inspection) -> Result
                 }
             };
             pieces += 1;
-            digest = digest.wrapping_add(hash);
+            digest = digest.wrapping_add(piece.digest());
             *kinds.entry(kind).or_default() += 1;
         }
     }

@@ -947,8 +947,8 @@ impl Shard {
             digest = digest.wrapping_add(rows::key_hash(&rows::key_row(row)?));
             Ok(())
         })?;
-        graph::each(&reader, None, &mut |row| {
-            digest = digest.wrapping_add(graph::hash(&row));
+        each(&reader, &graph::rows_of(), |row| {
+            digest = digest.wrapping_add(graph::hash(&graph::row(row)?));
             Ok(())
         })?;
         for erasure in rows::erasures(&reader)? {

@@ -8,7 +8,7 @@ use crate::apply::Applier;
 use crate::codec;
 use crate::delta::{self, Kept, RangeHashes};
 use crate::error::StorageError;
-use crate::graph::EdgeRow;
+use crate::graph::{self, EdgeRow};
 use crate::model::{Erasure, MemoryId, Position};
 use crate::records::months;
 use crate::records::rows::{self, KeyRow, Place, State, Stored};
@@ -41,6 +41,20 @@ pub enum Piece {
     Erasure(Erasure),
     /// Only on the way to a receiver that has these rows.
     Kept(Kept),
+}
+
+impl Piece {
+    /// Its part of the digest of the state.
+    pub fn digest(&self) -> u128 {
+        match self {
+            Piece::Memory(row) => rows::memory_hash("memories", row),
+            Piece::History { row, .. } => rows::memory_hash("history", row),
+            Piece::Key(row) => rows::key_hash(row),
+            Piece::Edge(row) => graph::hash(row),
+            Piece::Erasure(erasure) => rows::erasure_hash(erasure),
+            Piece::Deleted { .. } | Piece::Kept(_) | Piece::End { .. } => 0,
+        }
+    }
 }
 
 impl Shard {

@@ -24,7 +24,6 @@ use std::future::Future;
 use std::sync::Arc;
 use storage::delta::RangeHashes;
 use storage::{bases, codec};
-use tonic::Code;
 
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -81,23 +80,14 @@ impl Peer {
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }
 
-    /// What the peer has already. Where it cannot say, a snapshot for it is whole.
+    /// What the peer has already.
     async fn range_hashes(&self) -> Result<RangeHashes, Unreachable<Types>> {
         let Network { peers, group, epoch, .. } = &self.network;
-        let mut client = peers.client(&self.addr).map_err(unreachable)?;
         let body = Body { group: *group, epoch: *epoch, ..Body::default() };
-        match client.range_hashes(peers.request(body, SNAPSHOT_TIMEOUT)).await {
-            Ok(answer) => codec::decode(&answer.into_inner().body).map_err(unreachable),
-            Err(status) if status.code() == Code::Internal => {
-                sim::warn!(
-                    "peer {} cannot say what it has ({}): it is sent all",
-                    self.target,
-                    status.message()
-                );
-                Ok(RangeHashes::default())
-            }
-            Err(status) => Err(unreachable(status.message())),
-        }
+        let asked = peers.ask(&self.addr, body, SNAPSHOT_TIMEOUT, |mut to, body| async move {
+            to.range_hashes(body).await
+        });
+        codec::decode(&asked.await.map_err(unreachable)?).map_err(unreachable)
     }
 }
 

@@ -31,7 +31,7 @@ use sim::time::{Duration, Instant};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use storage::bases::Writer;
-use storage::delta::{self, Completed, Material};
+use storage::delta::{self, Completed, Material, RangeHashes};
 use storage::model::Position;
 use storage::{Shard, StorageError, codec};
 use tonic::{Request, Response, Status, Streaming};
@@ -178,8 +178,12 @@ impl replica_server::Replica for ReplicaService {
         let body = request.get_ref();
         let Replica { ledger, disk, .. } = self.replica(body)?;
         of_epoch(&ledger, body.epoch)?;
+        let group = ledger.group;
         let hashes = sim::task::blocking(move || Material::open(&disk, ASIDE, &ledger.shard)?.hashes());
-        encoded(&hashes.await.map_err(|e| Status::internal(e.to_string()))?)
+        encoded(&hashes.await.unwrap_or_else(|error| {
+            sim::warn!("{}: what is here cannot be read ({error}): it is asked for anew", name_of(group));
+            RangeHashes::default()
+        }))
     }
 
     async fn snapshot(&self, request: Request<Streaming<Body>>) -> Reply {
