@@ -179,9 +179,7 @@ impl Control {
         freshness: Freshness,
         deadline: Instant,
     ) -> Result<Option<(T, u64)>, Error> {
-        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id, now: 0 };
-        let query = Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() };
-        record_of(self.reach.query(query, deadline).await?)
+        record_of(self.reach.query(query_of(id, freshness), deadline).await?)
     }
 
     /// The record of the right to write, confirmed by a majority after this call.
@@ -217,9 +215,7 @@ impl Control {
         version: u64,
         deadline: Instant,
     ) -> Result<bool, Error> {
-        let patch = Patch { text: Some(text_of(record)?), ..Patch::default() };
-        let operation = Operation::Update { id, expected_version: Some(version), patch };
-        match self.propose(operation, deadline).await? {
+        match self.propose(replacement(id, record, version)?, deadline).await? {
             Outcome::Done { .. } => Ok(true),
             Outcome::VersionMismatch { .. } => Ok(false),
             outcome => {
@@ -300,16 +296,14 @@ impl Control {
         else {
             return Ok(None);
         };
-        let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
-        let query = Query { freshness: Freshness::Any, wait_ms: 0, ask, needs: SlotSet::default() };
-        let Ok(answered) = replica.views.query(query).await else { return Ok(None) };
+        let Ok(answered) = replica.views.query(query_of(RECORD, Freshness::Any)).await else {
+            return Ok(None);
+        };
         let Some((map, version)) = record_of::<ClusterMap>(answered)? else { return Ok(None) };
         let Some(next) = change(&map).ok().filter(|next| *next != map && next.check().is_ok()) else {
             return Ok(None);
         };
-        let patch = Patch { text: Some(text_of(&next)?), ..Patch::default() };
-        let operation = Operation::Update { id: RECORD, expected_version: Some(version), patch };
-        let proposed = replica.ledger.propose_here(vec![command(operation)]);
+        let proposed = replica.ledger.propose_here(vec![command(replacement(RECORD, &next, version)?)]);
         let within = left(deadline, || Error::Unavailable("no time is left to change the map".into()))?;
         match time::timeout(within, proposed).await {
             Ok(Proposed::Done(outcomes)) if matches!(outcomes[..], [Outcome::Done { .. }]) => {
@@ -358,6 +352,17 @@ impl Control {
     }
 }
 
+fn query_of(id: MemoryId, freshness: Freshness) -> Query {
+    let ask = Ask::Get { tenant: TENANT.into(), slot: None, id, now: 0 };
+    Query { freshness, wait_ms: 0, ask, needs: SlotSet::default() }
+}
+
+/// Replaces the record of that version.
+fn replacement<T: Serialize>(id: MemoryId, record: &T, version: u64) -> Result<Operation, Error> {
+    let patch = Patch { text: Some(text_of(record)?), ..Patch::default() };
+    Ok(Operation::Update { id, expected_version: Some(version), patch })
+}
+
 fn record_of<T: DeserializeOwned>(answered: Answered) -> Result<Option<(T, u64)>, Error> {
     let Found::Memory(found) = answered.found else { return Err(unexpected()) };
     let Some(memory) = found else { return Ok(None) };
@@ -387,8 +392,7 @@ fn text_of<T: Serialize>(record: &T) -> Result<String, Error> {
 
 /// Whether another replica of the control group has the map: then this one, if its disk is empty, has lost what it had.
 pub async fn founded_elsewhere(peers: &Peers, others: &[String]) -> bool {
-    let ask = Ask::Get { tenant: TENANT.into(), slot: None, id: RECORD, now: 0 };
-    let query = Query { freshness: Freshness::Any, wait_ms: 500, ask, needs: SlotSet::default() };
+    let query = Query { wait_ms: 500, ..query_of(RECORD, Freshness::Any) };
     for addr in others {
         let body =
             crate::proto::internal::Body { body: codec::encode(&query).into(), group: CONTROL, epoch: 0 };
