@@ -1,7 +1,7 @@
 //! Scenarios as data: topology, workload, fault plan and promises, in TOML.
 
 use crate::operation::{CLIENTS_MAX, Operation};
-use nodes::control::regions::RegionsConfig;
+use nodes::control::regions::{RegionsConfig, Step};
 use nodes::roles::{Role, Roles};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -446,6 +446,20 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// Whether it has an end of its own, or looks for one itself: no step of a change of the primary region ends it.
+    fn lasts_as_it_does(self) -> bool {
+        matches!(
+            self,
+            FaultKind::Misdirected
+                | FaultKind::SyncFailure
+                | FaultKind::FullDisk
+                | FaultKind::SlowDisk
+                | FaultKind::StuckDisk
+                | FaultKind::RollingRestart
+                | FaultKind::Reclaim
+        )
+    }
+
     /// Whether only a model can suffer it: no real machine's power, disk, clock or bandwidth is anybody's to take.
     pub fn is_modelled(self) -> bool {
         match self {
@@ -577,7 +591,10 @@ pub struct Fault {
     pub from: Option<Target>,
     /// It begins when a change of the primary region is at this step, and not before its time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub at_step: Option<String>,
+    pub at_step: Option<Step>,
+    /// It lasts until a change of the primary region is at this step, and not less than `lasts_ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_step: Option<Step>,
     /// Those after it begin while it lasts.
     #[serde(default, skip_serializing_if = "is_default")]
     pub beside: bool,
@@ -595,8 +612,22 @@ pub struct Fault {
 impl Fault {
     /// One of its own, that nothing else is said of.
     pub fn new(kind: FaultKind, target: Target, (at_ms, lasts_ms): (u64, u64)) -> Fault {
-        let (from, at_step, beside, pick, rate_ppm, step_ms, bytes_per_s) = Default::default();
-        Fault { at_ms, lasts_ms, kind, target, from, at_step, beside, pick, rate_ppm, step_ms, bytes_per_s }
+        let (from, at_step, until_step) = Default::default();
+        let (beside, pick, rate_ppm, step_ms, bytes_per_s) = Default::default();
+        Fault {
+            at_ms,
+            lasts_ms,
+            kind,
+            target,
+            from,
+            at_step,
+            until_step,
+            beside,
+            pick,
+            rate_ppm,
+            step_ms,
+            bytes_per_s,
+        }
     }
 }
 
@@ -721,7 +752,9 @@ impl Scenario {
                     return Err("topology.regions: bytes_per_s of 1 at least, a loss below 0.5".into());
                 }
             }
-            None if targets.iter().any(|target| target.is_of_regions()) => {
+            None if targets.iter().any(|target| target.is_of_regions())
+                || self.faults.list.iter().any(|f| f.at_step.is_some() || f.until_step.is_some()) =>
+            {
                 return Err("faults: there is one region".into());
             }
             None => {}
@@ -744,6 +777,9 @@ impl Scenario {
                     .into(),
             );
         }
+        if written.clone().any(|fault| fault.until_step.is_some() && fault.kind.lasts_as_it_does()) {
+            return Err("faults: no step ends disk faults that last, a rolling restart or a reclaim".into());
+        }
         if self.workload_s > 100_000 || self.faults.generate.as_ref().is_some_and(|g| g.kinds.is_empty()) {
             return Err("workload_s: at most 100,000; faults.generate: at least one kind".into());
         }
@@ -754,6 +790,24 @@ impl Scenario {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_step_begins_or_ends_faults_only_where_there_are_regions() -> Result<(), String> {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/files/regions/returns-promoting.toml");
+        let scenario = find(file)?;
+        assert_eq!(scenario.faults.list[0].until_step, Some(Step::Promoting));
+        let mut full = scenario.clone();
+        full.faults.list[0].kind = FaultKind::FullDisk;
+        assert!(full.check().is_err_and(|why| why.contains("no step ends")));
+        let mut alone = find("steady")?;
+        alone.faults.list = vec![Fault::new(FaultKind::PowerOff, Target::Any, (14_000, 3000))];
+        assert_eq!(alone.check(), Ok(()));
+        alone.faults.list[0].until_step = Some(Step::Promoting);
+        assert!(alone.check().is_err_and(|why| why.contains("one region")));
+        let text = toml::to_string(&scenario).map_err(|e| e.to_string())?;
+        assert!(toml::from_str::<Scenario>(&text.replace("promoting", "promted")).is_err());
+        Ok(())
+    }
 
     #[test]
     fn narrow_links_say_how_narrow_and_nothing_else_does() -> Result<(), String> {

@@ -394,7 +394,7 @@ impl Driver {
                 let without = Membership::Without { node: handover.to };
                 if self.reconfigure(&next, *shard, &without).await.is_ok() {
                     sim::info!("shard {shard}: node {} is lost before it had its replica", handover.to);
-                    self.control.update(|map| Ok(map.cancel_handover(*shard, handover)), soon()).await?;
+                    self.done(*shard, entry.epoch, |map| map.cancel_handover(*shard, handover)).await?;
                     last = Ok(true);
                     continue;
                 }
@@ -404,7 +404,7 @@ impl Driver {
                     let (from, to) =
                         (handover.from.map_or("nobody".into(), |id| id.to_string()), handover.to);
                     sim::info!("shard {shard}: its replica went from node {from} to node {to}");
-                    self.control.update(|map| Ok(map.end_handover(*shard, handover)), soon()).await?;
+                    self.done(*shard, entry.epoch, |map| map.end_handover(*shard, handover)).await?;
                     last = Ok(true);
                 }
                 Err(error) => last = Err(error),
@@ -418,9 +418,8 @@ impl Driver {
                     Ok(true) => {
                         let what = if *learner == Learner::Joining { "has" } else { "no longer has" };
                         sim::info!("shard {shard}: node {node} {what} a replica for its views");
-                        self.control
-                            .update(|map| Ok(map.end_learner(*shard, *node, *learner)), soon())
-                            .await?;
+                        let end = |map: &ClusterMap| map.end_learner(*shard, *node, *learner);
+                        self.done(*shard, entry.epoch, end).await?;
                         last = last.and(Ok(true));
                     }
                     Err(error) => last = Err(error),
@@ -428,6 +427,18 @@ impl Driver {
             }
         }
         last
+    }
+
+    /// Writes down what was done in the ledger that a shard had in an epoch, unless another one has begun meanwhile, which knows nothing of it.
+    async fn done(
+        &self,
+        shard: ShardId,
+        epoch: u64,
+        change: impl Fn(&ClusterMap) -> ClusterMap,
+    ) -> Result<(), Error> {
+        let still = |map: &ClusterMap| map.shards.get(&shard).is_some_and(|entry| entry.epoch == epoch);
+        let next = |map: &ClusterMap| if still(map) { change(map) } else { map.clone() };
+        self.control.update(|map| Ok(next(map)), soon()).await.map(|_| ())
     }
 
     /// The map with a plan in it, written down if it is new.
@@ -466,14 +477,15 @@ impl Driver {
         self.reconfigure(map, shard, &Membership::Voter { to, addr: addr_of(map, to)?, from }).await
     }
 
-    /// Asks a shard's leader, whoever that is, to change who is in its ledger.
+    /// Asks a shard's leader, whoever that is, to change who is in its ledger. One of an epoch before may still take itself for the leader.
     async fn reconfigure(&self, map: &ClusterMap, shard: ShardId, change: &Membership) -> Result<(), Error> {
         let body = bytes::Bytes::from(codec::encode(change));
         let mut last = Error::Unavailable(format!("{} has no leader", name_of(shard)));
         let peers = self.router.peers();
+        let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
         for addr in &map.addrs(shard) {
             let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
-            let request = peers.request(Body { body: body.clone(), group: shard, epoch: 0 }, STEP);
+            let request = peers.request(Body { body: body.clone(), group: shard, epoch }, STEP);
             match time::timeout(STEP, client.reconfigure(request)).await {
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(status)) => last = Error::Unavailable(status.message().to_string()),

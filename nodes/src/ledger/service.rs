@@ -317,6 +317,7 @@ impl replica_server::Replica for ReplicaService {
 
     async fn reconfigure(&self, request: Request<Body>) -> Reply {
         let ledger = self.replica(request.get_ref())?.ledger;
+        of_epoch(&ledger, request.get_ref().epoch)?;
         let change: Membership = codec::decode(&request.get_ref().body)
             .map_err(|e| Status::invalid_argument(format!("unreadable change: {e}")))?;
         ledger.change(change).await?;

@@ -1,9 +1,10 @@
 //! The driver of the fault plan: each fault begins at its time, lasts, and is undone; whether it took place is written down.
 
 use super::cluster::Cluster;
-use super::machines::{Machines, NodeIndex};
+use super::machines::NodeIndex;
 use crate::report::Fired;
 use crate::spec::{Fault, FaultKind, Target};
+use nodes::control::regions::Step;
 use nodes::proto::v1;
 use sim::time::{self, Duration};
 use sim::trace::Level;
@@ -109,13 +110,23 @@ async fn targets(cluster: &Cluster, target: Target, fault: &Fault) -> Vec<NodeIn
     }
 }
 
-/// Waits until a change of the primary region is at a step, or has ended.
-async fn wait_for_step(cluster: &Cluster, step: &str) {
+/// How many changes of the primary region have ended.
+async fn changes(cluster: &Cluster) -> usize {
+    let regions = cluster.map().await.and_then(|map| map.regions);
+    regions.map_or(0, |regions| regions.past.len())
+}
+
+/// Waits until one of the changes of the primary region after the first `after` has come to a step; of those that ended the last one
+/// counts if nothing is said.
+async fn wait_for_step(cluster: &Cluster, step: Step, after: Option<usize>) {
     let until = cluster.machines.now() + STEP_WAIT;
     while cluster.machines.now() < until {
         let regions = cluster.map().await.and_then(|map| map.regions);
-        let reached = |change: &v1::RegionChange| change.steps.iter().any(|seen| seen.step == step);
-        let now = regions.iter().any(|r| r.change.iter().chain(r.past.last()).any(reached));
+        let reached = |change: &v1::RegionChange| change.steps.iter().any(|seen| seen.step == step.name());
+        let now = regions.is_some_and(|r| {
+            let after = after.unwrap_or(r.past.len().saturating_sub(1));
+            r.past.iter().chain(&r.change).skip(after).any(reached)
+        });
         if now {
             return;
         }
@@ -123,11 +134,23 @@ async fn wait_for_step(cluster: &Cluster, step: &str) {
     }
 }
 
+/// As long as it lasts; `after` changes of the primary region had ended when it began.
+async fn pass(cluster: &Cluster, fault: &Fault, after: usize) {
+    time::sleep(Duration::from_millis(fault.lasts_ms)).await;
+    if let Some(step) = fault.until_step {
+        wait_for_step(cluster, step, Some(after)).await;
+    }
+}
+
 async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     let machines = &*cluster.machines;
-    if let Some(step) = &fault.at_step {
-        wait_for_step(cluster, step).await;
+    if let Some(step) = fault.at_step {
+        wait_for_step(cluster, step, None).await;
     }
+    let after = match fault.until_step {
+        Some(_) => changes(cluster).await,
+        None => 0,
+    };
     let nodes = targets(cluster, fault.target, fault).await;
     let from = match fault.from {
         Some(from) => targets(cluster, from, fault).await,
@@ -166,13 +189,13 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
                     None => machines.crash(node),
                 }
             }
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| machines.start(*n));
             running
         }
         FaultKind::Pause => {
             nodes.iter().for_each(|n| machines.pause(*n));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| machines.resume(*n));
             running
         }
@@ -189,7 +212,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
                 }
                 machines.note(node, Level::Warn, &format!("cut off from its peers ({:?})", fault.kind));
             }
-            let met = cut_for(machines, lasts, met).await;
+            let met = cut_for(cluster, fault, after, met).await;
             nodes.iter().for_each(|n| machines.note(*n, Level::Info, "links healed"));
             running && met
         }
@@ -199,7 +222,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
                 nodes.iter().for_each(|node| harmed &= modelled.harm(*node, fault));
             }
             nodes.iter().for_each(|n| machines.note(*n, Level::Warn, &format!("its disk: {:?}", fault.kind)));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             harmed
         }
         FaultKind::Misdirected
@@ -237,7 +260,7 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
         FaultKind::Silence => {
             let met = machines.met();
             nodes.iter().for_each(|n| machines.silence(*n));
-            let met = cut_for(machines, lasts, met).await;
+            let met = cut_for(cluster, fault, after, met).await;
             nodes.iter().for_each(|n| machines.note(*n, Level::Info, "links healed"));
             running && met
         }
@@ -252,14 +275,14 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             carry(Some(fault.bytes_per_s));
             let text = format!("its links carry {} bytes a second", fault.bytes_per_s);
             nodes.iter().for_each(|n| machines.note(*n, Level::Warn, &text));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             carry(None);
             nodes.iter().for_each(|n| machines.note(*n, Level::Info, "its links are as usual"));
             running
         }
         FaultKind::CalendarStep => {
             nodes.iter().for_each(|n| step(*n, 0, fault.step_ms));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| step(*n, 0, -fault.step_ms));
             running
         }
@@ -286,13 +309,13 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
         }
         FaultKind::Replace => {
             nodes.iter().for_each(|n| machines.replace(*n));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| machines.start(*n));
             running
         }
         FaultKind::Clock => {
             nodes.iter().for_each(|n| step(*n, fault.rate_ppm, fault.step_ms));
-            time::sleep(lasts).await;
+            pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| step(*n, 0, 0));
             running
         }
@@ -301,11 +324,12 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
     Fired { fault: fault.clone(), node: names.join("+"), fired: took_place, began_s, undone_s }
 }
 
-/// Keeps the links cut for `lasts`, and on until a message has run into the cut: one that falls between two messages harms nobody.
+/// Keeps the links cut for as long as it lasts, and on until a message has run into the cut: one that falls between two messages harms nobody.
 /// Whether a message has, in the end; `met` is the machines' count from before the cut.
-async fn cut_for(machines: &dyn Machines, lasts: Duration, met: u64) -> bool {
-    let until = machines.now() + lasts + UNMET_MAX;
-    time::sleep(lasts).await;
+async fn cut_for(cluster: &Cluster, fault: &Fault, after: usize, met: u64) -> bool {
+    let machines = &*cluster.machines;
+    pass(cluster, fault, after).await;
+    let until = machines.now() + UNMET_MAX;
     while machines.met() == met && machines.now() < until {
         time::sleep(Duration::from_millis(100)).await;
     }
