@@ -64,23 +64,25 @@ impl Reach {
         self.remote.query(&query, deadline - RESERVE).await
     }
 
-    /// Waits until the other region has a position; false if the time is up before that.
-    pub async fn elsewhere(&self, position: Position, deadline: Instant) -> bool {
+    /// Waits until the other region has a position; false if the time is up before that. An error: nobody who leads says so.
+    pub async fn elsewhere(&self, position: Position, deadline: Instant) -> Result<bool, Error> {
         let deadline = (deadline - RESERVE * 2).min(Instant::now() + ELSEWHERE_WITHIN);
         let replica = self.groups.get(self.group);
         let mut leader = None;
         if let Some(replica) = replica {
             if let Ok(has) = replica.ledger.elsewhere_here(position, deadline).await {
-                return has;
+                return Ok(has);
             }
             leader = replica.ledger.leader().map(|(_, addr)| addr);
         }
+        let mut last = self.unknown();
         for addr in leader.iter().chain(self.remote.addrs()) {
-            if let Ok(has) = self.remote.elsewhere_at(addr, position, deadline).await {
-                return has;
+            match self.remote.elsewhere_at(addr, position, deadline).await {
+                Ok(has) => return Ok(has),
+                Err(error) => last = error,
             }
         }
-        false
+        Err(last)
     }
 
     /// Proposes commands wherever the leader is.

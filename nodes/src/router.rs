@@ -228,7 +228,13 @@ impl Router {
     }
 
     /// Waits until the region that takes no writes has a position on the disks of a majority of its replicas; false if the time is up before that.
-    pub async fn elsewhere(&self, shard: ShardId, position: Position, deadline: Instant) -> bool {
+    /// An error: nobody who leads the shard says so.
+    pub async fn elsewhere(
+        &self,
+        shard: ShardId,
+        position: Position,
+        deadline: Instant,
+    ) -> Result<bool, Error> {
         self.at(&self.known(), shard, &[]).reach.elsewhere(position, deadline).await
     }
 

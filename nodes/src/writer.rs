@@ -94,7 +94,7 @@ impl Writer {
             *position = write.position.max(*position);
         }
         let asked = last.iter().map(|(shard, position)| async move {
-            (*shard, self.router.elsewhere(*shard, *position, deadline).await)
+            (*shard, self.router.elsewhere(*shard, *position, deadline).await.unwrap_or(false))
         });
         let there: BTreeMap<ShardId, bool> = join_all(asked).await.into_iter().collect();
         for write in written {

@@ -1,12 +1,19 @@
 //! The driver: whoever leads the control group carries the map's plans out.
 //!
-//! A loop each for slots that move between shards, for replicas that move between nodes, for erasures, and for whether the other region has those. Each reads the map, takes the next step, and writes down
+//! A loop each for slots that move between shards, for replicas that move between nodes, for erasures, and for whether the other region has
+//! the erasures, and the steps of moves. Each reads the map, takes the next step, and writes down
 //! what is done; every step may be repeated, so it does not matter where an earlier driver stopped.
 //!
 //! A move of slots: the source seals them, the destination imports part after part, the source releases them, the destination adopts them, the map
 //! sends callers there, the source drops the rows ([`storage::slots`]). Writers of those slots wait from the seal to the new map; readers
 //! only from the release. The copy is throttled to [`COPY_BYTES_PER_S`]. A tenant that is pinned, or unpinned, moves alike, by its own slots
 //! ([`ClusterMap::plan_move`]).
+//!
+//! Where another region follows, it may take over at any moment, each shard with what has arrived of its ledger. So that shards there never disagree about
+//! who has the slots, and no memory is between them, a step is taken only when the other region has the one before it: a failover finds the move where a driver
+//! that stopped would have left it, but for one step. No move begins while the other region does not follow. If it falls behind in the middle of one, the slots' writers
+//! wait for [`PATIENCE`]; then the move goes on, and the map says that the other region lacks a step ([`ClusterMap::lacking`]): it does not take over by itself before
+//! it has that.
 //!
 //! A handover of a replica: the new node opens it by the map ([`super::keeper`]), the ledger's leader takes it in as a learner, and once
 //! it has nearly caught up as a voter in place of the old one; then the map says so, and the old node closes its replica. Replicas for views
@@ -37,6 +44,8 @@ use storage::slots::{Arrived, Moving, SlotSet, Slots};
 const LOOK: Duration = Duration::from_millis(500);
 /// One step's time.
 const STEP: Duration = Duration::from_secs(5);
+/// How long a step of a move waits for the other region.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// What one import carries.
 const PART_BYTES: usize = 128 << 10;
 /// Copies leave room for the callers' own writes.
@@ -69,6 +78,10 @@ impl Driver {
             driver.erasures_elsewhere(&map).await
         };
         sim::task::spawn(self.clone().each("erasures elsewhere", elsewhere));
+        let steps = |driver: Driver, map: std::sync::Arc<ClusterMap>| async move {
+            driver.steps_elsewhere(&map).await
+        };
+        sim::task::spawn(self.clone().each("steps elsewhere", steps));
         sim::task::spawn(self.each("replicas", |driver, map| async move { driver.replicas(&map).await }));
     }
 
@@ -134,8 +147,14 @@ impl Driver {
             return Ok(false);
         }
         if let Some((shard, entry)) = map.shards.iter().find(|(_, entry)| !entry.founded) {
-            self.step(map, *shard, MoveStep::Own { slots: entry.slots.clone() }).await?;
-            self.control.update(|map| Ok(map.founded(*shard)), soon()).await?;
+            let (_, at) = self.step(map, *shard, MoveStep::Own { slots: entry.slots.clone() }).await?;
+            let alone = serving_alone(map);
+            // Nobody follows it yet.
+            let founded = |map: &ClusterMap| match alone {
+                true => Ok(map.founded(*shard)),
+                false => map.founded(*shard).lacking(*shard, at),
+            };
+            self.control.update(founded, soon()).await?;
             return Ok(true);
         }
         if let Some(moving) = map.moving() {
@@ -151,49 +170,133 @@ impl Driver {
     async fn carry_out(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {
         let Move { id, from, to, slots, switched } = moving.clone();
         if !switched {
-            self.step(map, from, MoveStep::Seal { id, slots: slots.clone() }).await?;
+            let (here, _) = self.slots_of(map, from).await?;
+            if here.moving().is_none_or(|(of, _)| of != id) {
+                self.followed(map, from).await?;
+                self.followed(map, to).await?;
+            }
+            self.settled_step(map, from, MoveStep::Seal { id, slots: slots.clone() }).await?;
             if let Some((pieces, hash)) = self.copy(map, moving).await? {
                 // In this order: callers with an old map must never find the slots shown by both.
-                self.step(map, from, MoveStep::Release { id }).await?;
-                self.step(map, to, MoveStep::Adopt { id, slots: slots.clone(), pieces, hash }).await?;
+                self.settled_step(map, from, MoveStep::Release { id }).await?;
+                self.settled_step(map, to, MoveStep::Adopt { id, slots: slots.clone(), pieces, hash })
+                    .await?;
             }
             self.control.update(|map| Ok(map.switch(id)), soon()).await?;
             sim::info!("slots {slots} moved from shard {from} to shard {to}");
         }
-        while self.step(map, from, MoveStep::Drop { id, rows_max: DROP_ROWS }).await? > 0 {
+        loop {
+            let (left, at) = self.step(map, from, MoveStep::Drop { id, rows_max: DROP_ROWS }).await?;
+            if left == 0 {
+                self.settle(map, from, at).await?;
+                break;
+            }
             time::sleep(Duration::from_millis(5)).await;
         }
         self.control.update(|map| Ok(map.end_move(id)), soon()).await?;
         Ok(())
     }
 
-    /// Which slots a shard has, as its leader knows it.
-    async fn slots_of(&self, map: &ClusterMap, shard: ShardId) -> Result<Slots, Error> {
+    /// Which slots a shard has, as its leader knows it, and where in its ledger that is.
+    async fn slots_of(&self, map: &ClusterMap, shard: ShardId) -> Result<(Slots, Position), Error> {
         let (at, none) = (self.router.at(map, shard, &[]), SlotSet::default());
-        match at.ask(Ask::Slots, Freshness::Strong, &none, soon()).await?.found {
-            Found::State(slots) => Ok(slots),
+        let asked = at.ask(Ask::Slots, Freshness::Strong, &none, soon()).await?;
+        // What it has of older epochs is in this one's ledger too.
+        let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+        match asked.found {
+            Found::State(slots) => Ok((slots, Position { epoch, index: asked.position.index, item: 0 })),
             _ => Err(unexpected()),
         }
     }
 
-    /// What has arrived of a move at its destination; `None`: it has adopted the slots.
-    async fn arrived(&self, map: &ClusterMap, moving: &Move) -> Result<Option<Arrived>, Error> {
-        let there = self.slots_of(map, moving.to).await?;
-        Ok(match there.moving() {
+    /// What has arrived of a move at its destination, and where in its ledger that is; `None`: it has adopted the slots.
+    async fn arrived(&self, map: &ClusterMap, moving: &Move) -> Result<(Option<Arrived>, Position), Error> {
+        let (there, at) = self.slots_of(map, moving.to).await?;
+        let arrived = match there.moving() {
             Some((of, Moving::Arriving(arrived))) if of == moving.id => Some(arrived.clone()),
             _ if there.owned().includes(&moving.slots) => None,
             _ => Some(Arrived::default()),
-        })
+        };
+        Ok((arrived, at))
+    }
+
+    /// That the other region has all that a shard has, or nobody is left of it.
+    async fn followed(&self, map: &ClusterMap, shard: ShardId) -> Result<(), Error> {
+        if serving_alone(map) {
+            return Ok(());
+        }
+        let (_, at) = self.slots_of(map, shard).await?;
+        if map.elsewhere().iter().all(|node| map.is_lost(*node)) {
+            return self.control.update(|map| map.lacking(shard, at), soon()).await.map(|_| ());
+        }
+        match self.router.elsewhere(shard, at, soon()).await? {
+            true => Ok(()),
+            false => Err(Error::Unavailable(
+                "slots stay where they are while the other region does not follow".into(),
+            )),
+        }
+    }
+
+    /// Waits until the other region has a shard's entries up to a position, or writes down that it may lack them, if who leads the shard says so.
+    async fn settle(&self, map: &ClusterMap, shard: ShardId, at: Position) -> Result<(), Error> {
+        if serving_alone(map) {
+            return Ok(());
+        }
+        let until = Instant::now() + PATIENCE;
+        let lacks = |map: &ClusterMap| map.shards.get(&shard).is_some_and(|entry| entry.lacks.is_some());
+        while !lacks(&self.control.map()) {
+            match self.router.elsewhere(shard, at, soon()).await {
+                Ok(true) => return Ok(()),
+                Ok(false) if Instant::now() >= until => break,
+                Err(error) if Instant::now() >= until => return Err(error),
+                _ => time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+        let lacking = self.control.update(|map| map.lacking(shard, at), soon()).await?;
+        sim::trace::probe("slots: a step taken without the other region");
+        sim::warn!(
+            "{}: slots move on though the other region does not follow; it does not take over by itself before it has entry {}",
+            name_of(shard),
+            lacking.shards.get(&shard).and_then(|entry| entry.lacks).unwrap_or(at.index)
+        );
+        Ok(())
+    }
+
+    /// Notes that the other region has the steps that it lacked, once it does.
+    async fn steps_elsewhere(&self, map: &ClusterMap) -> Result<bool, Error> {
+        if map.holds_still() {
+            return Ok(false);
+        }
+        let mut all = true;
+        for (shard, entry) in &map.shards {
+            let Some(index) = entry.lacks else { continue };
+            let at = Position { epoch: entry.epoch, index, item: 0 };
+            match self.router.elsewhere(*shard, at, soon()).await? {
+                true => {
+                    self.control.update(|map| Ok(map.lacks_no_more(*shard, at)), soon()).await?;
+                }
+                false => all = false,
+            }
+        }
+        match all {
+            true => Ok(false),
+            false => Err(Error::Unavailable("the other region does not have all steps of moves yet".into())),
+        }
     }
 
     /// Copies what a sealed move takes along; parts that an earlier copy brought are only counted. How many pieces the source has and the sum of
     /// their hashes, which are those of what has arrived. `None`: the destination has adopted them before.
     async fn copy(&self, map: &ClusterMap, moving: &Move) -> Result<Option<(u64, u128)>, Error> {
         let Move { id, from, to, slots, .. } = moving.clone();
-        let Some(arrived) = self.arrived(map, moving).await? else { return Ok(None) };
-        let here = self.slots_of(map, from).await?;
+        let (arrived, there) = self.arrived(map, moving).await?;
+        let Some(arrived) = arrived else {
+            self.settle(map, to, there).await?;
+            return Ok(None);
+        };
+        let (here, at) = self.slots_of(map, from).await?;
         if matches!(here.moving(), Some((of, Moving::Left(_))) if of == id) {
             // It was released, so all had arrived.
+            self.settle(map, from, at).await?;
             return Ok(Some((arrived.pieces, arrived.hash)));
         }
         let (mut sequence, mut cursor, mut pieces, mut hash) = (0, vec![], 0, 0u128);
@@ -233,7 +336,9 @@ impl Driver {
             }
         }
         // There is no way back from the release: first make sure that all is there.
-        match self.arrived(map, moving).await? {
+        let (arrived, there) = self.arrived(map, moving).await?;
+        self.settle(map, to, there).await?;
+        match arrived {
             Some(arrived) if (arrived.pieces, arrived.hash) == (pieces, hash) => Ok(Some((pieces, hash))),
             Some(arrived) => {
                 let problem =
@@ -244,8 +349,14 @@ impl Driver {
         }
     }
 
-    /// A step's entry in a shard's ledger; of a drop, how many rows are left.
-    async fn step(&self, map: &ClusterMap, shard: ShardId, step: MoveStep) -> Result<u64, Error> {
+    /// A step that the next one counts on.
+    async fn settled_step(&self, map: &ClusterMap, shard: ShardId, step: MoveStep) -> Result<(), Error> {
+        let (_, at) = self.step(map, shard, step).await?;
+        self.settle(map, shard, at).await
+    }
+
+    /// A step's entry in a shard's ledger, and where that is; of a drop, how many rows are left.
+    async fn step(&self, map: &ClusterMap, shard: ShardId, step: MoveStep) -> Result<(u64, Position), Error> {
         let what = format!("{step:?}").chars().take(60).collect::<String>();
         let command = Command {
             tenant: TENANT.into(),
@@ -257,7 +368,7 @@ impl Driver {
         };
         let outcomes = self.router.at(map, shard, &[]).reach.propose(vec![command], soon()).await?;
         match outcomes.first() {
-            Some(Outcome::Done { version, .. }) => Ok(*version),
+            Some(Outcome::Done { version, position, .. }) => Ok((*version, *position)),
             outcome => Err(Error::Internal(format!("{} refused {what}: {outcome:?}", name_of(shard)))),
         }
     }
@@ -362,7 +473,8 @@ impl Driver {
             let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
             let position = Position { epoch, index, item: u32::MAX };
             async move {
-                let there = serving_alone(map) || self.router.elsewhere(shard, position, soon()).await;
+                let there = serving_alone(map)
+                    || self.router.elsewhere(shard, position, soon()).await.unwrap_or(false);
                 (shard, epoch, ids, there)
             }
         });
@@ -390,11 +502,14 @@ impl Driver {
         let mut last = Ok(false);
         for (shard, entry) in &next.shards {
             let Some(handover) = entry.handover.filter(|_| entry.founded) else { continue };
+            let done = |map: &ClusterMap, how: fn(&ClusterMap, ShardId, Handover) -> ClusterMap| {
+                Ok(if_still(map.clone(), *shard, entry.epoch, |map| how(map, *shard, handover)))
+            };
             if next.is_lost(handover.to) {
                 let without = Membership::Without { node: handover.to };
                 if self.reconfigure(&next, *shard, &without).await.is_ok() {
                     sim::info!("shard {shard}: node {} is lost before it had its replica", handover.to);
-                    self.done(*shard, entry.epoch, |map| map.cancel_handover(*shard, handover)).await?;
+                    self.control.update(|map| done(map, ClusterMap::cancel_handover), soon()).await?;
                     last = Ok(true);
                     continue;
                 }
@@ -404,41 +519,46 @@ impl Driver {
                     let (from, to) =
                         (handover.from.map_or("nobody".into(), |id| id.to_string()), handover.to);
                     sim::info!("shard {shard}: its replica went from node {from} to node {to}");
-                    self.done(*shard, entry.epoch, |map| map.end_handover(*shard, handover)).await?;
+                    self.control.update(|map| done(map, ClusterMap::end_handover), soon()).await?;
                     last = Ok(true);
                 }
                 Err(error) => last = Err(error),
             }
         }
         let next = self.planned(&next, ClusterMap::plan_learners).await?;
-        for (shard, entry) in &next.shards {
-            for (node, learner) in &entry.learners {
-                match self.learner(&next, *shard, (*node, *learner)).await {
-                    Ok(false) => {}
-                    Ok(true) => {
-                        let what = if *learner == Learner::Joining { "has" } else { "no longer has" };
-                        sim::info!("shard {shard}: node {node} {what} a replica for its views");
-                        let end = |map: &ClusterMap| map.end_learner(*shard, *node, *learner);
-                        self.done(*shard, entry.epoch, end).await?;
-                        last = last.and(Ok(true));
-                    }
-                    Err(error) => last = Err(error),
+        // A ledger takes one in at a time; one that is not there must not hold up other shards.
+        let of_shards = next.shards.iter().map(|(shard, entry)| {
+            let next = &next;
+            async move {
+                let mut taken = vec![];
+                for (node, learner) in &entry.learners {
+                    taken.push((*node, *learner, self.learner(next, *shard, (*node, *learner)).await));
                 }
+                taken
+                    .into_iter()
+                    .map(move |(node, learner, taken)| (*shard, entry.epoch, node, learner, taken))
+            }
+        });
+        let mut ended = vec![];
+        for (shard, epoch, node, learner, taken) in join_all(of_shards).await.into_iter().flatten() {
+            match taken {
+                Ok(false) => {}
+                Ok(true) => {
+                    let what = if learner == Learner::Joining { "has" } else { "no longer has" };
+                    sim::info!("shard {shard}: node {node} {what} a replica for its views");
+                    ended.push((shard, epoch, node, learner));
+                }
+                Err(error) => last = Err(error),
             }
         }
+        if !ended.is_empty() {
+            let one = |map: ClusterMap, (shard, epoch, node, learner): &(ShardId, u64, NodeId, Learner)| {
+                if_still(map, *shard, *epoch, |map| map.end_learner(*shard, *node, *learner))
+            };
+            self.control.update(|map| Ok(ended.iter().fold(map.clone(), one)), soon()).await?;
+            last = last.and(Ok(true));
+        }
         last
-    }
-
-    /// Writes down what was done in the ledger that a shard had in an epoch, unless another one has begun meanwhile, which knows nothing of it.
-    async fn done(
-        &self,
-        shard: ShardId,
-        epoch: u64,
-        change: impl Fn(&ClusterMap) -> ClusterMap,
-    ) -> Result<(), Error> {
-        let still = |map: &ClusterMap| map.shards.get(&shard).is_some_and(|entry| entry.epoch == epoch);
-        let next = |map: &ClusterMap| if still(map) { change(map) } else { map.clone() };
-        self.control.update(|map| Ok(next(map)), soon()).await.map(|_| ())
     }
 
     /// The map with a plan in it, written down if it is new.
@@ -493,6 +613,19 @@ impl Driver {
             }
         }
         Err(last)
+    }
+}
+
+/// What was done in the ledger that a shard had in an epoch, as a change of the map, unless another epoch has begun meanwhile: that knows nothing of it.
+fn if_still(
+    map: ClusterMap,
+    shard: ShardId,
+    epoch: u64,
+    change: impl FnOnce(&ClusterMap) -> ClusterMap,
+) -> ClusterMap {
+    match map.shards.get(&shard).is_some_and(|entry| entry.epoch == epoch) {
+        true => change(&map),
+        false => map,
     }
 }
 
@@ -559,14 +692,39 @@ impl ledger::Ledger {
             }
         }
         if !votes {
-            return Ok(());
+            let last = metrics.last_log_index.unwrap_or(0);
+            return match self.has_all(to, last).await {
+                true => Ok(()),
+                false => Err(failed(&format!("node {to} has almost all entries, and catches up"))),
+            };
         }
         voters.insert(to);
         voters.retain(|voter| Some(*voter) != from);
         self.raft.change_membership(voters, false).await.map_err(|e| failed(&e))?;
         Ok(())
     }
+
+    /// Waits a moment until a replica has the ledger up to an entry. Only on the leader.
+    async fn has_all(&self, node: NodeId, index: u64) -> bool {
+        use openraft::async_runtime::WatchReceiver;
+        let mut metrics = self.raft.metrics();
+        let wait = async {
+            loop {
+                let now = metrics.borrow_watched().clone();
+                let matched = now.replication.as_ref().and_then(|all| all.get(&node).cloned().flatten());
+                if matched.is_some_and(|log_id| log_id.index >= index) {
+                    return true;
+                }
+                if metrics.changed().await.is_err() {
+                    return false;
+                }
+            }
+        };
+        time::timeout(ALMOST, wait).await.unwrap_or(false)
+    }
 }
 
-/// A learner that is so close may vote, or be asked.
+/// A learner that is so close may vote, or will have all in a moment.
 const BEHIND_MAX: u64 = 100;
+/// How long that moment may be.
+const ALMOST: Duration = Duration::from_millis(500);

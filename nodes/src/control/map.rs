@@ -151,6 +151,9 @@ pub struct ShardEntry {
     /// How the epochs before ended.
     #[serde(default)]
     pub ends: BTreeMap<u64, End>,
+    /// The other region may lack a step of a move up to this index of the ledger: it does not take over by itself before it has that.
+    #[serde(default)]
+    pub lacks: Option<u64>,
 }
 
 fn one() -> u64 {
@@ -160,9 +163,9 @@ fn one() -> u64 {
 impl ShardEntry {
     /// One whose ledger begins in an epoch.
     pub fn new(epoch: u64, members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
-        let (founded, handover, learners, chosen, ends) = Default::default();
+        let (founded, handover, learners, chosen, ends, lacks) = Default::default();
         let first_epoch = epoch;
-        ShardEntry { epoch, members, slots, founded, handover, learners, chosen, first_epoch, ends }
+        ShardEntry { epoch, members, slots, founded, handover, learners, chosen, first_epoch, ends, lacks }
     }
 }
 

@@ -25,6 +25,7 @@ use crate::ledger::epochs::{Place, Report};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use storage::model::Position;
 
 /// Changes that are remembered.
 const PAST_MAX: usize = 32;
@@ -384,10 +385,13 @@ impl ClusterMap {
     }
 
     /// The first shard of which fewer than two replicas of a region have ever caught up since they were given it, and how many have: the region is still being
-    /// filled, and what it lacks may be anything.
+    /// filled, and what it lacks may be anything. None has that may lack a step of a move.
     pub fn unready_in(&self, region: &str) -> Option<(ShardId, usize)> {
         let there = |node: &NodeId| self.nodes.get(node).is_some_and(|node| node.region == region);
         let ready = |entry: &ShardEntry| {
+            if entry.lacks.is_some() && region != self.primary() {
+                return 0;
+            }
             let serving = |(_, learner): &(&NodeId, &Learner)| **learner == Learner::Serving;
             let learners = entry.learners.iter().filter(serving).map(|(node, _)| node);
             entry.members.iter().chain(learners).filter(|node| there(node)).count()
@@ -512,9 +516,30 @@ impl ClusterMap {
             entry.epoch = epoch;
             entry.members = voters.clone();
             entry.chosen = Some(chosen);
-            entry.handover = None;
+            (entry.handover, entry.lacks) = (None, None);
             entry.learners = others.into_iter().map(|node| (node, Learner::Joining)).collect();
             map.doubt_erasures(shard, ended.0, &ended.1);
+        })
+    }
+
+    /// The region that takes no writes may lack a shard's entries up to a position. That is of no use once another epoch has been granted.
+    pub fn lacking(&self, shard: ShardId, position: Position) -> Result<ClusterMap, Error> {
+        if self.epoch() != position.epoch {
+            return Err(Error::Unavailable(format!("epoch {} is over", position.epoch)));
+        }
+        Ok(self.changed(|map| {
+            let Some(entry) = map.shards.get_mut(&shard) else { return };
+            entry.lacks = entry.lacks.max(Some(position.index));
+        }))
+    }
+
+    /// It has them up to a position.
+    pub fn lacks_no_more(&self, shard: ShardId, position: Position) -> ClusterMap {
+        self.changed(|map| {
+            let entry = map.shards.get_mut(&shard).filter(|entry| entry.epoch == position.epoch);
+            if let Some(entry) = entry.filter(|entry| entry.lacks <= Some(position.index)) {
+                entry.lacks = None;
+            }
         })
     }
 
@@ -596,6 +621,28 @@ mod tests {
             assert_eq!(map.unready_in("west"), unready, "{shard} {node}");
         }
         assert_eq!(settled()?.unready_in("west"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_region_that_may_lack_a_step_of_a_move_is_not_ready_before_it_has_it() -> Result<(), Error> {
+        let at = |index| Position { epoch: 1, index, item: 0 };
+        let map = settled()?.lacking(1, at(30))?.lacking(1, at(20))?;
+        assert_eq!((map.unready_in("east"), map.unready_in("west")), (None, Some((1, 0))));
+        for (position, unready) in [
+            (at(29), Some((1, 0))),
+            (Position { epoch: 2, ..at(40) }, Some((1, 0))),
+            (at(30), None),
+            (at(31), None),
+        ] {
+            assert_eq!(map.lacks_no_more(1, position).unready_in("west"), unready, "{position:?}");
+        }
+        // Another epoch has been granted: whoever waits in the old one goes no further.
+        let granted = map.region_granted(2, "west", 0);
+        assert!(granted.lacking(0, at(31)).is_err());
+        assert_eq!(granted.shards[&1].lacks, Some(30));
+        let begun = granted.promote(1, 2, &BTreeSet::from([4, 5, 6]), (4, &Report::default()), 30);
+        assert_eq!(begun.shards[&1].lacks, None);
         Ok(())
     }
 
