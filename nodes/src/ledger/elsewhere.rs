@@ -3,7 +3,9 @@
 //! The leader knows of each replica how much is on its disk, since openraft counts an answer only when its fsync has returned. The other region *has* an entry when a
 //! majority of its replicas does: a failover reads all of them but one, so it finds the entry.
 //!
-//! **Lag** is the age of the oldest entry that it has not, by the leader's monotonic clock. A new leader counts from when it began.
+//! **Lag** is the age of the oldest entry that it has not, by the leader's monotonic clock. Every replica notes when the ledger's end was where, so a new
+//! leader knows how old is what it finds; one whose process has just begun counts from there. If a leader hears nothing of the other region, that may lack
+//! all that it has noted.
 
 use super::{Ledger, left, log_store};
 use crate::error::Error;
@@ -22,6 +24,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const LOOK_FOR_ANOTHER: Duration = Duration::from_secs(5);
 /// Moments that are remembered; while the other region is away for longer, they lie further apart.
 const MOMENTS_MAX: usize = 1024;
+/// A new leader has heard from the other region by then, or does not hear of it.
+const HEARD_WITHIN: Duration = Duration::from_secs(2);
 /// How often somebody is warned of the same lag.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
@@ -44,13 +48,13 @@ impl Lag {
 struct Moments(VecDeque<(u64, Instant)>);
 
 impl Moments {
-    /// The age of the oldest entry behind `has`, of which `last` is the last one.
-    fn lag(&mut self, last: u64, has: u64, now: Instant) -> Duration {
+    /// The last entry is `last`; those behind it, if there were any, were another leader's, and are cut.
+    fn note(&mut self, last: u64, now: Instant) {
+        while self.0.back().is_some_and(|(end, _)| *end > last) {
+            self.0.pop_back();
+        }
         if self.0.back().is_none_or(|(end, _)| *end < last) {
             self.0.push_back((last, now));
-        }
-        while self.0.front().is_some_and(|(end, _)| *end <= has) {
-            self.0.pop_front();
         }
         if self.0.len() > MOMENTS_MAX {
             // Every second one: a lag is then told a little later than it is, never sooner than half of the distance.
@@ -59,6 +63,13 @@ impl Moments {
                 at += 1;
                 at % 2 == 1
             });
+        }
+    }
+
+    /// The age of the oldest entry behind `has`.
+    fn lag(&mut self, has: u64, now: Instant) -> Duration {
+        while self.0.front().is_some_and(|(end, _)| *end <= has) {
+            self.0.pop_front();
         }
         self.0.front().map_or(Duration::ZERO, |(_, since)| now - *since)
     }
@@ -150,24 +161,34 @@ impl Ledger {
 
     /// Looks at the lag for ever, and warns of it.
     pub(super) async fn watch_lag(self) {
-        let (mut moments, mut warned) = (Moments::default(), None::<Instant>);
+        let (mut moments, mut warned, mut leads_since) = (Moments::default(), None::<Instant>, None);
         let mut pause = LOOK;
         while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
             self.rest_until(Instant::now() + pause).await;
             pause = if self.rights.elsewhere().is_empty() { LOOK_FOR_ANOTHER } else { LOOK };
-            if self.rights.elsewhere().is_empty() || !self.raft.is_leader() {
+            if self.rights.elsewhere().is_empty() {
                 moments = Moments::default();
                 self.lag.set(None);
                 continue;
             }
-            let lag = moments.lag(self.reached(), self.had_elsewhere().unwrap_or(0), Instant::now());
+            moments.note(self.reached(), Instant::now());
+            if !self.raft.is_leader() {
+                leads_since = None;
+                self.lag.set(None);
+                continue;
+            }
+            let leads_for = leads_since.get_or_insert_with(Instant::now).elapsed();
+            let lag = match self.had_elsewhere().unwrap_or(0) {
+                0 if leads_for < HEARD_WITHIN => leads_for,
+                has => moments.lag(has, Instant::now()),
+            };
             self.lag.set(Some(lag));
             let again = warned.is_none_or(|at| at.elapsed() >= WARN_EVERY);
             if lag >= self.rights.lag_warned() && again {
                 warned = Some(Instant::now());
                 sim::trace::probe("region: the lag is worth a warning");
                 sim::error!(
-                    "{}: the other region lacks writes of the last {lag:.0?}: were this region lost now, they would be too; look at the link between them",
+                    "{}: the other region lacks writes of the last {lag:.0?}, or has not said that it has them: were this region lost now, they would be too; look at the link between them",
                     name_of(self.group)
                 );
             }
@@ -194,7 +215,10 @@ mod tests {
         let Ok(began) = sim::task::run_test(async { Instant::now() }) else { panic!("no world") };
         let at = |ms| began + Duration::from_millis(ms);
         let mut moments = Moments::default();
-        let mut lag = |last, has, ms| moments.lag(last, has, at(ms)).as_millis();
+        let mut lag = |last, has, ms| {
+            moments.note(last, at(ms));
+            moments.lag(has, at(ms)).as_millis()
+        };
         assert_eq!(lag(5, 5, 0), 0);
         assert_eq!(lag(9, 5, 200), 0);
         assert_eq!(lag(12, 8, 400), 200, "9 is there since 200");
@@ -206,5 +230,13 @@ mod tests {
         }
         let end = lag(5013, 12, 6000);
         assert!((4900..=5000).contains(&end), "{end}");
+        // One that did not lead has noted what it finds when it does; what was cut does not count.
+        let mut moments = Moments::default();
+        for (last, ms) in [(5, 0), (7, 200), (9, 400), (8, 600)] {
+            moments.note(last, at(ms));
+        }
+        assert_eq!(moments.lag(5, at(700)), Duration::from_millis(500));
+        assert_eq!(moments.lag(7, at(700)), Duration::from_millis(100));
+        assert_eq!(moments.lag(8, at(700)), Duration::ZERO);
     }
 }
