@@ -170,11 +170,7 @@ impl Driver {
     async fn carry_out(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {
         let Move { id, from, to, slots, switched } = moving.clone();
         if !switched {
-            let (here, _) = self.slots_of(map, from).await?;
-            if here.moving().is_none_or(|(of, _)| of != id) {
-                self.followed(map, from).await?;
-                self.followed(map, to).await?;
-            }
+            self.followed(map, moving).await?;
             self.settled_step(map, from, MoveStep::Seal { id, slots: slots.clone() }).await?;
             if let Some((pieces, hash)) = self.copy(map, moving).await? {
                 // In this order: callers with an old map must never find the slots shown by both.
@@ -220,21 +216,25 @@ impl Driver {
         Ok((arrived, at))
     }
 
-    /// That the other region has all that a shard has, or nobody is left of it.
-    async fn followed(&self, map: &ClusterMap, shard: ShardId) -> Result<(), Error> {
+    /// That a move may begin, or has begun: the other region has all that the two shards have, or nobody is left of it.
+    async fn followed(&self, map: &ClusterMap, moving: &Move) -> Result<(), Error> {
         if serving_alone(map) {
             return Ok(());
         }
-        let (_, at) = self.slots_of(map, shard).await?;
-        if map.elsewhere().iter().all(|node| map.is_lost(*node)) {
-            return self.control.update(|map| map.lacking(shard, at), soon()).await.map(|_| ());
+        let (here, at) = self.slots_of(map, moving.from).await?;
+        if here.moving().is_some_and(|(of, _)| of == moving.id) {
+            return Ok(());
         }
-        match self.router.elsewhere(shard, at, soon()).await? {
-            true => Ok(()),
-            false => Err(Error::Unavailable(
-                "slots stay where they are while the other region does not follow".into(),
-            )),
+        let (_, there) = self.slots_of(map, moving.to).await?;
+        for (shard, at) in [(moving.from, at), (moving.to, there)] {
+            if map.elsewhere().iter().all(|node| map.is_lost(*node)) {
+                self.control.update(|map| map.lacking(shard, at), soon()).await?;
+            } else if !self.router.elsewhere(shard, at, soon()).await? {
+                let problem = "slots stay where they are while the other region does not follow";
+                return Err(Error::Unavailable(problem.into()));
+            }
         }
+        Ok(())
     }
 
     /// Waits until the other region has a shard's entries up to a position, or writes down that it may lack them, if who leads the shard says so.
@@ -244,11 +244,12 @@ impl Driver {
         }
         let until = Instant::now() + PATIENCE;
         let lacks = |map: &ClusterMap| map.shards.get(&shard).is_some_and(|entry| entry.lacks.is_some());
-        while !lacks(&self.control.map()) {
+        loop {
+            let over = Instant::now() >= until;
             match self.router.elsewhere(shard, at, soon()).await {
                 Ok(true) => return Ok(()),
-                Ok(false) if Instant::now() >= until => break,
-                Err(error) if Instant::now() >= until => return Err(error),
+                Ok(false) if over || lacks(&self.control.map()) => break,
+                Err(error) if over => return Err(error),
                 _ => time::sleep(Duration::from_millis(100)).await,
             }
         }
