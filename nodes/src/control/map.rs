@@ -604,7 +604,8 @@ impl ClusterMap {
         })
     }
 
-    /// Plans the next handover: away from nodes that are drained, lost, or may not vote, then to shards that lack replicas.
+    /// Plans the next handover: away from nodes that are drained, lost, or may not vote, then to shards that lack replicas. Of more voters than there are to be,
+    /// as where a failover overtook a handover in the other region, one leaves to those that stay.
     pub fn plan_handover(&self) -> ClusterMap {
         let draining = |id: &NodeId| self.nodes.get(id).is_none_or(|node| !node.keeps(Role::Ledger));
         if self.holds_still() {
@@ -616,16 +617,21 @@ impl ClusterMap {
                 if shard.handover.is_some() {
                     continue;
                 }
-                let from = shard.members.iter().copied().find(draining);
+                let mut from = shard.members.iter().copied().find(draining);
                 let nodes = self.loads(Role::Ledger, primary).len();
                 let lacks = shard.members.len() < Role::Ledger.policy().replicas.min(nodes);
+                let stays = |node: &NodeId| shard.members.contains(node);
+                let surplus = shard.members.len() > Role::Ledger.policy().replicas;
+                if surplus {
+                    from = from.or(shard.members.last().copied());
+                }
                 if from.is_none() && !lacks {
                     continue;
                 }
                 // Who follows it already has nearly everything.
                 let mut free: Vec<NodeId> = map
                     .least_loaded(Role::Ledger, primary)
-                    .filter(|node| !shard.members.contains(node))
+                    .filter(|node| stays(node) == surplus && Some(*node) != from)
                     .collect();
                 free.sort_by_key(|node| !shard.learners.contains_key(node));
                 let Some(&to) = free.first() else { continue };
@@ -910,6 +916,28 @@ mod tests {
         assert!(map.kept_by(2).is_empty());
         assert_eq!(map.remove(2)?.check(), Ok(()));
         assert!(map.join(5, "n4:1", &roles::all()).is_err(), "an address of another node");
+        Ok(())
+    }
+
+    #[test]
+    fn of_more_voters_than_there_are_to_be_one_leaves_the_drained_one_first() -> Result<(), Error> {
+        let map = ClusterMap::found(&nodes(5), 1)?.founded(0).drain(2)?;
+        let voting = |members: &[NodeId]| {
+            let mut map = map.clone();
+            map.shards.entry(0).and_modify(|entry| entry.members = members.iter().copied().collect());
+            map
+        };
+        for (members, leaves, stay) in
+            [(vec![1, 2, 3, 4], 2, vec![1, 3, 4]), (vec![1, 3, 4, 5], 5, vec![1, 3, 4])]
+        {
+            let planned = voting(&members).plan_handover();
+            let handover = planned.shards[&0].handover.ok_or_else(|| Error::NotFound("handover".into()))?;
+            assert_eq!(handover.from, Some(leaves));
+            assert!(stay.contains(&handover.to), "{handover:?}");
+            let done = planned.end_handover(0, handover);
+            assert_eq!(done.shards[&0].members, stay.into_iter().collect());
+            assert_eq!(done.plan_handover(), done);
+        }
         Ok(())
     }
 
