@@ -181,14 +181,14 @@ impl Driver {
             self.control.update(|map| Ok(map.switch(id)), soon()).await?;
             sim::info!("slots {slots} moved from shard {from} to shard {to}");
         }
-        loop {
+        let dropped = loop {
             let (left, at) = self.step(map, from, MoveStep::Drop { id, rows_max: DROP_ROWS }).await?;
             if left == 0 {
-                self.settle(map, from, at).await?;
-                break;
+                break at;
             }
             time::sleep(Duration::from_millis(5)).await;
-        }
+        };
+        self.settle(map, from, dropped).await?;
         self.control.update(|map| Ok(map.end_move(id)), soon()).await?;
         Ok(())
     }
@@ -198,7 +198,7 @@ impl Driver {
         let (at, none) = (self.router.at(map, shard, &[]), SlotSet::default());
         let asked = at.ask(Ask::Slots, Freshness::Strong, &none, soon()).await?;
         // What it has of older epochs is in this one's ledger too.
-        let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+        let epoch = epoch_of(map, shard);
         match asked.found {
             Found::State(slots) => Ok((slots, Position { epoch, index: asked.position.index, item: 0 })),
             _ => Err(unexpected()),
@@ -471,7 +471,7 @@ impl Driver {
             return Ok(false);
         }
         let asked = waiting.into_iter().map(|(shard, (index, ids))| {
-            let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+            let epoch = epoch_of(map, shard);
             let position = Position { epoch, index, item: u32::MAX };
             async move {
                 let there = serving_alone(map)
@@ -603,7 +603,7 @@ impl Driver {
         let body = bytes::Bytes::from(codec::encode(change));
         let mut last = Error::Unavailable(format!("{} has no leader", name_of(shard)));
         let peers = self.router.peers();
-        let epoch = map.shards.get(&shard).map_or(0, |entry| entry.epoch);
+        let epoch = epoch_of(map, shard);
         for addr in &map.addrs(shard) {
             let mut client = peers.client(addr).map_err(|e| Error::Internal(e.to_string()))?;
             let request = peers.request(Body { body: body.clone(), group: shard, epoch }, STEP);
@@ -624,10 +624,15 @@ fn if_still(
     epoch: u64,
     change: impl FnOnce(&ClusterMap) -> ClusterMap,
 ) -> ClusterMap {
-    match map.shards.get(&shard).is_some_and(|entry| entry.epoch == epoch) {
+    match epoch_of(&map, shard) == epoch {
         true => change(&map),
         false => map,
     }
+}
+
+/// The epoch of a shard's ledger; 0: there is no such shard.
+fn epoch_of(map: &ClusterMap, shard: ShardId) -> u64 {
+    map.shards.get(&shard).map_or(0, |entry| entry.epoch)
 }
 
 /// There is no other region.
