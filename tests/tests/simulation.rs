@@ -5,7 +5,7 @@ use tests::{Result, root};
 
 /// Seeds that once found a defect, and what it was. A seed names one history only within a build, so a cause that can be pinned has
 /// a test of its own beside the code that it was in.
-const REGRESSIONS: [(&str, u64); 7] = [
+const REGRESSIONS: [(&str, u64); 8] = [
     // A checkpoint named entries that a received snapshot held but openraft had not yet handed over.
     ("leader-power-loss", 13),
     // A torn write over an old write-ahead log passed SQLite's checksum and took a view back in time (`storage::records`).
@@ -20,6 +20,8 @@ const REGRESSIONS: [(&str, u64); 7] = [
     ("scenarios/files/regions/stands-still.toml", 2),
     // Slots moved faster than the other region heard of it: when it took over, its shards did not agree about who had them.
     ("scenarios/files/regions/resharded-behind.toml", 1),
+    // A leader whose process had just begun took what it found for new, and more was lost than `throttle` allows.
+    ("scenarios/files/regions/throttled-restarted.toml", 2),
 ];
 
 fn cargo(args: &[&str]) -> Result<Output> {

@@ -4,7 +4,9 @@
 //! whole lease instead.
 
 use super::Control;
-use super::lease::{Ask, Entry, Grantor, GrantorEffect, GrantorEvent, HolderId, Ms, Record, Settings, Term};
+use super::lease::{
+    Answer, Ask, Entry, Grantor, GrantorEffect, GrantorEvent, HolderId, Ms, Record, Settings, Term,
+};
 use super::rights::Renewed;
 use crate::error::Error;
 use crate::groups::{CONTROL, Groups};
@@ -129,7 +131,7 @@ impl Grants {
                         .await;
                     if let Ok(Some(record)) = self.control.enter(&entry, None, deadline).await {
                         self.on(GrantorEvent::Read(record));
-                        return Renewed::Granted(answer);
+                        return self.granted_now(answer);
                     }
                 }
                 GrantorEffect::Confirm { then } => {
@@ -139,7 +141,7 @@ impl Grants {
                         let confirmed = (record.term, record.epoch) == (term, then.epoch);
                         self.on(GrantorEvent::Read(record));
                         if confirmed {
-                            return Renewed::Granted(then);
+                            return self.granted_now(then);
                         }
                     }
                 }
@@ -148,6 +150,10 @@ impl Grants {
             }
         }
         self.not_leader()
+    }
+
+    fn granted_now(&self, answer: Answer) -> Renewed {
+        Renewed::Granted { answer, lag_max: self.control.map().lag_max() }
     }
 
     /// Lets the present epoch run out; how long that still takes, if it does.

@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::ledger::epochs::{Place, Report};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
+use sim::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use storage::model::Position;
 
@@ -384,6 +385,14 @@ impl ClusterMap {
         self.nodes.iter().filter(|(_, node)| there(&node.region)).map(|(id, _)| *id).collect()
     }
 
+    /// At how much lag writes are refused. A region that is being filled, as one is that comes back after a failover, takes over nothing by itself: what it lacks
+    /// holds nobody up.
+    pub fn lag_max(&self) -> Option<Duration> {
+        let policy = self.regions.as_ref().map(|regions| &regions.policy).filter(|policy| policy.throttle)?;
+        let takes_over = |region: &&str| *region != self.primary() && self.unready_in(region).is_none();
+        self.serving().iter().any(takes_over).then(|| Duration::from_millis(policy.rpo_ms))
+    }
+
     /// The first shard of which fewer than two replicas of a region have ever caught up since they were given it, and how many have: the region is still being
     /// filled, and what it lacks may be anything. None has that may lack a step of a move.
     pub fn unready_in(&self, region: &str) -> Option<(ShardId, usize)> {
@@ -621,6 +630,19 @@ mod tests {
             assert_eq!(map.unready_in("west"), unready, "{shard} {node}");
         }
         assert_eq!(settled()?.unready_in("west"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn writes_wait_for_a_region_that_could_take_over() -> Result<(), Error> {
+        let throttled = |mut map: ClusterMap| {
+            let regions = map.regions.as_mut().ok_or(Error::NotFound("regions".into()))?;
+            (regions.policy.throttle, regions.policy.rpo_ms) = (true, 6000);
+            Ok::<_, Error>(map)
+        };
+        assert_eq!(settled()?.lag_max(), None, "it was not asked for");
+        assert_eq!(throttled(settled()?)?.lag_max(), Some(Duration::from_secs(6)));
+        assert_eq!(throttled(founded(2, true)?)?.lag_max(), None, "it is being filled");
         Ok(())
     }
 

@@ -27,13 +27,15 @@ const ASK_WITHIN: Duration = Duration::from_secs(1);
 /// What the control group says to a renewal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Renewed {
-    Granted(Answer),
+    Granted {
+        answer: Answer,
+        /// As the newest map has it: the asker's may be one from before it started.
+        lag_max: Option<Duration>,
+    },
     /// The address of who leads, if it is known.
     NotLeader(Option<String>),
     /// Another region has the right, or is about to.
-    Refused {
-        epoch: Epoch,
-    },
+    Refused { epoch: Epoch },
 }
 
 #[derive(Clone)]
@@ -94,7 +96,6 @@ impl Rights {
         }
         state.elsewhere = map.elsewhere();
         state.lag_warned = Duration::from_millis(regions.policy.lag_warned_ms());
-        state.lag_max = regions.policy.throttle.then(|| Duration::from_millis(regions.policy.rpo_ms));
     }
 
     pub fn elsewhere(&self) -> BTreeSet<NodeId> {
@@ -199,7 +200,7 @@ impl Rights {
         let mut answers: FuturesUnordered<_> =
             others.map(|addr| async move { (addr, renew_at(peers, addr, ask, patience).await) }).collect();
         while let Some((addr, answer)) = answers.next().await {
-            if let Some(answer @ (Renewed::Granted(_) | Renewed::Refused { .. })) = answer {
+            if let Some(answer @ (Renewed::Granted { .. } | Renewed::Refused { .. })) = answer {
                 *leader = Some(addr.clone());
                 return self.answered(answer);
             }
@@ -210,8 +211,9 @@ impl Rights {
     /// Takes over what whoever leads the control group said; whether that renews it.
     fn answered(&self, renewed: Renewed) -> bool {
         match renewed {
-            Renewed::Granted(answer) => {
+            Renewed::Granted { answer, lag_max } => {
                 let mut state = self.state();
+                state.lag_max = lag_max;
                 state.leased = state.leased.as_ref().map(|leased| leased.answered(&answer));
                 true
             }

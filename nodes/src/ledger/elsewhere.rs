@@ -4,19 +4,23 @@
 //! majority of its replicas does: a failover reads all of them but one, so it finds the entry.
 //!
 //! **Lag** is the age of the oldest entry that it has not, by the leader's monotonic clock. Every replica notes when the ledger's end was where, so a new
-//! leader knows how old is what it finds; one whose process has just begun counts from there. If a leader hears nothing of the other region, that may lack
-//! all that it has noted.
+//! leader knows how old is what it finds. What was there before its process began is as old as its commands say, by the calendars of those who wrote them
+//! and this one's; where that is purged, it may be older than anybody knows. If a leader hears nothing of the other region, that may lack all of it. After a
+//! failover nobody there has a replica of the new epoch yet: it counts from when that began here.
 
 use super::{Ledger, left, log_store};
 use crate::error::Error;
 use crate::groups::name_of;
 use crate::reach::ELSEWHERE_WITHIN;
 use crate::roles::Role;
+use openraft::EntryPayload;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::{Duration, Instant};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use storage::model::Position;
+use storage::codec;
+use storage::log::{Log, LogError};
+use storage::model::{Batch, Position, UnixMs};
 
 /// How often the lag is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -29,17 +33,28 @@ const HEARD_WITHIN: Duration = Duration::from_secs(2);
 /// How often somebody is warned of the same lag.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// The lag, as it was seen last; `None` while this replica does not lead, or there is no other region.
+/// The lag, as it was seen last; `None` while this replica does not lead, has just begun to and not heard of the other region yet, or there is none.
 #[derive(Clone, Default)]
-pub struct Lag(Arc<Mutex<Option<Duration>>>);
+pub struct Lag(Arc<Mutex<Option<Seen>>>);
+
+#[derive(Clone, Copy)]
+struct Seen {
+    lag: Duration,
+    /// It may be more: the oldest entries are purged here, and nobody noted when they came.
+    at_least: bool,
+}
 
 impl Lag {
     pub fn get(&self) -> Option<Duration> {
+        self.seen().map(|seen| seen.lag)
+    }
+
+    fn seen(&self) -> Option<Seen> {
         *self.0.lock().unwrap_or_else(|p| p.into_inner())
     }
 
-    fn set(&self, lag: Option<Duration>) {
-        *self.0.lock().unwrap_or_else(|p| p.into_inner()) = lag;
+    fn set(&self, seen: Option<Seen>) {
+        *self.0.lock().unwrap_or_else(|p| p.into_inner()) = seen;
     }
 }
 
@@ -75,25 +90,87 @@ impl Moments {
     }
 }
 
+/// What the log held when this process began: nobody here noted when it came.
+struct Inherited {
+    log: Arc<Log>,
+    last: u64,
+    /// The entry that was looked at, and since when it is there at the latest.
+    seen: Option<(u64, Instant)>,
+}
+
+impl Inherited {
+    /// Entries that are looked at for one with commands.
+    const LOOK_AT: u64 = 64;
+    const LOOK_AT_BYTES: usize = 256 << 10;
+
+    /// Since when the oldest entry behind `has` is there, if it is of these; and whether older ones are, or were.
+    async fn oldest_behind(&mut self, has: u64) -> (Option<Instant>, bool) {
+        if has >= self.last {
+            return (None, false);
+        }
+        let first = (has + 1).max(self.log.first_index());
+        let purged = first > has + 1;
+        if let Some((_, since)) = self.seen.filter(|(index, _)| *index == first) {
+            return (Some(since), purged);
+        }
+        let (log, range) = (self.log.clone(), first..self.last.min(first + Self::LOOK_AT) + 1);
+        let read = sim::task::blocking(move || log.read(range, Self::LOOK_AT_BYTES)).await;
+        let (now, today) = (Instant::now(), sim::time::calendar_ms());
+        let written = read.map(|entries| entries.iter().find_map(|(_, bytes)| written(bytes)));
+        let age = match written {
+            Ok(at) => {
+                at.map_or(Duration::ZERO, |at| Duration::from_millis(today.saturating_sub(at).max(0) as u64))
+            }
+            // Cut or purged meanwhile; damage is found by whoever needs the entry.
+            Err(LogError::Missing { .. } | LogError::Corrupt { .. }) => return (None, true),
+            Err(error) => {
+                sim::warn!("how old the ledger's entry {first} is cannot be read: {error}");
+                return (None, true);
+            }
+        };
+        let since = now - age;
+        self.seen = Some((first, since));
+        (Some(since), purged)
+    }
+}
+
+/// When the first of an entry's commands was made.
+fn written(entry: &[u8]) -> Option<UnixMs> {
+    let EntryPayload::Normal(data) = log_store::decode_entry(entry).ok()?.payload else { return None };
+    Some(codec::decode::<Batch>(&data.0).ok()?.commands.first()?.now)
+}
+
 /// How long a write waits at most while the other region lags.
 const THROTTLE_MAX: Duration = Duration::from_millis(500);
 
 /// How long a write waits at a lag of which `max` is too much; `None`: it is refused.
-fn throttle(lag: Duration, max: Duration) -> Option<Duration> {
+fn throttle(seen: Seen, max: Duration) -> Option<Duration> {
     let half = max / 2;
-    let share = lag.saturating_sub(half).as_secs_f64() / half.as_secs_f64().max(1e-3);
-    (lag < max).then(|| THROTTLE_MAX.mul_f64(share))
+    let share = seen.lag.saturating_sub(half).as_secs_f64() / half.as_secs_f64().max(1e-3);
+    (seen.lag < max && !seen.at_least).then(|| THROTTLE_MAX.mul_f64(share))
 }
 
 impl Ledger {
     /// Slows a write down, or refuses it, if that was configured and the other region lags too far.
     pub(super) async fn throttled(&self) -> Result<(), String> {
-        let Some((lag, max)) = self.lag.get().zip(self.rights.lag_max()) else { return Ok(()) };
-        let Some(wait) = throttle(lag, max) else {
+        let Some(max) = self.rights.lag_max() else { return Ok(()) };
+        // A leader that is new may have writes that the other region lacks; one that restarts again and again is new each time.
+        let known_by = Instant::now() + HEARD_WITHIN + LOOK * 2;
+        let seen = loop {
+            match self.lag.seen() {
+                Some(seen) => break seen,
+                None if !self.raft.is_leader() => return Ok(()),
+                None if Instant::now() < known_by => sim::time::sleep(LOOK / 4).await,
+                None => return Err("what the other region lacks is not known yet".into()),
+            }
+        };
+        let Some(wait) = throttle(seen, max) else {
             sim::trace::probe("region: a write refused, since the other region lags too far");
             return Err(format!(
-                "the other region lacks the writes of the last {lag:.0?}, and more than {max:.0?} must not be lost: \
-                 writes go on when it has caught up"
+                "the other region lacks the writes of the last {:.0?}{}, and more than {max:.0?} must not be lost: \
+                 writes go on when it has caught up",
+                seen.lag,
+                if seen.at_least { " or more" } else { "" }
             ));
         };
         if !wait.is_zero() {
@@ -160,7 +237,8 @@ impl Ledger {
     }
 
     /// Looks at the lag for ever, and warns of it.
-    pub(super) async fn watch_lag(self) {
+    pub(super) async fn watch_lag(self, log: Arc<Log>) {
+        let mut inherited = Inherited { last: log.last_index(), log, seen: None };
         let (mut moments, mut warned, mut leads_since) = (Moments::default(), None::<Instant>, None);
         let mut pause = LOOK;
         while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
@@ -178,11 +256,19 @@ impl Ledger {
                 continue;
             }
             let leads_for = leads_since.get_or_insert_with(Instant::now).elapsed();
-            let lag = match self.had_elsewhere().unwrap_or(0) {
-                0 if leads_for < HEARD_WITHIN => leads_for,
-                has => moments.lag(has, Instant::now()),
+            let has = self.had_elsewhere();
+            if has == Some(0) && leads_for < HEARD_WITHIN {
+                self.lag.set(None);
+                continue;
+            }
+            let (since, at_least) = match has {
+                Some(has) => inherited.oldest_behind(has).await,
+                None => (None, false),
             };
-            self.lag.set(Some(lag));
+            let now = Instant::now();
+            let noted = moments.lag(has.unwrap_or(0), now);
+            let lag = since.map_or(noted, |since| noted.max(now - since));
+            self.lag.set(Some(Seen { lag, at_least }));
             let again = warned.is_none_or(|at| at.elapsed() >= WARN_EVERY);
             if lag >= self.rights.lag_warned() && again {
                 warned = Some(Instant::now());
@@ -199,15 +285,23 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::types::{Data, Entry, LogId, Types};
+    use openraft::alias::LeaderIdOf;
+    use openraft::entry::RaftEntry;
+    use openraft::vote::RaftLeaderId;
+    use storage::log::LogOptions;
+    use storage::model::{Command, Operation};
 
     #[test]
     fn writes_are_slowed_down_from_half_of_what_may_be_lost_and_refused_at_all_of_it() {
         let ms = Duration::from_millis;
+        let exactly = |lag| Seen { lag: ms(lag), at_least: false };
         let waits: Vec<Option<u128>> = [0, 500, 600, 750, 999, 1000, 5000]
-            .map(|lag| throttle(ms(lag), ms(1000)).map(|wait| wait.as_millis()))
+            .map(|lag| throttle(exactly(lag), ms(1000)).map(|wait| wait.as_millis()))
             .into();
         assert_eq!(waits, [Some(0), Some(0), Some(100), Some(250), Some(499), None, None]);
-        assert_eq!(throttle(ms(0), ms(0)), None);
+        assert_eq!(throttle(exactly(0), ms(0)), None);
+        assert_eq!(throttle(Seen { at_least: true, ..exactly(0) }, ms(1000)), None);
     }
 
     #[test]
@@ -238,5 +332,42 @@ mod tests {
         assert_eq!(moments.lag(5, at(700)), Duration::from_millis(500));
         assert_eq!(moments.lag(7, at(700)), Duration::from_millis(100));
         assert_eq!(moments.lag(8, at(700)), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_was_there_before_a_start_is_as_old_as_its_commands() -> Result<(), Box<dyn std::error::Error>> {
+        let command = |now| Command {
+            tenant: "t".into(),
+            slot: None,
+            idempotency_key: String::new(),
+            request_hash: [0; 16],
+            now,
+            operation: Operation::Touch(vec![]),
+        };
+        let ages = sim::task::run_test(async move {
+            let disk: Arc<dyn sim::disk::Disk> = sim::disk::simulated::SimDisk::new(1);
+            let log = Arc::new(Log::open(disk, "log", LogOptions::default())?);
+            let today = sim::time::calendar_ms();
+            // Entries 1 to 5: one without commands first, then of 9, 7 and 5 seconds ago, and one of tomorrow.
+            let made: [Option<i64>; 5] = [None, Some(-9_000), Some(-7_000), Some(-5_000), Some(86_400_000)];
+            let leader = LeaderIdOf::<Types>::new(1, 1).to_committed();
+            for (index, ago) in (1..).zip(made) {
+                let commands = ago.map(|ago| command(today + ago)).into_iter().collect();
+                let data = Data(codec::encode(&Batch { commands }).into());
+                let entry = Entry::new(LogId::new(leader, index - 1), EntryPayload::Normal(data));
+                log.append(&[(index, &log_store::encode_entry(&entry))])?;
+            }
+            let mut inherited = Inherited { last: log.last_index(), log, seen: None };
+            let mut ages = vec![];
+            for has in [0, 1, 1, 2, 3, 4, 5, 9] {
+                let (since, purged) = inherited.oldest_behind(has).await;
+                ages.push((since.map(|since| since.elapsed().as_secs_f64().round() as u64), purged));
+            }
+            Ok::<_, storage::log::LogError>(ages)
+        })??;
+        let ages_s: Vec<Option<u64>> = ages.iter().map(|(age_s, _)| *age_s).collect();
+        assert_eq!(ages_s, [Some(9), Some(9), Some(9), Some(7), Some(5), Some(0), None, None]);
+        assert!(ages.iter().all(|(_, purged)| !purged));
+        Ok(())
     }
 }

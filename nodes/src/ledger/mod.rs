@@ -238,7 +238,7 @@ impl Ledger {
             ledger.raft.runtime_config().elect(false);
             sim::task::spawn(ledger.clone().wait_for_the_epoch());
         }
-        sim::task::spawn(ledger.clone().watch_lag());
+        sim::task::spawn(ledger.clone().watch_lag(log.clone()));
         sim::task::spawn(ledger.clone().give_way_when_unheard());
         sim::task::spawn(ledger.clone().beat(options.heartbeat));
         if repair.is_some() {
