@@ -5,7 +5,7 @@ use tests::{Result, root};
 
 /// Seeds that once found a defect, and what it was. A seed names one history only within a build, so a cause that can be pinned has
 /// a test of its own beside the code that it was in.
-const REGRESSIONS: [(&str, u64); 8] = [
+const REGRESSIONS: [(&str, u64); 11] = [
     // A checkpoint named entries that a received snapshot held but openraft had not yet handed over.
     ("leader-power-loss", 13),
     // A torn write over an old write-ahead log passed SQLite's checksum and took a view back in time (`storage::records`).
@@ -22,6 +22,12 @@ const REGRESSIONS: [(&str, u64); 8] = [
     ("scenarios/files/regions/resharded-behind.toml", 1),
     // A leader whose process had just begun took what it found for new, and more was lost than `throttle` allows.
     ("scenarios/files/regions/throttled-restarted.toml", 2),
+    // Views that came with a snapshot were further than their log: another one was chosen, which had less, and those who had more could not vote.
+    ("scenarios/files/regions/saturated-link.toml", 12),
+    // A read with the position of an epoch that a replica did not know yet ended its process.
+    ("scenarios/files/regions/stands-still.toml", 7),
+    // What an old leader wrote of itself when it led again, in vain, was reported as lost in place of an entry that was kept.
+    ("scenarios/files/regions/resharded-meanwhile.toml", 6),
 ];
 
 fn cargo(args: &[&str]) -> Result<Output> {

@@ -244,7 +244,7 @@ pub struct End {
 pub struct OldDisk {
     /// Up to here it agreed with the next epoch.
     pub kept: u64,
-    /// The last entry that it had.
+    /// The last entry that it had of anybody's.
     pub last: u64,
     /// Commands in what was taken away from it.
     pub commands: u64,

@@ -198,6 +198,20 @@ fn purged(log: &Log) -> Result<Option<Place>, Error> {
     Ok(purged.map(Place::at))
 }
 
+/// Views that came with a snapshot can be further than the log that it left ([`super::state_machine`]). What they have was applied, so the log goes on behind that; what it
+/// had there itself was never decided.
+fn catch_up(log: &Log, applied: LogId) -> Result<(), Error> {
+    let (place, mut last) = (Place::at(applied), purged(log)?);
+    each(log, log.last_index(), |entry| last = Some(Place::of(&entry)))?;
+    if last < Some(place) {
+        sim::trace::probe("epoch: views were further than the log");
+        let gone = |e| failed("log", e);
+        log.put_meta(log_store::PURGED, &codec::encode_serde(&applied)).map_err(gone)?;
+        log.purge_to(place.index).and_then(|()| log.truncate_from(place.index + 1)).map_err(gone)?;
+    }
+    Ok(())
+}
+
 /// What a log has, of which `certain` was applied.
 pub fn report(log: &Log, certain: u64) -> Result<Report, Error> {
     let (mut last, mut runs): (Option<Place>, Vec<Place>) = (None, vec![]);
@@ -307,7 +321,7 @@ fn go_over(
         let (last, kept) = (log.last_index(), agrees(log, *epoch, end, strayed)?);
         *views_max = (*views_max).min(if strayed { kept } else { kept.max(end.certain) });
         let taken = if last > kept { quarantine::put(disk, log, *epoch, kept)? } else { Taken::default() };
-        let Taken { commands, written } = taken;
+        let Taken { commands, last: lost, written } = taken;
         if last > kept {
             sim::trace::probe("epoch: a returning replica's entries were taken away");
             sim::warn!(
@@ -320,7 +334,10 @@ fn go_over(
         let whole = log.repair().map_err(|e| failed("log", e))?.is_none();
         let told = held.taken.iter().any(|(of, _)| of == epoch);
         if !told && whole && (!halted || last > kept || end.voters.contains(&id)) {
-            held.taken.push((*epoch, OldDisk { kept: kept.min(last), last, commands, written }));
+            held.taken.push((
+                *epoch,
+                OldDisk { kept: kept.min(last), last: lost.max(kept.min(last)), commands, written },
+            ));
             // Before anything is cut: an attempt that is made again no longer sees it.
             keep(log, held)?;
         }
@@ -344,14 +361,14 @@ pub struct Turned {
 }
 
 /// Brings a closed replica's log into an epoch. The caller mends the views, and calls [`keep`] with what this gives back once all is done.
-/// `certain`: what its views have applied.
+/// `applied`: how far its views are, and the entry there if they say it.
 pub fn turn(
     disk: &Arc<dyn Disk>,
     log: &Log,
     bases: &Bases,
     id: u64,
     plan: &Plan,
-    certain: impl FnOnce() -> Result<u64, Error>,
+    applied: impl FnOnce() -> Result<(u64, Option<LogId>), Error>,
 ) -> Result<Turned, Error> {
     let mut turned = Turned { held: held(log, plan.first)?, views_max: u64::MAX, start_over: false };
     let Held { epoch, of, report: reported, .. } = &turned.held;
@@ -362,8 +379,15 @@ pub fn turn(
             let whole = log.repair().map_err(|e| failed("log", e))?.is_none() && !turned.start_over;
             // Of an epoch that nobody knows nothing is certain to those who come back from the one before.
             let known = if turned.held.of > plan.known { written_by(log, plan.known)? } else { u64::MAX };
-            turned.held.report =
-                if whole { Some(report(log, certain()?.min(turned.views_max).min(known))?) } else { None };
+            turned.held.report = None;
+            if whole {
+                let (applied, id) = applied()?;
+                let certain = applied.min(turned.views_max).min(known);
+                if let Some(id) = id.filter(|id| Place::at(*id).index == certain) {
+                    catch_up(log, id)?;
+                }
+                turned.held.report = Some(report(log, certain)?);
+            }
             turned.held.epoch = plan.epoch;
             sim::trace::probe("epoch: a replica halted");
         }
@@ -424,7 +448,7 @@ mod tests {
     fn turned(leaders: &[(u64, u64)], plan: &Plan) -> Result<(Log, Turned), Box<dyn std::error::Error>> {
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let (log, bases) = (log(&disk, leaders)?, Bases::open(disk.clone(), "bases")?);
-        let turned = turn(&disk, &log, &bases, 7, plan, || Ok(20))?;
+        let turned = turn(&disk, &log, &bases, 7, plan, || Ok((20, None)))?;
         Ok((log, turned))
     }
 
@@ -450,7 +474,37 @@ mod tests {
         log.start_over()?;
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let bases = Bases::open(disk.clone(), "bases")?;
-        assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(0))?.held.report, None);
+        assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok((0, None)))?.held.report, None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_views_have_beyond_the_log_is_had() -> Tested {
+        // A snapshot to 20 came with views at 27; behind 20 the log may hold what a deposed leader wrote.
+        for stale in [0, 4, 12] {
+            let disk: Arc<dyn Disk> = SimDisk::new(1);
+            let (log, bases) = (log(&disk, &[(3, 20)])?, Bases::open(disk.clone(), "bases")?);
+            log.put_meta(log_store::PURGED, &codec::encode_serde(&entry(3, 3, 20).log_id()))?;
+            log.purge_to(20)?;
+            fill(&log, &[(2, stale)])?;
+            let halt = Plan { epoch: 2, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
+            let applied = entry(3, 3, 27).log_id();
+            let held = turn(&disk, &log, &bases, 7, &halt, || Ok((27, Some(applied))))?.held;
+            let report = Report { last: Some(place(3, 27)), certain: 27, runs: vec![] };
+            assert_eq!((held.report.as_ref(), log.last_index()), (Some(&report), 27), "{stale}");
+            keep(&log, &held)?;
+            let way = Way::Begin(BTreeMap::from([(7, "a:1".to_string())]));
+            let plan = Plan { epoch: 2, first: 1, way, ..Plan::default() };
+            turn(&disk, &log, &bases, 7, &plan, || Ok((27, Some(applied))))?;
+            assert_eq!((log.first_index(), log.last_index()), (28, 28), "it goes on behind what was applied");
+        }
+        // A log that is further keeps what it has.
+        let disk: Arc<dyn Disk> = SimDisk::new(1);
+        let (log, bases) = (log(&disk, &[(3, 20)])?, Bases::open(disk.clone(), "bases")?);
+        let halt = Plan { epoch: 2, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
+        let applied = entry(3, 3, 15).log_id();
+        turn(&disk, &log, &bases, 7, &halt, || Ok((15, Some(applied))))?;
+        assert_eq!((log.first_index(), log.last_index()), (1, 20));
         Ok(())
     }
 
@@ -460,11 +514,11 @@ mod tests {
         let (log, bases) = (log(&disk, &[(3, 9)])?, Bases::open(disk.clone(), "bases")?);
         let voters = BTreeMap::from([(7, "a:1".to_string()), (8, "b:1".to_string())]);
         let halt = Plan { epoch: 2, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
-        keep(&log, &turn(&disk, &log, &bases, 7, &halt, || Ok(9))?.held)?;
+        keep(&log, &turn(&disk, &log, &bases, 7, &halt, || Ok((9, None)))?.held)?;
         let plan = Plan { epoch: 2, first: 1, way: Way::Begin(voters), ..Plan::default() };
         for _ in 0..2 {
             // The second time as after a crash before the end.
-            assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok(9))?.held.of, 2);
+            assert_eq!(turn(&disk, &log, &bases, 7, &plan, || Ok((9, None)))?.held.of, 2);
             assert_eq!(log.last_index(), 10);
         }
         let mut last = None;
@@ -503,7 +557,7 @@ mod tests {
             let (log, bases) = (log(&disk, &leaders)?, Bases::open(disk.clone(), "bases")?);
             for _ in 0..2 {
                 // The second time as after a crash before the end.
-                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok((20, None)))?;
                 assert_eq!(log.last_index(), kept, "{leaders:?}");
                 assert_eq!(
                     returned.held.taken,
@@ -536,7 +590,7 @@ mod tests {
             let last = log.last_index();
             keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
             for _ in 0..2 {
-                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok(last))?;
+                let returned = turn(&disk, &log, &bases, 7, &plan, || Ok((last, None)))?;
                 assert_eq!((log.last_index(), returned.views_max), (kept, kept), "{leaders:?}");
                 assert_eq!(
                     returned.held.taken,
@@ -551,7 +605,7 @@ mod tests {
         let (log, bases) = (log(&disk, &[(3, 12), (stray, 15)])?, Bases::open(disk.clone(), "bases")?);
         keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
         log.purge_to(14)?;
-        assert!(turn(&disk, &log, &bases, 7, &plan, || Ok(20))?.start_over);
+        assert!(turn(&disk, &log, &bases, 7, &plan, || Ok((20, None)))?.start_over);
         Ok(())
     }
 
@@ -562,7 +616,8 @@ mod tests {
         let (log, bases) = (log(&disk, &[(3, 12), (stray, 15)])?, Bases::open(disk.clone(), "bases")?);
         keep(&log, &Held { epoch: 2, of: 2, first: 1, report: None, taken: vec![] })?;
         let plan = Plan { epoch: 1001, first: 1, known: 1, way: Way::Halt, ..Plan::default() };
-        let report = turn(&disk, &log, &bases, 7, &plan, || Ok(27))?.held.report.ok_or("no report")?;
+        let report =
+            turn(&disk, &log, &bases, 7, &plan, || Ok((27, None)))?.held.report.ok_or("no report")?;
         assert_eq!((report.certain, report.last), (12, Some(Place { term: stray, node: stray, index: 27 })));
         assert_eq!(report.runs, [Place { term: stray, node: stray, index: 13 }]);
         // Those of the same epoch, and those of the one before, agree with that as far as they have the same.
@@ -575,7 +630,7 @@ mod tests {
             let disk: Arc<dyn Disk> = SimDisk::new(1);
             let (log, bases) = (self::log(&disk, &leaders)?, Bases::open(disk.clone(), "bases")?);
             keep(&log, &Held { epoch: of, of, first: 1, report: None, taken: vec![] })?;
-            turn(&disk, &log, &bases, 7, &plan, || Ok(5))?;
+            turn(&disk, &log, &bases, 7, &plan, || Ok((5, None)))?;
             assert_eq!(log.last_index(), kept, "{leaders:?}");
         }
         Ok(())
@@ -588,7 +643,7 @@ mod tests {
         log.purge_to(30)?;
         let end = End { certain: 20, last: 22, runs: vec![place(3, 21)], ..End::default() };
         let plan = Plan { epoch: 2, first: 1, ends: BTreeMap::from([(1, end)]), known: 2, way: Way::Return };
-        let turned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+        let turned = turn(&disk, &log, &bases, 7, &plan, || Ok((20, None)))?;
         assert!(turned.start_over);
         // It still knows what it gives up, since what was purged is still there.
         assert_eq!(turned.held.taken, [(1, OldDisk { kept: 22, last: 40, ..OldDisk::default() })]);
@@ -616,7 +671,7 @@ mod tests {
             log.release_to(30)?;
             assert!(log.kept_from() > 23, "{}", log.kept_from());
             let bases = Bases::open(disk.clone(), "bases")?;
-            let turned = turn(&disk, &log, &bases, 7, &plan, || Ok(20))?;
+            let turned = turn(&disk, &log, &bases, 7, &plan, || Ok((20, None)))?;
             assert_eq!(turned.held.taken, [(1, OldDisk { kept, last: 40, ..OldDisk::default() })]);
         }
         Ok(())

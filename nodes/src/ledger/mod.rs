@@ -354,6 +354,10 @@ impl Ledger {
     /// What of the ledger a position names: itself, if it is still there; what it names may be lost if its epoch is over.
     pub fn surviving(&self, position: Position) -> Result<Position, Error> {
         let lost = || Error::LostInFailover { epoch: position.epoch, index: position.index };
+        if position.epoch > self.held.epoch {
+            // It is waited for.
+            return Ok(position);
+        }
         let mut ends = self.ends.range(position.epoch..self.held.epoch).peekable();
         if position.epoch < self.held.epoch && ends.peek().is_none() {
             let before = self.ends.range(..position.epoch).next_back();

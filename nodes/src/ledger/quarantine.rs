@@ -8,6 +8,7 @@ use super::log_store::{decode_entry, encode_entry};
 use super::state_machine::decode_batch;
 use crate::error::Error;
 use bincode::{Decode, Encode};
+use openraft::EntryPayload;
 use sim::disk::Disk;
 use std::sync::Arc;
 use storage::log::Log;
@@ -32,6 +33,8 @@ fn path(epoch: u64) -> String {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Taken {
     pub commands: u64,
+    /// The last entry that has any, or may have had. What a leader writes of itself when it begins to lead is nobody's loss.
+    pub last: u64,
     /// When the first and the last of them were written, by their writers' calendars, in milliseconds.
     pub written: Option<(i64, i64)>,
 }
@@ -48,7 +51,11 @@ pub fn put(disk: &Arc<dyn Disk>, log: &Log, epoch: u64, kept: u64) -> Result<Tak
             from - 1
         );
     }
+    taken.last = from - 1;
     epochs::each_from(log, from, |entry| {
+        if matches!(entry.payload, EntryPayload::Normal(_)) {
+            taken.last = Place::of(&entry).index;
+        }
         for command in decode_batch(&entry).ok().flatten().map_or(vec![], |batch| batch.commands) {
             taken.commands += 1;
             let (first, last) = taken.written.unwrap_or((command.now, command.now));
@@ -128,7 +135,6 @@ mod tests {
     use super::super::recovery::LOG;
     use super::super::types::{Data, Entry, Types};
     use super::*;
-    use openraft::EntryPayload;
     use openraft::entry::RaftEntry;
     use openraft::vote::RaftLeaderId;
     use sim::disk::simulated::SimDisk;
@@ -147,18 +153,20 @@ mod tests {
         let disk: Arc<dyn Disk> = SimDisk::new(1);
         let log = Log::open(disk.clone(), LOG, LogOptions::default())?;
         let leader = openraft::alias::LeaderIdOf::<Types>::new(3, 1).to_committed();
+        let at = |index| openraft::alias::LogIdOf::<Types>::new(leader, index - 1);
         for index in 1..=30 {
             let (long, now) = (format!("{index}{}", "x".repeat(100_000)), index as i64);
             let commands = vec![command(long, now), command(index.to_string(), now)];
             let payload = EntryPayload::Normal(Data(codec::encode(&Batch { commands }).into()));
-            let id = openraft::alias::LogIdOf::<Types>::new(leader, index - 1);
-            log.append(&[(index, &encode_entry(&Entry::new(id, payload)))])?;
+            log.append(&[(index, &encode_entry(&Entry::new(at(index), payload)))])?;
         }
-        assert_eq!(put(&disk, &log, 1, 30)?, Taken::default(), "nothing was taken away");
+        log.append(&[(31, &encode_entry(&Entry::new(at(31), EntryPayload::Blank)))])?;
+        let nothing = Taken { last: 31, ..Taken::default() };
+        assert_eq!(put(&disk, &log, 1, 31)?, nothing, "nothing was taken away");
         assert_eq!(page(&*disk, Look { epoch: 1, from: 0 })?, Page::default());
         // The second time as after a crash before the log was cut.
         for _ in 0..2 {
-            assert_eq!(put(&disk, &log, 1, 5)?, Taken { commands: 50, written: Some((6, 30)) });
+            assert_eq!(put(&disk, &log, 1, 5)?, Taken { commands: 50, last: 30, written: Some((6, 30)) });
         }
         let (mut found, mut from, mut pages) = (vec![], Some(0), 0);
         while let Some(at) = from {
@@ -167,8 +175,10 @@ mod tests {
             found.extend(read.entries);
         }
         let places: Vec<u64> = found.iter().map(|(place, _)| place.index).collect();
-        assert_eq!((places, pages), ((6..=30).collect(), 3));
-        assert!(found.iter().all(|(_, commands)| commands.len() == 2));
+        assert_eq!((places, pages), ((6..=31).collect(), 3));
+        assert!(
+            found.iter().all(|(place, commands)| commands.len() == if place.index == 31 { 0 } else { 2 })
+        );
         let file = disk.open(&path(1))?;
         file.write_at(b"?", 50_000)?;
         let problem = page(&*disk, Look { epoch: 1, from: 0 }).unwrap_err().to_string();

@@ -19,7 +19,7 @@
 use super::Ledger;
 use super::epochs::{self, FIRST_EPOCH, Held, Plan};
 use super::log_store::{self, position_index};
-use super::state_machine::{apply_entries, decode_batch};
+use super::state_machine::{applied_meta, apply_entries, decode_batch};
 use crate::error::Error;
 use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
@@ -119,13 +119,16 @@ pub fn open(
     }
     let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
     // What is purged was applied, even if the views can no longer say so.
-    let certain = || match Shard::open(disk.clone(), VIEWS, shard.clone()) {
-        Ok(views) => Ok(views.applied().0.index),
-        Err(error) if is_fatal_to_views(&error) => Ok(log.first_index() - 1),
+    let applied = || match Shard::open(disk.clone(), VIEWS, shard.clone()) {
+        Ok(views) => {
+            let applied = applied_meta(&views).map_err(|e| failed("views", e))?;
+            Ok((views.applied().0.index, applied.last_log_id))
+        }
+        Err(error) if is_fatal_to_views(&error) => Ok((log.first_index() - 1, None)),
         Err(error) => Err(failed("views", error)),
     };
     let before = epochs::held(&log, plan.first)?;
-    let epochs::Turned { held, views_max, start_over } = epochs::turn(disk, &log, &bases, id, plan, certain)?;
+    let epochs::Turned { held, views_max, start_over } = epochs::turn(disk, &log, &bases, id, plan, applied)?;
     // The last thing that is written: until then all of it is done again.
     let done = |log: Arc<Log>, shard: Shard, bases: Arc<Bases>, held: &Held| -> Result<Opened, Error> {
         if *held != before || plan.first > FIRST_EPOCH {
