@@ -3,7 +3,7 @@
 use nodes::control::regions::{End, OldDisk};
 use nodes::ledger::epochs::{Held, Place, Plan, Turned, Way, held, keep, term_of, turn};
 use nodes::ledger::log_store::encode_entry;
-use nodes::ledger::types::{Entry, Types};
+use nodes::ledger::types::{Data, Entry, Types};
 use openraft::EntryPayload;
 use openraft::alias::{LeaderIdOf, LogIdOf};
 use openraft::entry::RaftEntry;
@@ -13,11 +13,17 @@ use sim::disk::simulated::SimDisk;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use storage::bases::Bases;
+use storage::codec;
 use storage::log::{Log, LogOptions};
+use storage::model::Batch;
 
 /// The node that led, and another one.
 const LED: u64 = 1;
 const HERE: u64 = 2;
+
+fn id(term: u64, index: u64) -> LogIdOf<Types> {
+    LogIdOf::<Types>::new(LeaderIdOf::<Types>::new(term, LED).to_committed(), index.saturating_sub(1))
+}
 
 struct Replica {
     disk: Arc<dyn Disk>,
@@ -39,8 +45,8 @@ impl Replica {
     }
 
     fn append(&self, term: u64, index: u64) {
-        let leader = LeaderIdOf::<Types>::new(term, LED);
-        let entry = Entry::new(LogIdOf::<Types>::new(leader.to_committed(), index - 1), EntryPayload::Blank);
+        let data = Data(codec::encode(&Batch { commands: vec![] }).into());
+        let entry = Entry::new(id(term, index), EntryPayload::Normal(data));
         let appended = self.log.append(&[(index, &encode_entry(&entry))]).and_then(|()| self.log.sync());
         assert!(appended.is_ok());
     }
@@ -48,7 +54,9 @@ impl Replica {
     fn turns(&self, epoch: u64, ends: &BTreeMap<u64, End>, way: Way) -> Held {
         let plan =
             Plan { epoch, first: 1, ends: ends.clone(), known: epoch - matches!(way, Way::Halt) as u64, way };
-        let turned = turn(&self.disk, &self.log, &self.bases, HERE, &plan, || Ok(self.applied));
+        let turned = turn(&self.disk, &self.log, &self.bases, HERE, &plan, || {
+            Ok((self.applied, Some(id(1, self.applied))))
+        });
         let Ok(Turned { held, start_over: false, .. }) = turned else { panic!("did not turn") };
         assert!(keep(&self.log, &held).is_ok());
         held
