@@ -199,6 +199,7 @@ impl Applier<'_> {
                 last = Some(memory);
             }
         }
+        let mut marks = vec![];
         let months: Vec<Month> = self.months.keys().copied().collect();
         for month in months {
             let sql = format!(
@@ -213,6 +214,10 @@ impl Applier<'_> {
             looked += found.len();
             for row in found {
                 let memory = rows::decode_body(&row.body)?;
+                if row.kind == ChangeKind::Erased as u8 && memory.version + 1 == version {
+                    marks.push((row, memory));
+                    continue;
+                }
                 if !reach.covers(&row, &memory) || sim::planted!("leave-the-history-of-an-erased-memory") {
                     continue;
                 }
@@ -226,6 +231,10 @@ impl Applier<'_> {
             }
         }
         if let Some(of) = last {
+            // An erasure before may have left the row of the deletion that this one takes: the new mark stands for both.
+            for (row, memory) in marks {
+                self.unput_history(&row, &memory)?;
+            }
             self.leave_mark(&of, (slot, version), now, at)?;
         }
         Ok((looked, erased))

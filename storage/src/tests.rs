@@ -808,6 +808,24 @@ fn an_erasure_made_again_spares_what_came_after_it() -> Result<()> {
 }
 
 #[test]
+fn two_erasures_of_one_deleted_memory_leave_one_mark() -> Result<()> {
+    let (shard, mut index) = lived_in(&SimDisk::new(1))?;
+    let id = memory("t", 4, "").id;
+    index += 1;
+    apply(&shard, index, vec![command("t", "", 0, 6, Operation::Delete { id, expected_version: None })])?;
+    // The first one is made again, and spares the row of the deletion, which came after it; the second takes that too.
+    let before = Some(Position { epoch: 1, index, item: 0 });
+    for (erasure, before) in [(1, before), (2, None)] {
+        erased(&shard, &mut index, &erase(erasure, before, 4))?;
+        let marks = shard.history("t", None, &id)?;
+        let marks = marks.iter().filter(|change| change.kind == ChangeKind::Erased).count();
+        assert_eq!(marks, 1, "erasure {erasure}");
+        check(&shard)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn the_list_of_erasures_and_their_marks_go_with_a_snapshot_and_a_replay() -> Result<()> {
     let (shard, mut index) = lived_in(&SimDisk::new(1))?;
     let (replayed, mut at) = lived_in(&SimDisk::new(2))?;
