@@ -8,19 +8,18 @@
 //! and this one's; where that is purged, it may be older than anybody knows. If a leader hears nothing of the other region, that may lack all of it. After a
 //! failover nobody there has a replica of the new epoch yet: it counts from when that began here.
 
+use super::state_machine::decode_batch;
 use super::{Ledger, left, log_store};
 use crate::error::Error;
 use crate::groups::name_of;
 use crate::reach::ELSEWHERE_WITHIN;
 use crate::roles::Role;
-use openraft::EntryPayload;
 use openraft::async_runtime::WatchReceiver;
 use sim::time::{Duration, Instant};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use storage::codec;
 use storage::log::{Log, LogError};
-use storage::model::{Batch, Position, UnixMs};
+use storage::model::{Position, UnixMs};
 
 /// How often the lag is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -136,8 +135,8 @@ impl Inherited {
 
 /// When the first of an entry's commands was made.
 fn written(entry: &[u8]) -> Option<UnixMs> {
-    let EntryPayload::Normal(data) = log_store::decode_entry(entry).ok()?.payload else { return None };
-    Some(codec::decode::<Batch>(&data.0).ok()?.commands.first()?.now)
+    let batch = decode_batch(&log_store::decode_entry(entry).ok()?).ok()??;
+    Some(batch.commands.first()?.now)
 }
 
 /// How long a write waits at most while the other region lags.
@@ -286,11 +285,13 @@ impl Ledger {
 mod tests {
     use super::*;
     use crate::ledger::types::{Data, Entry, LogId, Types};
+    use openraft::EntryPayload;
     use openraft::alias::LeaderIdOf;
     use openraft::entry::RaftEntry;
     use openraft::vote::RaftLeaderId;
+    use storage::codec;
     use storage::log::LogOptions;
-    use storage::model::{Command, Operation};
+    use storage::model::{Batch, Command, Operation};
 
     #[test]
     fn writes_are_slowed_down_from_half_of_what_may_be_lost_and_refused_at_all_of_it() {

@@ -205,9 +205,8 @@ fn catch_up(log: &Log, applied: LogId) -> Result<(), Error> {
     each(log, log.last_index(), |entry| last = Some(Place::of(&entry)))?;
     if last < Some(place) {
         sim::trace::probe("epoch: views were further than the log");
-        let gone = |e| failed("log", e);
-        log.put_meta(log_store::PURGED, &codec::encode_serde(&applied)).map_err(gone)?;
-        log.purge_to(place.index).and_then(|()| log.truncate_from(place.index + 1)).map_err(gone)?;
+        let moved = log_store::purge(log, applied).and_then(|()| log.truncate_from(place.index + 1));
+        moved.map_err(|e| failed("log", e))?;
     }
     Ok(())
 }

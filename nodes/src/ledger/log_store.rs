@@ -49,6 +49,12 @@ pub fn position_index(raft_index: u64) -> u64 {
     raft_index + 1
 }
 
+/// First the fact, then the deed: a crash in between leaves entries that are known to be purged.
+pub fn purge(log: &Log, upto: LogId) -> Result<(), LogError> {
+    log.put_meta(PURGED, &codec::encode_serde(&upto))?;
+    log.purge_to(position_index(upto.index))
+}
+
 /// Finishes a purge that was interrupted between the fact and the deed.
 pub fn finish_purge(log: &Log) -> Result<(), LogError> {
     let Some(fact) = log.get_meta(PURGED)? else { return Ok(()) };
@@ -285,13 +291,8 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn purge(&mut self, upto: LogId) -> io::Result<()> {
         sim::debug!("purging the log up to {}", position_index(upto.index));
-        let (log, bytes) = (self.log.clone(), codec::encode_serde(&upto));
-        let purged = sim::task::blocking(move || {
-            // First the fact, then the deed: a crash in between leaves entries that are known to be purged.
-            log.put_meta(PURGED, &bytes)?;
-            log.purge_to(position_index(upto.index))
-        });
-        if let Err(error) = purged.await {
+        let log = self.log.clone();
+        if let Err(error) = sim::task::blocking(move || purge(&log, upto)).await {
             sim::task::abort(&format!("the ledger's log cannot be purged ({error}); check the disk")).await;
         }
         Ok(())
