@@ -65,6 +65,26 @@ impl Row {
             failed: reports.iter().filter(|r| r.verdict != Verdict::Pass).count(),
         }
     }
+
+    /// What the loss of a region came to, as a sentence, where one was lost.
+    pub fn told(&self) -> Option<String> {
+        let region = self.region.as_ref()?;
+        Some(format!(
+            "RTO p50 {} s and p99 {} s, RPO p50 {} s and p99 {} s, MTTR p99 {} s (the requirements: 900, 300, 600); of {} acknowledged writes {} were lost as was reported",
+            seconds(region.rto_p50_s),
+            seconds(region.rto_p99_s),
+            seconds(region.rpo_p50_s),
+            seconds(region.rpo_p99_s),
+            seconds(region.mttr_p99_s),
+            self.acked,
+            region.lost_reported,
+        ))
+    }
+}
+
+/// For a table.
+pub fn seconds(value: Option<f64>) -> String {
+    value.map_or("-".to_string(), |s| format!("{s:.2}"))
 }
 
 /// The rows named, or all of `known`.

@@ -48,7 +48,7 @@ pub const CHAOS: [(&str, &str); 17] = [
 ];
 
 /// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.
-pub const SHORT: [(&str, &str); 12] = [
+pub const SHORT: [(&str, &str); 13] = [
     ("short/vector-node-failure", include_str!("../files/short/vector-node-failure.toml")),
     ("short/graph-node-failure", include_str!("../files/short/graph-node-failure.toml")),
     ("short/records-node-failure", include_str!("../files/short/records-node-failure.toml")),
@@ -61,6 +61,7 @@ pub const SHORT: [(&str, &str); 12] = [
     ("short/silent-api-node", include_str!("../files/short/silent-api-node.toml")),
     ("short/rolling-restart", include_str!("../files/short/rolling-restart.toml")),
     ("short/spot-reclaim", include_str!("../files/short/spot-reclaim.toml")),
+    ("short/full-region-failure", include_str!("../files/short/full-region-failure.toml")),
 ];
 
 /// What is absent here is drawn from the seed ([`crate::settle`]).
@@ -223,7 +224,8 @@ pub struct Regions {
     pub bytes_per_s: u64,
 }
 
-fn fast() -> u64 {
+/// What a link carries that nothing narrows, in bytes a second.
+pub fn fast() -> u64 {
     125_000_000
 }
 

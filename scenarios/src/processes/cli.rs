@@ -5,7 +5,7 @@ use super::run::run;
 use crate::command::{bar, print_report, seeds, wall_seconds};
 use crate::recovery::{LATE_MIN_MS, LATE_TIMES, Measured};
 use crate::report::{Class, Report, Verdict};
-use crate::rows::{Row, rows};
+use crate::rows::{Row, rows, seconds};
 use crate::settle::settle;
 use crate::spec::{self, CHAOS, Recovery, SHIPPED, SHORT};
 use clap::{Args, Parser, Subcommand};
@@ -206,7 +206,6 @@ fn read(path: &str) -> Result<BTreeMap<String, Row>, String> {
 }
 
 fn print(table: &[(Row, &Recovery)], beside: &BTreeMap<String, Row>, reports: &[Report]) {
-    let seconds = |value: Option<f64>| value.map_or("-".to_string(), |s| format!("{s:.2}"));
     println!(
         "{:28} {:>5} {:>14} {:>10} {:>7} {:>5} {:>6} {:>6}   {:>5} {:>14} {:>10}",
         "", "", "recovery", "redundancy", "", "", "", "aim", "sim:", "recovery", "redundancy"
@@ -246,6 +245,12 @@ fn print(table: &[(Row, &Recovery)], beside: &BTreeMap<String, Row>, reports: &[
             of(|row| row.recovery_p99_s),
             of(|row| row.redundancy_p99_s),
         );
+    }
+    for (row, _) in table {
+        let worlds = [("", Some(row)), (" in simulation", beside.get(&row.row))];
+        for (world, told) in worlds.iter().filter_map(|(world, row)| Some((world, row.as_ref()?.told()?))) {
+            println!("{}{world}: {told}", row.row);
+        }
     }
     println!(
         "recovery: from the fault to the end of the last call that failed, was degraded, or took more than {LATE_TIMES} times the quiet p99 of \

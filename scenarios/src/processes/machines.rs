@@ -1,7 +1,7 @@
 //! Processes of this machine: the hands of a scenario on real nodes.
 
 use crate::play::{Machines, NewNode, NodeIndex, Session, Waiting};
-use crate::spec::{Draw, NodeDraw, Scenario};
+use crate::spec::{Draw, NodeDraw, Regions, Scenario, fast};
 use nodes::auth::Keys;
 use nodes::config::NodeConfig;
 use nodes::error::Error;
@@ -34,6 +34,13 @@ pub fn refusal(written: &Scenario, settled: &Scenario) -> Option<String> {
     }
     if settled.topology.loss > 0.0 {
         return Some("topology.loss: the loopback loses no messages; leave it out".into());
+    }
+    let far = |r: &Regions| r.latency_ms > 0 || r.jitter_ms > 0 || r.loss > 0.0 || r.bytes_per_s != fast();
+    if settled.topology.regions.as_ref().is_some_and(far) {
+        return Some(
+            "topology.regions: the loopback has no distances; latency_ms and jitter_ms are 0, and loss and bytes_per_s left out"
+                .into(),
+        );
     }
     let of_machine = |of: &NodeDraw| (of.sync_us, of.rate_ppm, of.offset_ms, of.calendar_ms);
     let usual = Draw::usual(1);

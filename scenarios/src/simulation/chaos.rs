@@ -4,7 +4,7 @@ use super::runner::{Job, child, side_by_side};
 use crate::command::{bar, print_report, wall_seconds};
 use crate::recovery::{LATE_MIN_MS, LATE_TIMES, Measured, percentile};
 use crate::report::{Class, Report, Verdict};
-use crate::rows::{Row, rows};
+use crate::rows::{Row, rows, seconds};
 use crate::spec::{CHAOS, Recovery};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -79,7 +79,6 @@ fn print(table: &[(Row, &Recovery)], by_row: &BTreeMap<&str, Vec<&Report>>) {
     for (row, recovery) in table {
         let reports = by_row.get(row.row.as_str()).map_or(&[][..], Vec::as_slice);
         let measured: Vec<&Measured> = reports.iter().filter_map(|r| r.recovery.as_ref()).collect();
-        let seconds = |value: Option<f64>| value.map_or("-".to_string(), |s| format!("{s:.2}"));
         let mut attempts: Vec<f64> = measured.iter().map(|m| m.attempts_s).collect();
         let kept = row.region.as_ref().map_or(row.recovery_p99_s, |region| region.rto_p99_s);
         let missed = match (recovery.aim_s, kept) {
@@ -103,19 +102,8 @@ fn print(table: &[(Row, &Recovery)], by_row: &BTreeMap<&str, Vec<&Report>>) {
             busy(&measured, 'n') + " " + &busy(&measured, 'g'),
         );
     }
-    let seconds = |value: Option<f64>| value.map_or("-".to_string(), |s| format!("{s:.2}"));
-    for (row, region) in table.iter().filter_map(|(row, _)| Some((row, row.region.as_ref()?))) {
-        println!(
-            "{}: RTO p50 {} s and p99 {} s, RPO p50 {} s and p99 {} s, MTTR p99 {} s (the requirements: 900, 300, 600); of {} acknowledged writes {} were lost as was reported",
-            row.row,
-            seconds(region.rto_p50_s),
-            seconds(region.rto_p99_s),
-            seconds(region.rpo_p50_s),
-            seconds(region.rpo_p99_s),
-            seconds(region.mttr_p99_s),
-            row.acked,
-            region.lost_reported,
-        );
+    for (row, told) in table.iter().filter_map(|(row, _)| Some((row, row.told()?))) {
+        println!("{}: {told}", row.row);
     }
     let all: Vec<&Measured> = by_row.values().flatten().filter_map(|r| r.recovery.as_ref()).collect();
     println!(
