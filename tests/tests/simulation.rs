@@ -26,6 +26,8 @@ const REGRESSIONS: [(&str, u64); 11] = [
     ("scenarios/files/regions/saturated-link.toml", 12),
     // A read with the position of an epoch that a replica did not know yet ended its process.
     ("scenarios/files/regions/stands-still.toml", 7),
+    // Two of three replicas had said in time what they had, and voted alone: when the disk of one was ruined the other could not be elected, for ever.
+    ("scenarios/files/regions/stands-still.toml", 6),
     // What an old leader wrote of itself when it led again, in vain, was reported as lost in place of an entry that was kept.
     ("scenarios/files/regions/resharded-meanwhile.toml", 6),
 ];

@@ -11,15 +11,15 @@
 //! replicas off a dead node, keeps caches that are down out of reads, and gives a shard its third replica back while nobody is awake.
 //!
 //! What can go wrong:
-//! - *The leader of the control group is cut off or dies.* The next one gives every node a whole lease first. Leases are counted on its own monotonic clock,
-//!   so calendars that step do no harm.
+//! - *The leader of the control group is cut off or dies.* The next one gives every node a whole lease first, and leaves it what the map says until it has heard it, or
+//!   waited for as long. Leases are counted on its own monotonic clock, so calendars that step do no harm.
 //! - *A node is alive, but the leader does not reach it.* It is called down, and goes on. If that lasts, its
 //!   replicas go to others, one after the other, each only once its successor has caught up.
 //! - *Most nodes are down.* Nothing is moved that has nowhere to go; what has lost its majority waits for it.
 //! - *A lost node comes back.* It is up, keeps what was not yet given away, and closes the rest.
 
 use super::Control;
-use super::map::{Liveness, NodeId};
+use super::map::{Liveness, NodeEntry, NodeId};
 use crate::groups::{CONTROL, Groups};
 use crate::peers::Peers;
 use futures::StreamExt;
@@ -58,6 +58,22 @@ impl Patience {
     }
 }
 
+/// What the leader knows of a node.
+#[derive(Clone, Copy)]
+struct Heard {
+    /// When it was heard last, or since when it has not been.
+    at: Instant,
+    ever: bool,
+}
+
+impl Heard {
+    /// What is to be said of a node of which the map says `known`.
+    fn judge(&self, patience: &Patience, known: Liveness) -> Liveness {
+        let judged = patience.judge(self.at.elapsed());
+        if self.ever { judged } else { judged.max(known) }
+    }
+}
+
 pub struct Watch {
     pub control: Control,
     pub groups: Groups,
@@ -68,8 +84,8 @@ pub struct Watch {
 impl Watch {
     /// Watches for ever; only the leader of the control group does anything.
     pub async fn keep(self) {
-        // Since when each node has not been heard; empty while another one leads.
-        let mut heard: BTreeMap<NodeId, Instant> = BTreeMap::new();
+        // Empty while another one leads.
+        let mut heard: BTreeMap<NodeId, Heard> = BTreeMap::new();
         loop {
             let began = Instant::now();
             if self.groups.get(CONTROL).is_some_and(|replica| replica.ledger.raft.is_leader()) {
@@ -89,12 +105,12 @@ impl Watch {
         acked || metrics.membership_config.membership().voter_ids().count() == 1
     }
 
-    async fn look(&self, heard: &mut BTreeMap<NodeId, Instant>) {
+    async fn look(&self, heard: &mut BTreeMap<NodeId, Heard>) {
         let map = self.control.map();
         heard.retain(|node, _| map.nodes.contains_key(node));
-        let now = Instant::now();
+        let unheard = Heard { at: Instant::now(), ever: false };
         for node in map.nodes.keys() {
-            heard.entry(*node).or_insert(now);
+            heard.entry(*node).or_insert(unheard);
         }
         // Each hears at the same time how new the map is, from a leader that is one still: who is cut off from it then knows that its own may be old.
         let version = if self.leads_still() { map.version } else { 0 };
@@ -105,11 +121,13 @@ impl Watch {
             .collect();
         while let Some((node, is_there)) = asked.next().await {
             if is_there {
-                heard.insert(node, Instant::now());
+                heard.insert(node, Heard { at: Instant::now(), ever: true });
             }
         }
-        let found: BTreeMap<NodeId, Liveness> =
-            heard.iter().map(|(node, at)| (*node, self.patience.judge(at.elapsed()))).collect();
+        let judged = |(id, node): (&NodeId, &NodeEntry)| {
+            Some((*id, heard.get(id)?.judge(&self.patience, node.liveness)))
+        };
+        let found: BTreeMap<NodeId, Liveness> = map.nodes.iter().filter_map(judged).collect();
         let changed = map.heard(&found);
         if changed == *map {
             return;
@@ -146,13 +164,16 @@ mod tests {
 
     #[test]
     fn silence_is_judged_by_how_long_it_lasts() {
+        use Liveness::*;
         let patience = Patience::default();
         let judge = |seconds| patience.judge(Duration::from_secs(seconds));
-        assert_eq!([0, 4, 5, 599, 600].map(judge), {
-            use Liveness::*;
-            [Up, Up, Down, Down, Lost]
-        });
+        assert_eq!([0, 4, 5, 599, 600].map(judge), [Up, Up, Down, Down, Lost]);
+        // Who has just begun to lead knows of a node what the map says.
+        let unheard = Heard { at: Instant::now(), ever: false };
+        let heard = Heard { ever: true, ..unheard };
+        assert_eq!([Up, Down, Lost].map(|known| unheard.judge(&patience, known)), [Up, Down, Lost]);
+        assert_eq!([Up, Down, Lost].map(|known| heard.judge(&patience, known)), [Up; 3]);
         let never = Patience { lost_after: None, ..patience };
-        assert_eq!(never.judge(Duration::from_secs(1 << 20)), Liveness::Down);
+        assert_eq!(never.judge(Duration::from_secs(1 << 20)), Down);
     }
 }

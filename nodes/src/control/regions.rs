@@ -494,7 +494,7 @@ impl ClusterMap {
         granted.region_step(Step::Granting, Step::Promoting, now)
     }
 
-    /// A shard goes on in an epoch: `voters` halted, and the one of them whose report this is begins it with what it has.
+    /// A shard goes on in an epoch, in which `voters` vote: the one of them whose report this is begins it with what it has.
     pub fn promote(
         &self,
         shard: ShardId,
