@@ -5,13 +5,13 @@
 //! last reads, are linearizable.
 //!
 //! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
-//! (P2 judges whether that was reported), or was written again by an operator. Of a memory that lost something, or may have, since a write was under way when the old region went, only what the first
+//! (P2 judges whether that was reported), or was written again by an operator. Of a memory that lost something, or may have, since a write was under way when an epoch ended, only what the first
 //! epoch answered must be linearizable.
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
 use crate::history::{History, LAST_LOOK, Op, Request, Response, number};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub fn check(history: &History) -> Vec<Violation> {
     let mut found = sessions(history);
@@ -23,7 +23,7 @@ pub fn check(history: &History) -> Vec<Violation> {
             _ => true,
         };
         let mut ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
-        let before = next_epochs.filter(|at| may_have_lost(history, &ops, *at));
+        let before = next_epochs.first().copied().filter(|_| may_have_lost(history, &ops, &next_epochs));
         let mut open: Vec<Op> = vec![];
         if let Some(before) = before {
             let (ended, later): (Vec<&Op>, Vec<&Op>) = ops.into_iter().partition(|op| op.return_ns < before);
@@ -58,31 +58,36 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
-/// Until when all answers are of the first epoch: those that came before any that names a later one, and no later than the last that names the first one, since
-/// refusals name none. `None`: there is one epoch.
-fn next_epochs(history: &History) -> Option<u64> {
+/// Of each epoch but the first, until when all answers are of those before: those that came before any that names it or a later one, and no later than the last that names
+/// one before, since refusals name none. Empty: there is one epoch.
+fn next_epochs(history: &History) -> Vec<u64> {
     let epoch = |op: &Op| match (&op.request, &op.response) {
         (_, Response::Written { at, .. }) => Some(at.epoch),
         (Request::Get { token: None, .. }, Response::Value { epoch, .. }) => Some(*epoch),
         _ => None,
     };
-    // A write that is tried again gets its answer of the first epoch from the next one too: for certain that one lasted until the write was asked for.
-    let first = |op: &Op| {
-        let until = if op.request.is_write() { op.call_ns } else { op.return_ns };
-        (epoch(op) == Some(1)).then_some(until)
+    // A write that is tried again gets its answer of an epoch from the next one too: for certain that one lasted until the write was asked for.
+    let until = |op: &Op| if op.request.is_write() { op.call_ns } else { op.return_ns };
+    let named = || history.ops.iter().filter_map(|op| Some((epoch(op)?, op)));
+    let next = |next: u64| {
+        let last_ns =
+            named().filter(|(epoch, _)| *epoch < next).map(|(_, op)| until(op)).max().unwrap_or(0) + 1;
+        let later = named().filter(|(epoch, _)| *epoch >= next).map(|(_, op)| op.return_ns).min();
+        later.map_or(last_ns, |later| later.min(last_ns))
     };
-    let later = |op: &&Op| epoch(op).is_some_and(|epoch| epoch > 1);
-    let last_ns = history.ops.iter().filter_map(first).max().unwrap_or(0) + 1;
-    let next_ns = history.ops.iter().filter(later).map(|op| op.return_ns).min();
-    next_ns.map(|next_ns| next_ns.min(last_ns)).filter(|_| !history.ends.is_empty())
+    let later: BTreeSet<u64> = named().map(|(epoch, _)| epoch).filter(|epoch| *epoch > 1).collect();
+    later.into_iter().filter(|_| !history.ends.is_empty()).map(next).collect()
 }
 
 /// Whether a memory may lack in the end what was seen of it before.
-fn may_have_lost(history: &History, ops: &[&Op], next_ns: u64) -> bool {
-    // Was a write under way, it may have been seen, be lost, and have been written again by the same key.
+fn may_have_lost(history: &History, ops: &[&Op], next_epochs: &[u64]) -> bool {
+    // Was a write under way when an epoch ended, it may have been seen, be lost, and have been written again by the same key.
     let open = |op: &Op| {
-        let answered = op.response != Response::Unknown && op.return_ns < next_ns;
-        op.request.is_write() && op.call_ns < next_ns && !answered
+        let over = |next_ns: &u64| {
+            let answered = op.response != Response::Unknown && op.return_ns < *next_ns;
+            op.call_ns < *next_ns && !answered
+        };
+        op.request.is_write() && next_epochs.iter().any(over)
     };
     ops.iter().any(|op| open(op) || is_gone(history, op))
 }

@@ -551,3 +551,33 @@ fn what_was_lost_and_then_erased_need_not_be_shown_in_between() {
     assert!(breaks_p6(Some(End { certain: 12, ceiling: 12, exact: None })));
     assert!(!breaks_p6(Some(End { certain: 11, ceiling: 12, exact: None })));
 }
+
+/// `stands-still`, seed 9: a write was under way when the third epoch ended; it had been seen, was lost, and was written again.
+#[test]
+fn what_was_under_way_when_a_later_epoch_ended_may_be_seen_lost_and_written_again() {
+    let of_epoch = |epoch: u64, version: u64, index: u64| Response::Written {
+        version,
+        at: At { shard: 0, epoch, index, item: 0 },
+        map_version: epoch,
+        elsewhere: false,
+    };
+    let breaks_p4 = |answered_s: u64, by_epoch: u64| {
+        let found = broken(|h| {
+            for epoch in [1, 2] {
+                h.ends.insert((0, epoch), End { certain: 5, ceiling: 9, exact: None });
+            }
+            let shown =
+                |epoch, version, marker: &str| Response::Value { row: row(version, marker), shown: 6, epoch };
+            h.ops.push(op(1, 20, 21, get(None), shown(1, 4, "c")));
+            h.ops.push(op(1, 22, 23, update(None, "e"), of_epoch(2, 5, 5)));
+            h.ops.push(op(2, 24, answered_s, update(None, "f"), of_epoch(by_epoch, 6, 6)));
+            h.ops.push(op(0, 26, 27, get(None), shown(2, 6, "f")));
+            h.ops.push(op(1, 28, 29, get(None), shown(3, 5, "e")));
+            let versions = [(1, "a"), (2, "b"), (3, "deletion of version 2"), (4, "c"), (5, "e"), (6, "f")];
+            h.finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(6, "f")], &versions)).into();
+        });
+        found.contains(&"P4".to_string())
+    };
+    assert!(breaks_p4(25, 2), "it was answered before, and is there: it was not lost");
+    assert!(!breaks_p4(30, 3));
+}
