@@ -6,7 +6,8 @@
 //! may write, and the map's change that follows from it, are one step. *The region that writes* is one log and how much of it is committed. Once in an epoch its
 //! leader changes, and what was not committed is gone, but not where it was sent to: that is why `certain` and `last` differ. When the epoch is over its
 //! disks are the leader's, with all of it, one with what was committed, and one that lags or was the leader's before. That is enough, since all that Raft
-//! promises of a group is that a majority has what is committed. *The other region* has three replicas that hear the log.
+//! promises of a group is that a majority has what is committed. *The other region* has three replicas that hear the log. Of those that vote in the next epoch the ones that
+//! halted in time are part of its ledger; one that is late follows it.
 //!
 //! **Network.** Whatever a leader has sent in its epoch, each beginning of its log, may arrive at any time, in any order, again, or never. So no state holds messages.
 //! What an epoch began with is sent in one.

@@ -47,7 +47,7 @@ pub const CHAOS: [(&str, &str); 17] = [
     ),
 ];
 
-/// Rows of the chaos table in half a minute, without what only modelled machines can suffer: real processes play them too.
+/// Rows of the chaos table in half a minute or a little more, without what only modelled machines can suffer: real processes play them too.
 pub const SHORT: [(&str, &str); 13] = [
     ("short/vector-node-failure", include_str!("../files/short/vector-node-failure.toml")),
     ("short/graph-node-failure", include_str!("../files/short/graph-node-failure.toml")),

@@ -126,6 +126,19 @@ pub fn run_until_ok(dir: &Path, args: &[&str]) -> Result<String> {
     Err(format!("{args:?} does not succeed: {}\nlog: {log}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
+/// Asks until the answer holds a text, for as long as a cluster may take to get there; that answer.
+pub fn until_holds(text: &str, ask: impl Fn() -> Result<String>) -> Result<String> {
+    let mut answer = ask()?;
+    for _ in 0..1200 {
+        if answer.contains(text) {
+            return Ok(answer);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        answer = ask()?;
+    }
+    Err(format!("'{text}' is not said: {answer}").into())
+}
+
 /// Free addresses of this machine.
 pub fn addresses(count: usize) -> Result<Vec<String>> {
     let taken = (0..count)

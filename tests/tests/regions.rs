@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tests::{Directory, Process, Result, addresses, run, run_until_ok, start};
+use tests::{Directory, Process, Result, addresses, run, run_until_ok, start, until_holds};
 
 const NODES: usize = 7;
 
@@ -126,17 +126,10 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     let status = go(4, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"east\"") && status.contains("\"epoch\":1"), "{status}");
 
-    let says =
-        |id: usize, what: &str| -> Result<bool> { Ok(get(&pages[id - 1], "/regions.json")?.contains(what)) };
     // Each node tells it from its own map, which may be a moment old.
-    let until_says = |id: usize, what: &str| -> Result<()> {
-        while !says(id, what)? {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
-    };
-    until_says(7, "\"primary\":\"east\"")?;
-    until_says(4, "\"epoch\":1,\"heard_ms\"")?;
+    let until_says = |id: usize, page: &str, what: &str| until_holds(what, || get(&pages[id - 1], page));
+    until_says(7, "/regions.json", "\"primary\":\"east\"")?;
+    until_says(4, "/regions.json", "\"epoch\":1,\"heard_ms\"")?;
     assert!(get(&pages[0], "/incidents.json")?.contains("\"incidents\":[]"));
 
     // What is written while the other region stands still is durable in one only, and lost with it.
@@ -158,19 +151,13 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     while !add(number, 5, false)? {}
     number += 1;
     let recovered_s = killed.elapsed().as_secs_f64();
-    while !go(5, &["region", "status", "--json"])?.contains("\"step\":\"done\"") {
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until_holds("\"step\":\"done\"", || go(5, &["region", "status", "--json"]))?;
     let status = go(6, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"west\"") && status.contains("\"epoch\":2"), "{status}");
     for id in 4..=7 {
-        until_says(id, "\"primary\":\"west\"")?;
+        until_says(id, "/regions.json", "\"primary\":\"west\"")?;
     }
-    let mut incident = get(&pages[6], "/incidents.json")?;
-    while !incident.contains("\"state\":\"recovering\"") {
-        std::thread::sleep(Duration::from_millis(100));
-        incident = get(&pages[6], "/incidents.json")?;
-    }
+    let incident = until_says(7, "/incidents.json", "\"state\":\"recovering\"")?;
     assert!(incident.contains("\"rto_ms\":") && !incident.contains("\"rto_ms\":null"), "{incident}");
     let field = |name: &str| {
         let value =
@@ -183,9 +170,7 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
         field("entries_at_most")
     );
     for what in ["west writes, in epoch 2", "RTO: writes were possible again"] {
-        while !get(&pages[4], "/")?.contains(what) {
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        until_says(5, "/", what)?;
     }
     // A client that is given all addresses finds one that answers, by itself, and needs no key to ask which region writes.
     let all = at.join(",");
@@ -202,9 +187,7 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     for id in 1..=3 {
         nodes[id - 1] = Some(node(id)?);
     }
-    while !go(4, &["region", "status", "--json"])?.contains("\"resolved\":true") {
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until_holds("\"resolved\":true", || go(4, &["region", "status", "--json"]))?;
     assert_eq!(texts(&go(4, &["list", "--json"])?).len(), number - 5, "five were lost");
     for (args, verdict) in [(&["--dry-run"][..], "would be written again"), (&[], "written again")] {
         let told = go(5, &[&["region", "resubmit"], args].concat())?;
@@ -212,16 +195,14 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
         assert_eq!(lines, 5, "{told}");
     }
     // Then the incident is closed: every shard has all its replicas again.
-    while !go(4, &["region", "incidents", "--json"])?.contains("\"state\":\"closed\"") {
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until_holds("\"state\":\"closed\"", || go(4, &["region", "incidents", "--json"]))?;
     let told = go(5, &["region", "incidents"])?;
     assert!(told.contains("RPO: ") && told.contains("MTTR: every shard had all its replicas"), "{told}");
     go(4, &["region", "failback", "--to", "east"])?;
     let status = go(2, &["region", "status", "--json"])?;
     assert!(status.contains("\"primary\":\"east\"") && status.contains("\"epoch\":3"), "{status}");
     while !add(number, 2, false)? {}
-    until_says(7, "\"primary\":\"east\"")?;
+    until_says(7, "/regions.json", "\"primary\":\"east\"")?;
 
     // Every event of both changes was taken, in order, though the leader of the control group died and the receiver refused at first.
     let mut wanted =
@@ -271,9 +252,7 @@ fn a_killed_region_is_replaced_and_comes_back() -> Result<()> {
     while !add(number + 2, 6, true)? {}
     let again = run(&dir.0, &["--addr", &at[4], "--key", &key, "control", "recover"])?;
     assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("needs no recovery"));
-    while !go(7, &["cluster", "status", "--json"])?.contains("\"incarnation\":2") {
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until_holds("\"incarnation\":2", || go(7, &["cluster", "status", "--json"]))?;
     for id in [1, 4, 7] {
         let listed = texts(&go(id, &["list", "--json"])?);
         let acked = acked.borrow();

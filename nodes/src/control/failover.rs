@@ -4,8 +4,8 @@
 //! 2. **Validate.** For `validate_ms` more, and to every node of the control group outside the region: one that reaches it withdraws all.
 //! 3. **Grant.** The old right is renewed no more; when it has run out on every clock, the next epoch is granted. There is no way back.
 //! 4. **Check.** Every replica of the new region halts, and says what it has. All but one must ([`crate::ledger::elsewhere`]), or `--accept-data-loss`.
-//! 5. **Promote.** The one with most begins the epoch; the map says so. All replicas of the new region vote in it, also one that has not said what it has: nobody votes for
-//!    anybody before having all that the epoch began with.
+//! 5. **Promote.** The one with most begins the epoch; the map says so. All replicas of the new region vote in it, also one that has not said what it has: nobody stands
+//!    for election in it before having all that it began with ([`crate::ledger::Ledger::has_begun`]).
 //! 6. **Verify.** Each shard takes a write, and confirms a read.
 //! 7. **Announce.** The change, with the time of each step, is in the map's history, and an incident ([`super::incidents`]); the failback is the operator's to order.
 //!
@@ -521,7 +521,7 @@ impl Failover {
         }
         let said: BTreeSet<NodeId> = halted.iter().map(|(node, _)| *node).collect();
         // Who is late votes too, unless the others could not go on without it: were there two voters, the loss of one more disk would end all writing.
-        let voters = if said.len() * 2 > there.len() { there.iter().copied().collect() } else { said };
+        let voters = if said.len() * 2 > there.len() { there.clone() } else { said };
         let least = halted.iter().min_by_key(|(node, report)| (report.last, *node));
         let chosen = if sim::planted!("promote-the-one-with-least") { least } else { choose(&halted) };
         let Some((chosen, report)) = chosen else { return Err(missing()) };

@@ -394,3 +394,25 @@ fn bytes_under(dir: &Path) -> u64 {
     };
     entries.map(size).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settle::settle;
+    use crate::spec::find;
+
+    #[test]
+    fn regions_that_are_far_apart_are_refused() -> Result<(), String> {
+        let near = find("short/full-region-failure")?;
+        let refused = |scenario: &Scenario| refusal(scenario, &settle(scenario, 1));
+        assert_eq!(refused(&near), None);
+        let far: [fn(&mut Regions); 4] =
+            [|r| r.latency_ms = 40, |r| r.jitter_ms = 1, |r| r.loss = 0.001, |r| r.bytes_per_s -= 1];
+        for change in far {
+            let mut far = near.clone();
+            far.topology.regions.iter_mut().for_each(change);
+            assert!(refused(&far).is_some_and(|why| why.contains("distances")));
+        }
+        Ok(())
+    }
+}

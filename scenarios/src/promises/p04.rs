@@ -69,14 +69,16 @@ fn next_epochs(history: &History) -> Vec<u64> {
     // A write that is tried again gets its answer of an epoch from the next one too: for certain that one lasted until the write was asked for.
     let until = |op: &Op| if op.request.is_write() { op.call_ns } else { op.return_ns };
     let named = || history.ops.iter().filter_map(|op| Some((epoch(op)?, op)));
-    let next = |next: u64| {
-        let last_ns =
-            named().filter(|(epoch, _)| *epoch < next).map(|(_, op)| until(op)).max().unwrap_or(0) + 1;
-        let later = named().filter(|(epoch, _)| *epoch >= next).map(|(_, op)| op.return_ns).min();
-        later.map_or(last_ns, |later| later.min(last_ns))
+    let begins = |next: u64| {
+        let before = named().filter(|(epoch, _)| *epoch < next).map(|(_, op)| until(op));
+        let last_ns = before.max().unwrap_or(0) + 1;
+        named().filter(|(epoch, _)| *epoch >= next).map(|(_, op)| op.return_ns).fold(last_ns, u64::min)
     };
+    if history.ends.is_empty() {
+        return vec![];
+    }
     let later: BTreeSet<u64> = named().map(|(epoch, _)| epoch).filter(|epoch| *epoch > 1).collect();
-    later.into_iter().filter(|_| !history.ends.is_empty()).map(next).collect()
+    later.into_iter().map(begins).collect()
 }
 
 /// Whether a memory may lack in the end what was seen of it before.
