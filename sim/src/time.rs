@@ -13,44 +13,44 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 pub use std::time::Duration;
 
-/// A moment on this node's monotonic clock, in nanoseconds since an arbitrary start. Instants of different nodes, or of
-/// different starts of one node, must not be compared.
+/// A moment on this node's monotonic clock, in nanoseconds since an arbitrary start; those before it are negative, so what is older than
+/// the machine's last start has its age. Instants of different nodes, or of different starts of one node, must not be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Instant(u64);
+pub struct Instant(i64);
 
 impl Instant {
     /// This node's monotonic clock.
     pub fn now() -> Instant {
-        Instant(imp::monotonic_ns())
+        Instant(imp::monotonic_ns().min(i64::MAX as u64) as i64)
     }
 
     /// Time passed since this moment; zero if it lies ahead.
     pub fn elapsed(&self) -> Duration {
         Instant::now() - *self
     }
+}
 
-    /// Nanoseconds since the clock's arbitrary start.
-    pub fn as_nanos(&self) -> u64 {
-        self.0
-    }
+/// Up to 292 years.
+fn ns(duration: Duration) -> i64 {
+    duration.as_nanos().min(i64::MAX as u128) as i64
 }
 
 impl Add<Duration> for Instant {
     type Output = Instant;
     fn add(self, rhs: Duration) -> Instant {
-        Instant(self.0.saturating_add(rhs.as_nanos().min(u64::MAX as u128) as u64))
+        Instant(self.0.saturating_add(ns(rhs)))
     }
 }
 impl Sub<Duration> for Instant {
     type Output = Instant;
     fn sub(self, rhs: Duration) -> Instant {
-        Instant(self.0.saturating_sub(rhs.as_nanos().min(u64::MAX as u128) as u64))
+        Instant(self.0.saturating_sub(ns(rhs)))
     }
 }
 impl Sub for Instant {
     type Output = Duration;
     fn sub(self, rhs: Instant) -> Duration {
-        Duration::from_nanos(self.0.saturating_sub(rhs.0))
+        Duration::from_nanos(if self > rhs { self.0.abs_diff(rhs.0) } else { 0 })
     }
 }
 impl AddAssign<Duration> for Instant {
@@ -193,5 +193,22 @@ mod imp {
 
     pub fn fired(timer: &Timer) -> bool {
         timer.is_elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_before_the_machine_began_has_its_age() -> std::io::Result<()> {
+        let ten_years = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+        let (now, long_ago, age) = crate::task::run_test(async move {
+            let now = Instant::now();
+            (now, now - ten_years, (now - ten_years).elapsed())
+        })?;
+        assert_eq!((now - long_ago, long_ago - now, long_ago + ten_years), (ten_years, Duration::ZERO, now));
+        assert!(age >= ten_years, "{age:?}");
+        Ok(())
     }
 }

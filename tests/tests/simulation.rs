@@ -39,11 +39,18 @@ fn cargo(args: &[&str]) -> Result<Output> {
     Ok(command.stdin(Stdio::null()).output()?)
 }
 
+/// What a failing command said last: a report that is cut must still show it.
 fn succeeds(args: &[&str]) -> Result<String> {
     let output = cargo(args)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
-        return Err(format!("cargo {args:?}:\n{text}\n{}", String::from_utf8_lossy(&output.stderr)).into());
+        let last = |text: &str, lines: usize| {
+            let all: Vec<&str> = text.lines().collect();
+            all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
+        };
+        let errors = String::from_utf8_lossy(&output.stderr);
+        eprintln!("cargo {args:?} failed:\n{}\n{}", last(&errors, 20), last(&text, 60));
+        return Err(format!("cargo {args:?}: {}", output.status).into());
     }
     Ok(text)
 }
