@@ -59,6 +59,24 @@ fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     line.split_once(&format!("\"{name}\":"))?.1.split([',', '}']).next()
 }
 
+/// Two side by side: a run is one thread.
+fn regressions() -> Result<()> {
+    let of = |half: &[(&str, u64)]| -> std::result::Result<(), String> {
+        half.iter().try_for_each(|(scenario, seed)| {
+            succeeds(&["sim", "run", scenario, "--seed", &seed.to_string()])
+                .map(drop)
+                .map_err(|e| e.to_string())
+        })
+    };
+    let (some, others) = REGRESSIONS.split_at(REGRESSIONS.len() / 2);
+    let (here, there) = std::thread::scope(|scope| {
+        let there = scope.spawn(|| of(others));
+        (of(some), there.join())
+    });
+    here?;
+    Ok(there.map_err(|_| "panicked")??)
+}
+
 /// One test, since the parts share a build and both cores.
 #[test]
 fn the_simulated_world_keeps_its_promises() -> Result<()> {
@@ -92,9 +110,7 @@ fn the_simulated_world_keeps_its_promises() -> Result<()> {
         replay.contains("power lost") && hash(&first).is_some_and(|h| replay.contains(h.trim_matches('"'))),
         "{replay}"
     );
-    for (scenario, seed) in REGRESSIONS {
-        succeeds(&["sim", "run", scenario, "--seed", &seed.to_string()])?;
-    }
+    regressions()?;
     succeeds(&["sim", "regressions"])?;
     succeeds(&["sim", "sweep", "--seeds", "1..=2", "--results", ""])?;
     Ok(())
