@@ -39,7 +39,7 @@ fn cargo(args: &[&str]) -> Result<Output> {
     Ok(command.stdin(Stdio::null()).output()?)
 }
 
-/// What a failing command said last: a report that is cut must still show it.
+/// What a command printed. Of one that fails only the end is shown, where the reason is: a report of the whole would be cut there.
 fn succeeds(args: &[&str]) -> Result<String> {
     let output = cargo(args)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
