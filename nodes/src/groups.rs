@@ -39,10 +39,11 @@ pub struct Replica {
 
 /// How a replica begins.
 pub enum Start {
-    /// The group is new: these are its voters.
-    Found(BTreeMap<u64, String>),
-    /// The group has been there before; it has `voters` voters. A disk that holds nothing has forgotten what it may have acknowledged.
-    Rejoin { voters: usize },
+    /// The group is new as far as this node knows: these are its voters. This node's disk is `older`, or may be a new one.
+    Found { voters: BTreeMap<u64, String>, older: bool },
+    /// The group has been there before; it has `voters` voters. A disk that holds nothing has forgotten what it may have acknowledged, unless it is
+    /// `older` than the group: then it was never opened.
+    Rejoin { voters: usize, older: bool },
     /// The group will take this replica in.
     Wait,
     /// The group has taken this replica in, without a vote.
@@ -89,9 +90,10 @@ impl Replica {
         let mut shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
         (shard.words, shard.vectors.kept) = (roles.contains(&Role::Records), roles.contains(&Role::Vector));
         let (log, views_disk) = (options.log.clone(), disk.clone());
+        let may_be_lost = matches!(start, Start::Found { older: false, .. });
         let (alone, forgotten, members) = match start {
-            Start::Found(members) => (members.len() == 1, false, Some(members)),
-            Start::Rejoin { voters } => (voters == 1, voters > 1, None),
+            Start::Found { voters, .. } => (voters.len() == 1, false, Some(voters)),
+            Start::Rejoin { voters, older } => (voters == 1, voters > 1 && !older, None),
             Start::Wait => (false, false, None),
             Start::Learner => (false, true, None),
         };
@@ -104,7 +106,8 @@ impl Replica {
         let peers = settings.peers.clone();
         let rights = if group == CONTROL { Rights::free() } else { settings.rights.clone() };
         let right = (rights, plan.ends);
-        let ledger = Ledger::open((group, id), members, disk.clone(), opened, peers, options, right).await?;
+        let forms = (members, may_be_lost);
+        let ledger = Ledger::open((group, id), forms, disk.clone(), opened, peers, options, right).await?;
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }

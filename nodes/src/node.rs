@@ -10,6 +10,7 @@ use crate::control::grants::Grants;
 use crate::control::keeper::Keeper;
 use crate::control::recover::{Incarnation, Recoverer, Recovery};
 use crate::control::rights::Rights;
+use crate::control::since::Since;
 use crate::control::{self, Control, driver::Driver, liveness::Watch};
 use crate::edge::EdgeLayer;
 use crate::error::Error;
@@ -84,15 +85,19 @@ impl Node {
                 // Before it has a map, it goes by what its file says.
                 rights: Rights::new(config.regions.is_some() || control.map().regions.is_some()),
             };
-            let kept = Keeper::new(settings.clone(), groups.clone(), control.clone());
+            let of = disk.clone();
+            let since = sim::task::blocking(move || Since::open(of)).await;
+            let since = since.map_err(|e| Error::Internal(format!("since when this disk is there: {e}")))?;
+            sim::task::spawn(since.clone().note(control.clone()));
+            let kept = Keeper::new(settings.clone(), groups.clone(), control.clone(), since);
             keeper = Some(kept.clone());
             if voters.contains_key(&id) {
                 let others: Vec<String> = addrs.iter().filter(|addr| **addr != here).cloned().collect();
                 let is_new = control.map().version == 0;
                 let start =
                     match is_new && (config.rejoin || control::founded_elsewhere(&peers, &others).await) {
-                        true => Start::Rejoin { voters: voters.len() },
-                        false => Start::Found(voters.clone()),
+                        true => Start::Rejoin { voters: voters.len(), older: false },
+                        false => Start::Found { voters: voters.clone(), older: false },
                     };
                 let of = disk.clone();
                 let incarnation = sim::task::blocking(move || Incarnation::load(&*of)).await?;

@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 52] = [
+pub const MUTANTS: [Mutant; 53] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -59,6 +59,10 @@ pub const MUTANTS: [Mutant; 52] = [
     mutant("take-writes-of-a-sealed-slot", "a shard takes writes for slots that are being copied to another"),
     mutant("answer-for-a-slot-that-is-elsewhere", "a replica answers for slots that it does not show"),
     mutant("vote-with-an-empty-disk", "a replica whose disk was lost votes before it has been filled again"),
+    mutant(
+        "take-an-old-group-for-new",
+        "a replica of the control group whose disk was lost, and whom nobody told so, votes as if its group were new",
+    ),
     mutant("leave-the-keys-behind-in-a-move", "slots move to another shard without their idempotency keys"),
     mutant(
         "show-what-has-not-been-adopted",

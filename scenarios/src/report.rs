@@ -159,7 +159,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 52] = [
+pub const PROBES: [&str; 53] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
@@ -200,6 +200,7 @@ pub const PROBES: [&str; 52] = [
     "region: a shard promoted",
     "region: found silent",
     "replica: came back with an empty disk",
+    "replica: learned that its group is not new",
     "replica: started over",
     "vectors: sealed",
     "vectors: merged",

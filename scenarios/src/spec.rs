@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 13] = [
+pub const SHIPPED: [(&str, &str); 16] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -19,6 +19,9 @@ pub const SHIPPED: [(&str, &str); 13] = [
     ("pinning", include_str!("../files/pinning.toml")),
     ("nodes-come-and-go", include_str!("../files/nodes-come-and-go.toml")),
     ("node-lost", include_str!("../files/node-lost.toml")),
+    ("empty-disk", include_str!("../files/empty-disk.toml")),
+    ("untold-disk", include_str!("../files/untold-disk.toml")),
+    ("rotten-log", include_str!("../files/rotten-log.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
     ("region-loss", include_str!("../files/region-loss.toml")),
 ];
@@ -443,8 +446,10 @@ pub enum FaultKind {
     /// A spot instance goes: the node is told, has two minutes to stop in good order, and is there again on an empty machine when
     /// the fault ends.
     Reclaim,
-    /// The machine is gone at once, with its disk; an empty one is there when the fault ends.
+    /// The machine is gone at once, with its disk; an empty one is there when the fault ends, and was told whose place it takes.
     Replace,
+    /// The same, and nobody told it.
+    EmptyDisk,
 }
 
 impl FaultKind {
@@ -473,7 +478,8 @@ impl FaultKind {
             | FaultKind::Silence
             | FaultKind::RollingRestart
             | FaultKind::Reclaim
-            | FaultKind::Replace => false,
+            | FaultKind::Replace
+            | FaultKind::EmptyDisk => false,
             FaultKind::PowerOff
             | FaultKind::Narrow
             | FaultKind::Clock
@@ -512,7 +518,8 @@ impl FaultKind {
             | FaultKind::SlowDisk
             | FaultKind::StuckDisk
             | FaultKind::Reclaim
-            | FaultKind::Replace => true,
+            | FaultKind::Replace
+            | FaultKind::EmptyDisk => true,
         }
     }
 }
@@ -609,13 +616,18 @@ pub struct Fault {
     pub step_ms: i64,
     #[serde(default, skip_serializing_if = "is_default")]
     pub bytes_per_s: u64,
+    /// What bit rot and lost sectors harm: so many places, in files under this directory; if not said, a few of all that is stored.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub places: usize,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub within: String,
 }
 
 impl Fault {
     /// One of its own, that nothing else is said of.
     pub fn new(kind: FaultKind, target: Target, (at_ms, lasts_ms): (u64, u64)) -> Fault {
         let (from, at_step, until_step) = Default::default();
-        let (beside, pick, rate_ppm, step_ms, bytes_per_s) = Default::default();
+        let (beside, pick, rate_ppm, step_ms, bytes_per_s, places, within) = Default::default();
         Fault {
             at_ms,
             lasts_ms,
@@ -629,6 +641,8 @@ impl Fault {
             rate_ppm,
             step_ms,
             bytes_per_s,
+            places,
+            within,
         }
     }
 }
@@ -779,6 +793,13 @@ impl Scenario {
                     .into(),
             );
         }
+        let placed = |fault: &Fault| fault.places > 0 || !fault.within.is_empty();
+        let of_places = |fault: &Fault| matches!(fault.kind, FaultKind::BitRot | FaultKind::LostSector);
+        if written.clone().any(|fault| placed(fault) && !of_places(fault)) {
+            return Err(
+                "faults: only bit_rot and lost_sector have places, and a directory within which".into()
+            );
+        }
         if written.clone().any(|fault| fault.until_step.is_some() && fault.kind.lasts_as_it_does()) {
             return Err("faults: no step ends disk faults that last, a rolling restart or a reclaim".into());
         }
@@ -808,6 +829,24 @@ mod tests {
         assert!(alone.check().is_err_and(|why| why.contains("one region")));
         let text = toml::to_string(&scenario).map_err(|e| e.to_string())?;
         assert!(toml::from_str::<Scenario>(&text.replace("promoting", "promted")).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn only_what_harms_places_says_where() -> Result<(), String> {
+        let mut scenario = find("rotten-log")?;
+        let rot = scenario.faults.list.iter().position(|fault| fault.kind == FaultKind::BitRot);
+        let rot = rot.ok_or("nothing rots")?;
+        for kind in [FaultKind::LostSector, FaultKind::BitRot] {
+            scenario.faults.list[rot].kind = kind;
+            assert_eq!(scenario.check(), Ok(()));
+        }
+        scenario.faults.list[rot].kind = FaultKind::Misdirected;
+        assert!(scenario.check().is_err_and(|why| why.contains("places")));
+        scenario.faults.list[rot].places = 0;
+        assert!(scenario.check().is_err_and(|why| why.contains("places")), "it says within what");
+        scenario.faults.list[rot].within.clear();
+        assert_eq!(scenario.check(), Ok(()));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A replica that is closed is gone with its data: the map takes a shard from a node only when the shard's ledger no longer counts on it
 //! ([`super::driver`]). A node that comes back with an empty disk knows from the map that its shards are not new, so it does not vote before it
-//! has what it may have acknowledged ([`crate::ledger::recovery`]).
+//! has what it may have acknowledged ([`crate::ledger::recovery`]); what is younger than its disk it cannot have lost ([`super::since`]).
 //!
 //! Where another region goes on, the map names a newer epoch than the replica's: it is closed, and opened again in that one
 //! ([`crate::ledger::epochs`]). Before that the control group asks for what it has ([`Keeper::halt`]).
@@ -10,6 +10,7 @@
 use super::Control;
 use super::map::{ClusterMap, Learner, NodeEntry, ShardEntry, ShardId};
 use super::regions::End;
+use super::since::Since;
 use crate::error::Error;
 use crate::groups::{CONTROL, GroupId, Groups, Replica, Settings, Start, name_of};
 use crate::ledger::epochs::{Plan, Report, Way};
@@ -30,15 +31,17 @@ pub struct Keeper {
     settings: Settings,
     groups: Groups,
     control: Control,
+    since: Since,
     /// Held by whoever opens and closes.
     changing: Arc<Semaphore>,
 }
 
-fn start(map: &ClusterMap, shard: ShardId, node: u64) -> Option<Start> {
+fn start(map: &ClusterMap, shard: ShardId, (node, since): (u64, &Since)) -> Option<Start> {
     let entry = map.shards.get(&shard)?;
+    let older = since.is_older_than(entry, map);
     Some(match entry.members.contains(&node) {
-        true if entry.founded => Start::Rejoin { voters: entry.members.len() },
-        true => Start::Found(addrs(map, entry)),
+        true if entry.founded => Start::Rejoin { voters: entry.members.len(), older },
+        true => Start::Found { voters: addrs(map, entry), older },
         false if entry.learners.get(&node).is_some_and(|learner| *learner != Learner::Joining) => {
             Start::Learner
         }
@@ -52,8 +55,8 @@ fn addrs(map: &ClusterMap, entry: &ShardEntry) -> BTreeMap<u64, String> {
 }
 
 impl Keeper {
-    pub fn new(settings: Settings, groups: Groups, control: Control) -> Keeper {
-        Keeper { settings, groups, control, changing: Arc::new(Semaphore::new(1)) }
+    pub fn new(settings: Settings, groups: Groups, control: Control, since: Since) -> Keeper {
+        Keeper { settings, groups, control, since, changing: Arc::new(Semaphore::new(1)) }
     }
 
     /// How a replica is to be opened, by the map.
@@ -80,7 +83,7 @@ impl Keeper {
                 }
                 self.close(replica).await?;
             }
-            let Some(start) = start(map, shard, self.settings.id) else { continue };
+            let Some(start) = start(map, shard, (self.settings.id, &self.since)) else { continue };
             if matches!(plan.way, Way::Begin(_)) {
                 sim::rand::buggify_wait("before a chosen replica begins", 0.3, Duration::from_secs(3)).await;
             }

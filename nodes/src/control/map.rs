@@ -154,6 +154,9 @@ pub struct ShardEntry {
     /// The other region may lack a step of a move up to this index of the ledger: it does not take over by itself before it has that.
     #[serde(default)]
     pub lacks: Option<u64>,
+    /// The version of the map in which it came; 0: nobody noted it ([`super::since`]).
+    #[serde(default)]
+    pub created: u64,
 }
 
 fn one() -> u64 {
@@ -163,9 +166,21 @@ fn one() -> u64 {
 impl ShardEntry {
     /// One whose ledger begins in an epoch.
     pub fn new(epoch: u64, members: BTreeSet<NodeId>, slots: SlotSet) -> ShardEntry {
-        let (founded, handover, learners, chosen, ends, lacks) = Default::default();
+        let (founded, handover, learners, chosen, ends, lacks, created) = Default::default();
         let first_epoch = epoch;
-        ShardEntry { epoch, members, slots, founded, handover, learners, chosen, first_epoch, ends, lacks }
+        ShardEntry {
+            epoch,
+            members,
+            slots,
+            founded,
+            handover,
+            learners,
+            chosen,
+            first_epoch,
+            ends,
+            lacks,
+            created,
+        }
     }
 }
 
@@ -231,8 +246,8 @@ impl ClusterMap {
         for shard in 0..count {
             let share = |shard: u32| (u32::from(SLOTS) * shard / count) as Slot;
             let slots = (share(shard)..share(shard + 1)).collect();
-            let members = map.fresh_members();
-            map.shards.insert(shard, ShardEntry::new(map.epoch(), members, slots));
+            let entry = ShardEntry::new(map.epoch(), map.fresh_members(), slots);
+            map.shards.insert(shard, ShardEntry { created: map.version, ..entry });
         }
         map.next_shard = count;
         Ok(map)
@@ -438,9 +453,9 @@ impl ClusterMap {
         }
         Ok(self.changed(|map| {
             while map.shards.len() < shards as usize {
-                let (members, slots, id) = (map.fresh_members(), SlotSet::default(), map.next_shard);
+                let entry = ShardEntry::new(map.epoch(), map.fresh_members(), SlotSet::default());
+                map.shards.insert(map.next_shard, ShardEntry { created: self.version + 1, ..entry });
                 map.next_shard += 1;
-                map.shards.insert(id, ShardEntry::new(map.epoch(), members, slots));
             }
             let slots_to_move = map.surplus(shards).values().sum();
             map.resize = Some(Resize { shards, slots_moved: 0, slots_to_move, moving: None });

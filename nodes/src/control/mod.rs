@@ -32,6 +32,7 @@ pub mod map;
 pub mod recover;
 pub mod regions;
 pub mod rights;
+pub mod since;
 
 use crate::convert;
 use crate::error::Error;

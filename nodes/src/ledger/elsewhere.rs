@@ -236,8 +236,8 @@ impl Ledger {
     }
 
     /// Looks at the lag for ever, and warns of it.
-    pub(super) async fn watch_lag(self, log: Arc<Log>) {
-        let mut inherited = Inherited { last: log.last_index(), log, seen: None };
+    pub(super) async fn watch_lag(self) {
+        let mut inherited = Inherited { last: self.log.last_index(), log: self.log.clone(), seen: None };
         let (mut moments, mut warned, mut leads_since) = (Moments::default(), None::<Instant>, None);
         let mut pause = LOOK;
         while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {

@@ -52,6 +52,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use storage::Shard;
 use storage::codec;
+use storage::log::Log;
 use storage::log::LogOptions;
 use storage::model::{Batch, Command, Outcome, Position};
 use types::{Data, Raft};
@@ -122,9 +123,12 @@ pub struct Ledger {
     pub group: GroupId,
     pub raft: Raft,
     pub shard: Arc<Shard>,
+    log: Arc<Log>,
     peers: Peers,
     queue: mpsc::Sender<Waiting>,
     repairing: Arc<AtomicBool>,
+    /// The group was new when this replica was opened, as far as that could tell ([`Ledger::learns_its_age`]).
+    is_new: Arc<AtomicBool>,
     stopping: Arc<AtomicBool>,
     /// Told when it stops: nobody holds on to the views any longer than they must.
     stopped: Arc<Notify>,
@@ -156,10 +160,11 @@ fn internal(what: &str, error: impl std::fmt::Display) -> Error {
 
 impl Ledger {
     /// Joins the peers with what this replica has on `disk`. `members` are all voters by id: the first start anywhere forms the group from
-    /// them, later ones find it on disk. Without members it waits until the group takes it in.
+    /// them, later ones find it on disk. Without members it waits until the group takes it in. `may_be_lost`: this node's disk may be a new one, and the
+    /// group not.
     pub async fn open(
         (group, id): (GroupId, u64),
-        members: Option<BTreeMap<u64, String>>,
+        (members, may_be_lost): (Option<BTreeMap<u64, String>>, bool),
         disk: Arc<dyn Disk>,
         opened: Opened,
         peers: Peers,
@@ -186,7 +191,9 @@ impl Ledger {
         let config = Arc::new(config.validate().map_err(|e| internal("ledger options", e))?);
         let Opened { log, shard, bases, held } = opened;
         let repair = log.repair().map_err(|e| internal("ledger", e))?;
+        let repair = repair.filter(|_| !sim::planted!("vote-with-a-damaged-log"));
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
+        let is_new = Arc::new(AtomicBool::new(may_be_lost && log.last_index() <= recovery::FOUNDED));
         let store = log_store::LogStore::new(log.clone());
         let base_bytes_min = options.base_bytes_min;
         let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min };
@@ -196,7 +203,7 @@ impl Ledger {
         let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, missed };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
-            raft.runtime_config().elect(sim::planted!("vote-with-a-damaged-log"));
+            raft.runtime_config().elect(false);
             sim::warn!(
                 "the log lost entries {} to {} to damage: this replica does not vote until its peers have given them back",
                 repair.from,
@@ -222,9 +229,11 @@ impl Ledger {
             group,
             raft,
             shard,
+            log,
             peers,
             queue,
             repairing,
+            is_new,
             stopping,
             stopped: Arc::default(),
             deposed_after,
@@ -238,11 +247,11 @@ impl Ledger {
             ledger.raft.runtime_config().elect(false);
             sim::task::spawn(ledger.clone().wait_for_the_epoch());
         }
-        sim::task::spawn(ledger.clone().watch_lag(log.clone()));
+        sim::task::spawn(ledger.clone().watch_lag());
         sim::task::spawn(ledger.clone().give_way_when_unheard());
         sim::task::spawn(ledger.clone().beat(options.heartbeat));
         if repair.is_some() {
-            sim::task::spawn(ledger.clone().repair(log));
+            sim::task::spawn(ledger.clone().repair());
         }
         Ok(ledger)
     }

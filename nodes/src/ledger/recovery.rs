@@ -15,17 +15,25 @@
 //! majority, and none of them has forgotten anything. So the replica asks such a leader, confirmed by its quorum after
 //! this replica's start, for a read position, follows until its log reaches that far, and only then votes again.
 //! A replica without peers cannot: it stops, with an error that says what is damaged.
+//!
+//! **An empty disk** is that of a new group, or of a replica that has lost everything. The cluster map tells which; the control group's own replica
+//! asks the others when it starts, and if none of them answers it takes the group for new. The first message that speaks of entries which a new group
+//! does not have tells it better ([`Ledger::learns_its_age`]): from then on it is a replica with a damaged log. Only if all that it meets is as new
+//! as itself does it not learn of it: `rejoin` in the file of a machine that takes another one's place says it at once.
 
 use super::Ledger;
 use super::epochs::{self, FIRST_EPOCH, Held, Plan};
 use super::log_store::{self, position_index};
 use super::state_machine::{applied_meta, apply_entries, decode_batch};
+use super::types::LogId;
 use crate::error::Error;
+use crate::groups::name_of;
 use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
 use sim::disk::Disk;
 use sim::time::{Duration, Instant};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use storage::bases::Bases;
 use storage::delta;
 use storage::log::{Log, LogError, LogOptions};
@@ -37,6 +45,9 @@ pub const VIEWS: &str = "views";
 pub const BASES: &str = "bases";
 /// Views that could not be used, though they were sound, until a snapshot is completed with them ([`storage::delta`]).
 pub const ASIDE: &str = "aside";
+
+/// All members of a new group begin with this entry: who they are.
+pub const FOUNDED: u64 = 1;
 
 /// Entries replayed in one transaction.
 const REPLAY_ENTRIES: usize = 256;
@@ -262,15 +273,47 @@ pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
 }
 
 impl Ledger {
+    /// A peer has entries up to `there`, or counts on them being here. A replica that took its group for new learns from it that the group is older: its
+    /// disk has been lost, and it must not vote.
+    pub(super) async fn learns_its_age(&self, there: Option<LogId>) -> Result<(), String> {
+        if !self.is_new.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        if self.log.last_index() > FOUNDED {
+            self.is_new.store(false, Ordering::SeqCst);
+            return Ok(());
+        }
+        let there = there.map_or(0, |id| position_index(id.index));
+        if there <= FOUNDED || sim::planted!("take-an-old-group-for-new") {
+            return Ok(());
+        }
+        // Before it takes any of them: were this lost, a part of the log would pass for all of it.
+        let log = self.log.clone();
+        let begun = sim::task::blocking(move || log.begin_repair(there)).await;
+        begun.map_err(|e| format!("that this disk was lost cannot be stored ({e})"))?;
+        self.repairing.store(true, Ordering::SeqCst);
+        if self.is_new.swap(false, Ordering::SeqCst) {
+            sim::trace::probe("replica: learned that its group is not new");
+            sim::info!(
+                "{}: others have entries up to {there}, and this disk none: this replica does not vote before it has them, since it may have had them before",
+                name_of(self.group)
+            );
+            self.raft.runtime_config().elect(false);
+            sim::task::spawn(self.clone().repair());
+        }
+        Ok(())
+    }
+
     /// Follows until everything that was committed when a leader confirmed itself is here; then this replica votes again.
-    pub(super) async fn repair(self, log: Arc<Log>) {
+    pub(super) async fn repair(self) {
         let mut pause = Duration::from_millis(50);
         let mut told = Instant::now();
-        while !self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
+        while !self.stopping.load(Ordering::SeqCst) {
             let deadline = Instant::now() + Duration::from_secs(2);
             if let Ok(position) = self.read_position(deadline).await
                 && self.follow_to(position.index, Instant::now() + Duration::from_secs(30)).await
             {
+                let log = self.log.clone();
                 let ended = sim::task::blocking(move || log.end_repair()).await;
                 if let Err(error) = ended {
                     sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;

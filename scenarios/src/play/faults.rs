@@ -301,14 +301,14 @@ async fn one(cluster: &Cluster, fault: &Fault) -> Fired {
             let mut in_order = running;
             for &node in &nodes {
                 in_order &= cluster.stop(node, NOTICE).await;
-                machines.replace(node);
+                machines.replace(node, true);
             }
             time::sleep((began + lasts).saturating_sub(machines.now())).await;
             nodes.iter().for_each(|n| machines.start(*n));
             in_order
         }
-        FaultKind::Replace => {
-            nodes.iter().for_each(|n| machines.replace(*n));
+        FaultKind::Replace | FaultKind::EmptyDisk => {
+            nodes.iter().for_each(|n| machines.replace(*n, fault.kind == FaultKind::Replace));
             pass(cluster, fault, after).await;
             nodes.iter().for_each(|n| machines.start(*n));
             running

@@ -61,8 +61,8 @@ pub trait Machines: Send + Sync {
     fn tell_to_stop(&self, node: NodeIndex);
     /// It has; what is left of it goes.
     fn end(&self, node: NodeIndex);
-    /// The machine is gone; the one that takes its place is empty, knows it, and is off.
-    fn replace(&self, node: NodeIndex);
+    /// The machine is gone; the one that takes its place is empty and off, and `told` so or not.
+    fn replace(&self, node: NodeIndex, told: bool);
 
     /// Holds what `from` sends to `to`.
     fn cut(&self, from: NodeIndex, to: NodeIndex);

@@ -315,11 +315,11 @@ impl Machines for Processes {
         self.kill(node);
     }
 
-    fn replace(&self, node: NodeIndex) {
+    fn replace(&self, node: NodeIndex, told: bool) {
         self.note(node, Level::Warn, "its machine is gone, with its disk");
         self.kill(node);
         let emptied = self.with(node, |machine| {
-            machine.config.rejoin = true;
+            machine.config.rejoin = told;
             fs::remove_dir_all(&machine.config.data)
         });
         if let Some(Err(error)) = emptied {

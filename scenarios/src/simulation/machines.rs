@@ -185,9 +185,9 @@ impl Machines for Simulated {
         self.world.end(node);
     }
 
-    fn replace(&self, node: NodeIndex) {
+    fn replace(&self, node: NodeIndex, told: bool) {
         self.world.replace(node);
-        self.with(node, |made| made.told.rejoin.store(true, Ordering::SeqCst));
+        self.with(node, |made| made.told.rejoin.store(told, Ordering::SeqCst));
     }
 
     fn cut(&self, from: NodeIndex, to: NodeIndex) {
@@ -229,6 +229,7 @@ impl Machines for Simulated {
         // Nor is it the disk's fault if a node hears of a shard only when that is no longer new.
         let filled = |node| {
             by_node.contains_key(&("replica: came back with an empty disk", node))
+                || by_node.contains_key(&("replica: learned that its group is not new", node))
                 || by_node.contains_key(&("epoch: a replica started over", node))
         };
         let mended = by_node.keys().filter(|(path, node)| {
@@ -258,10 +259,13 @@ impl Modelled for Simulated {
 
     fn harm(&self, node: NodeIndex, fault: &Fault) -> bool {
         let Some(disk) = self.world.disk(node) else { return true };
+        let within = [fault.within.as_str()];
         let (dirs, places): (&[&str], _) = match fault.kind {
             FaultKind::Ruin => (&RUINED, RUIN_PLACES),
-            _ => (&STORED, PLACES),
+            _ if fault.within.is_empty() => (&STORED, PLACES),
+            _ => (&within, PLACES),
         };
+        let places = if fault.places > 0 { fault.places } else { places };
         let mut harmed = true;
         for turn in 0..places {
             let dir = dirs[(turn + fault.at_ms as usize) % dirs.len()];

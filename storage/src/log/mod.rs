@@ -197,6 +197,12 @@ impl Log {
         fact.map(|bytes| codec::decode(&bytes).map_err(damaged)).transpose()
     }
 
+    /// Remembers that entries were here, at least up to `to`, which are no more: this replica must not vote.
+    pub fn begin_repair(&self, to: u64) -> Result<(), LogError> {
+        let to = self.repair()?.map_or(to, |repair| repair.to.max(to));
+        self.put_meta(REPAIR, &codec::encode(&Repair { from: 1, to }))
+    }
+
     /// Says that everything a peer could have relied on is here again.
     pub fn end_repair(&self) -> Result<(), LogError> {
         self.remove_meta(REPAIR)
@@ -204,9 +210,7 @@ impl Log {
 
     /// Forgets all entries, as if this replica had never had any, and remembers that it had: it must not vote.
     pub fn start_over(&self) -> Result<(), LogError> {
-        let last = self.last_index();
-        let repair = self.repair()?.map_or(last, |r| r.to.max(last));
-        self.put_meta(REPAIR, &codec::encode(&Repair { from: 1, to: repair }))?;
+        self.begin_repair(self.last_index())?;
         let _settling = lock(&self.settling);
         let mut state = self.live()?;
         let result = (|| {
