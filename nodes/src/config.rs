@@ -69,7 +69,7 @@ pub struct NodeConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
     /// This machine takes the place of one whose disk is gone. Its replicas know that from the map and do not vote until their peers have given
-    /// them everything; the control group's replica knows it if another one answers at the start, or by this.
+    /// them everything; the control group's replica knows it if another one answers at the start, or as soon as one speaks of more than it has, or by this.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rejoin: bool,
     /// Of a new cluster; later the cluster map says it.

@@ -5,7 +5,7 @@ use crate::control::map::Gateway;
 use crate::control::rights::Rights;
 use crate::error::Error;
 use crate::ledger::epochs::Plan;
-use crate::ledger::{Ledger, LedgerOptions, recovery};
+use crate::ledger::{Ledger, LedgerOptions, Unsure, recovery};
 use crate::peers::Peers;
 use crate::roles::{Role, Roles};
 use crate::views::LocalViews;
@@ -90,7 +90,11 @@ impl Replica {
         let mut shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
         (shard.words, shard.vectors.kept) = (roles.contains(&Role::Records), roles.contains(&Role::Vector));
         let (log, views_disk) = (options.log.clone(), disk.clone());
-        let may_be_lost = matches!(start, Start::Found { older: false, .. });
+        let unsure = match start {
+            Start::Found { older: false, .. } => Unsure::WhetherNew,
+            Start::Wait => Unsure::WhetherFilled,
+            _ => Unsure::Nothing,
+        };
         let (alone, forgotten, members) = match start {
             Start::Found { voters, .. } => (voters.len() == 1, false, Some(voters)),
             Start::Rejoin { voters, older } => (voters == 1, voters > 1 && !older, None),
@@ -106,7 +110,7 @@ impl Replica {
         let peers = settings.peers.clone();
         let rights = if group == CONTROL { Rights::free() } else { settings.rights.clone() };
         let right = (rights, plan.ends);
-        let forms = (members, may_be_lost);
+        let forms = (members, unsure);
         let ledger = Ledger::open((group, id), forms, disk.clone(), opened, peers, options, right).await?;
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })

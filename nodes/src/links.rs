@@ -16,9 +16,8 @@
 //! - *The peer takes calls more slowly than messages come.* What has waited until its time was up is not sent.
 //! - *A sender gives up.* Its message may have arrived: openraft's messages may come twice.
 
-use crate::groups::GroupId;
 use crate::peers::Peers;
-use crate::proto::internal::{Answer, Answers, Message, Messages, Method};
+use crate::proto::internal::{Answer, Answers, Message, Messages};
 use bytes::Bytes;
 use sim::sync::oneshot;
 use sim::time::{Duration, Instant};
@@ -71,16 +70,9 @@ impl Links {
 
 impl Peers {
     /// Sends a message to the group at `addr`; its answer, or why there is none.
-    pub async fn tell(
-        &self,
-        addr: &str,
-        (group, epoch, method): (GroupId, u64, Method),
-        body: Bytes,
-        ttl: Duration,
-    ) -> Result<Bytes, String> {
+    pub async fn tell(&self, addr: &str, message: Message, ttl: Duration) -> Result<Bytes, String> {
         let link = lock(&self.links.links).entry(addr.to_string()).or_default().clone();
         let (answer, answered) = oneshot::channel();
-        let message = Message { group, epoch, method: method as i32, body };
         let begin = {
             let mut link = lock(&link);
             link.waiting.push(Waiting { message, until: Instant::now() + ttl, answer });
@@ -196,7 +188,10 @@ mod tests {
                 sim::net::serve("127.0.0.1:0", routes, ready, std::future::pending()).await
             });
             let (addr, peers) = (addr.await?, Peers::new("secret", BTreeMap::new())?);
-            let tell = |group| peers.tell(&addr, (group, 1, Method::Append), Bytes::new(), SOON);
+            let tell = |group| {
+                let message = Message { group, epoch: 1, ..Message::default() };
+                peers.tell(&addr, message, SOON)
+            };
             let answers = futures::future::join_all((0..100).map(tell)).await;
             for (group, answer) in answers.into_iter().enumerate() {
                 let why = answer.err().ok_or("there is no such group")?;
@@ -212,7 +207,9 @@ mod tests {
         sim::task::run_test(async {
             let peers = Peers::new("secret", BTreeMap::new())?;
             for _ in 0..2 {
-                let tell = |group| peers.tell("127.0.0.1:1", (group, 1, Method::Vote), Bytes::new(), SOON);
+                let tell = |group| {
+                    peers.tell("127.0.0.1:1", Message { group, epoch: 1, ..Message::default() }, SOON)
+                };
                 let answers = futures::future::join_all((0..20).map(tell)).await;
                 assert!(answers.iter().all(|answer| answer.is_err()));
             }

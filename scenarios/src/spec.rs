@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 16] = [
+pub const SHIPPED: [(&str, &str); 17] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -22,6 +22,7 @@ pub const SHIPPED: [(&str, &str); 16] = [
     ("empty-disk", include_str!("../files/empty-disk.toml")),
     ("untold-disk", include_str!("../files/untold-disk.toml")),
     ("rotten-log", include_str!("../files/rotten-log.toml")),
+    ("handed-back", include_str!("../files/handed-back.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
     ("region-loss", include_str!("../files/region-loss.toml")),
 ];
@@ -541,6 +542,8 @@ pub fn words(kind: FaultKind) -> String {
 pub enum Target {
     /// Whoever leads when the fault begins.
     Leader,
+    /// A replica that does not, drawn from the seed.
+    Led,
     /// A replica drawn from the seed.
     Any,
     /// A replica that does not vote, drawn from the seed.

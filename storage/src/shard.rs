@@ -209,6 +209,10 @@ impl Shard {
         (state.position, state.meta.clone())
     }
 
+    pub fn applied_index(&self) -> u64 {
+        self.state().position.index
+    }
+
     /// What no read that has ended by now shows more than. It may be ahead of [`Shard::applied`]: rows can be read before their position is
     /// published.
     pub fn seen_at_most(&self) -> Position {

@@ -112,6 +112,16 @@ impl LedgerOptions {
     }
 }
 
+/// What is not known of a replica when it is opened, and whether it may vote with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsure {
+    Nothing,
+    /// Its disk may be a new one, and its group not ([`Ledger::learns_its_age`]).
+    WhetherNew,
+    /// It may never have had all that it was to have ([`Ledger::fill`]).
+    WhetherFilled,
+}
+
 struct Waiting {
     commands: Vec<Command>,
     reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
@@ -129,6 +139,8 @@ pub struct Ledger {
     repairing: Arc<AtomicBool>,
     /// The group was new when this replica was opened, as far as that could tell ([`Ledger::learns_its_age`]).
     is_new: Arc<AtomicBool>,
+    /// The group is yet to give this replica all that it has ([`Ledger::fill`]).
+    fills: Arc<AtomicBool>,
     stopping: Arc<AtomicBool>,
     /// Told when it stops: nobody holds on to the views any longer than they must.
     stopped: Arc<Notify>,
@@ -160,11 +172,10 @@ fn internal(what: &str, error: impl std::fmt::Display) -> Error {
 
 impl Ledger {
     /// Joins the peers with what this replica has on `disk`. `members` are all voters by id: the first start anywhere forms the group from
-    /// them, later ones find it on disk. Without members it waits until the group takes it in. `may_be_lost`: this node's disk may be a new one, and the
-    /// group not.
+    /// them, later ones find it on disk. Without members it waits until the group takes it in.
     pub async fn open(
         (group, id): (GroupId, u64),
-        (members, may_be_lost): (Option<BTreeMap<u64, String>>, bool),
+        (members, unsure): (Option<BTreeMap<u64, String>>, Unsure),
         disk: Arc<dyn Disk>,
         opened: Opened,
         peers: Peers,
@@ -193,14 +204,16 @@ impl Ledger {
         let repair = log.repair().map_err(|e| internal("ledger", e))?;
         let repair = repair.filter(|_| !sim::planted!("vote-with-a-damaged-log"));
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
-        let is_new = Arc::new(AtomicBool::new(may_be_lost && log.last_index() <= recovery::FOUNDED));
+        let is_new = unsure == Unsure::WhetherNew && log.last_index() <= recovery::FOUNDED;
+        let (is_new, fills) = (Arc::new(AtomicBool::new(is_new)), unsure == Unsure::WhetherFilled);
+        let fills = fills && log.get_meta(recovery::FILLED).map_err(|e| internal("ledger", e))?.is_none();
         let store = log_store::LogStore::new(log.clone());
         let base_bytes_min = options.base_bytes_min;
         let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
-        let missed = store.missed.clone();
-        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, missed };
+        let (missed, views) = (store.missed.clone(), Arc::downgrade(&shard));
+        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, missed, views };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(false);
@@ -234,6 +247,7 @@ impl Ledger {
             queue,
             repairing,
             is_new,
+            fills: Arc::new(AtomicBool::new(fills)),
             stopping,
             stopped: Arc::default(),
             deposed_after,
@@ -250,6 +264,9 @@ impl Ledger {
         sim::task::spawn(ledger.clone().watch_lag());
         sim::task::spawn(ledger.clone().give_way_when_unheard());
         sim::task::spawn(ledger.clone().beat(options.heartbeat));
+        if fills {
+            sim::task::spawn(ledger.clone().fill());
+        }
         if repair.is_some() {
             sim::task::spawn(ledger.clone().repair());
         }

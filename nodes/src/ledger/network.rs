@@ -7,7 +7,7 @@ use super::state_machine::SnapshotSource;
 use super::types::{Entry, Types, Vote};
 use crate::groups::GroupId;
 use crate::peers::Peers;
-use crate::proto::internal::{Body, Method};
+use crate::proto::internal::{Body, Message, Method};
 use openraft::entry::RaftEntry;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, v2::RaftNetworkV2};
@@ -21,9 +21,9 @@ use serde::de::DeserializeOwned;
 use sim::disk::Disk;
 use sim::time::{Duration, Instant};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use storage::delta::RangeHashes;
-use storage::{bases, codec};
+use storage::{Shard, bases, codec};
 
 /// A snapshot may take this long to export, send and install.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -35,6 +35,8 @@ pub struct Network {
     pub group: GroupId,
     pub epoch: u64,
     pub missed: Missed,
+    /// Closed while others still send.
+    pub views: Weak<Shard>,
 }
 
 /// One peer.
@@ -73,10 +75,11 @@ impl Peer {
         request: &Q,
         ttl: Duration,
     ) -> Result<A, Error> {
-        let Network { peers, group, epoch, .. } = &self.network;
-        let body = codec::encode_serde(request).into();
-        let answer =
-            peers.tell(&self.addr, (*group, *epoch, method), body, ttl).await.map_err(unreachable)?;
+        let Network { peers, group, epoch, views, .. } = &self.network;
+        let applied = views.upgrade().map_or(0, |views| views.applied_index());
+        let (method, body) = (method.into(), codec::encode_serde(request).into());
+        let message = Message { group: *group, method, body, epoch: *epoch, applied };
+        let answer = peers.tell(&self.addr, message, ttl).await.map_err(unreachable)?;
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }
 

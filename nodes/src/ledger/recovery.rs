@@ -17,15 +17,17 @@
 //! A replica without peers cannot: it stops, with an error that says what is damaged.
 //!
 //! **An empty disk** is that of a new group, or of a replica that has lost everything. The cluster map tells which; the control group's own replica
-//! asks the others when it starts, and if none of them answers it takes the group for new. The first message that speaks of entries which a new group
+//! asks the others when it starts, and if none of them answers it takes the group for new. The first message of one that has applied what a new group
 //! does not have tells it better ([`Ledger::learns_its_age`]): from then on it is a replica with a damaged log. Only if all that it meets is as new
 //! as itself does it not learn of it: `rejoin` in the file of a machine that takes another one's place says it at once.
+//!
+//! **A replica that comes back to a group** that it has left is empty too: its files went when it left. One of the group that has not heard of its leaving
+//! still asks for its vote. It votes for nobody before it is filled ([`Ledger::fill`]).
 
 use super::Ledger;
 use super::epochs::{self, FIRST_EPOCH, Held, Plan};
 use super::log_store::{self, position_index};
 use super::state_machine::{applied_meta, apply_entries, decode_batch};
-use super::types::LogId;
 use crate::error::Error;
 use crate::groups::name_of;
 use openraft::async_runtime::WatchReceiver;
@@ -48,6 +50,9 @@ pub const ASIDE: &str = "aside";
 
 /// All members of a new group begin with this entry: who they are.
 pub const FOUNDED: u64 = 1;
+
+/// The fact that a replica once had all that its group had.
+pub const FILLED: &str = "filled";
 
 /// Entries replayed in one transaction.
 const REPLAY_ENTRIES: usize = 256;
@@ -273,9 +278,9 @@ pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
 }
 
 impl Ledger {
-    /// A peer has entries up to `there`, or counts on them being here. A replica that took its group for new learns from it that the group is older: its
-    /// disk has been lost, and it must not vote.
-    pub(super) async fn learns_its_age(&self, there: Option<LogId>) -> Result<(), String> {
+    /// A peer has applied entries up to `there`: a majority has them. A replica that took its group for new, and has none of them, learns from it that the
+    /// group is older: its disk may be one that replaces another, and it must not vote.
+    pub(super) async fn learns_its_age(&self, there: u64) -> Result<(), String> {
         if !self.is_new.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -283,14 +288,13 @@ impl Ledger {
             self.is_new.store(false, Ordering::SeqCst);
             return Ok(());
         }
-        let there = there.map_or(0, |id| position_index(id.index));
         if there <= FOUNDED || sim::planted!("take-an-old-group-for-new") {
             return Ok(());
         }
         // Before it takes any of them: were this lost, a part of the log would pass for all of it.
         let log = self.log.clone();
         let begun = sim::task::blocking(move || log.begin_repair(there)).await;
-        begun.map_err(|e| format!("that this disk was lost cannot be stored ({e})"))?;
+        begun.map_err(|e| format!("that this disk may have been lost cannot be stored ({e})"))?;
         self.repairing.store(true, Ordering::SeqCst);
         if self.is_new.swap(false, Ordering::SeqCst) {
             sim::trace::probe("replica: learned that its group is not new");
@@ -304,8 +308,21 @@ impl Ledger {
         Ok(())
     }
 
-    /// Follows until everything that was committed when a leader confirmed itself is here; then this replica votes again.
-    pub(super) async fn repair(self) {
+    /// Whether a vote of this replica says that it has what it may have acknowledged.
+    pub(super) fn may_vote(&self) -> Result<(), String> {
+        if self.is_repairing() {
+            return Err("this replica repairs its log and does not vote yet".into());
+        }
+        // One that votes by its own log was given all of it before.
+        let fills = self.fills.load(Ordering::SeqCst) && !sim::planted!("vote-before-it-has-been-filled");
+        match fills && !self.votes() {
+            true => Err("this replica is being filled and does not vote yet".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// Follows until everything that was committed when a leader confirmed itself is here; false if this replica stops before.
+    async fn catch_up(&self) -> bool {
         let mut pause = Duration::from_millis(50);
         let mut told = Instant::now();
         while !self.stopping.load(Ordering::SeqCst) {
@@ -313,22 +330,49 @@ impl Ledger {
             if let Ok(position) = self.read_position(deadline).await
                 && self.follow_to(position.index, Instant::now() + Duration::from_secs(30)).await
             {
-                let log = self.log.clone();
-                let ended = sim::task::blocking(move || log.end_repair()).await;
-                if let Err(error) = ended {
-                    sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;
-                }
-                self.vote_again();
-                sim::trace::probe("log: repaired from peers");
-                sim::info!("the log is repaired up to {}: this replica votes again", position.index);
-                return;
+                return true;
             }
-            if told.elapsed() > Duration::from_secs(10) {
+            if self.is_repairing() && told.elapsed() > Duration::from_secs(10) {
                 told = Instant::now();
-                sim::error!("the log waits for its repair: no leader has given everything back yet");
+                sim::error!(
+                    "{}: the log waits for its repair: no leader has given everything back yet",
+                    name_of(self.group)
+                );
             }
             self.rest_until(Instant::now() + pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
+        }
+        false
+    }
+
+    /// Votes again once it has everything back.
+    pub(super) async fn repair(self) {
+        if !self.catch_up().await {
+            return;
+        }
+        let log = self.log.clone();
+        if let Err(error) = sim::task::blocking(move || log.end_repair()).await {
+            sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;
+        }
+        self.vote_again();
+        sim::trace::probe("log: repaired from peers");
+        sim::info!(
+            "{}: the log is repaired up to {}: this replica votes again",
+            name_of(self.group),
+            self.reached()
+        );
+    }
+
+    /// A replica that the group takes in may have been of it before, and was given up: what it acknowledged then is gone with its files. So it votes for nobody
+    /// before it has all that the group had when it came.
+    pub(super) async fn fill(self) {
+        if !self.catch_up().await {
+            return;
+        }
+        let log = self.log.clone();
+        match sim::task::blocking(move || log.put_meta(FILLED, &[])).await {
+            Ok(()) => self.fills.store(false, Ordering::SeqCst),
+            Err(error) => sim::warn!("{}: that it is filled cannot be stored ({error})", name_of(self.group)),
         }
     }
 

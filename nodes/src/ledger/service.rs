@@ -4,7 +4,7 @@ use super::log_store::position_index;
 use super::quarantine::{self, Look};
 use super::recovery::ASIDE;
 use super::state_machine::SnapshotSource;
-use super::types::{LogId, SnapshotMeta, Types, Vote};
+use super::types::{SnapshotMeta, Types, Vote};
 use super::{Ledger, Proposed};
 use crate::cache::CacheView;
 use crate::control::driver::Membership;
@@ -23,7 +23,7 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream, FuturesUnordered};
 use openraft::async_runtime::WatchReceiver;
 use openraft::entry::RaftEntry;
-use openraft::raft::{AppendEntriesRequest, SnapshotResponse, VoteRequest};
+use openraft::raft::{AppendEntriesRequest, SnapshotResponse};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sim::disk::Disk;
@@ -118,15 +118,6 @@ fn complete(
     }
 }
 
-/// Who asks for its vote has entries up to `has`. A replica that has forgotten what it acknowledged must not help anybody to lead.
-async fn may_vote(ledger: &Ledger, has: Option<LogId>) -> Result<(), String> {
-    ledger.learns_its_age(has).await?;
-    match ledger.is_repairing() {
-        true => Err("this replica repairs its log and does not vote yet".into()),
-        false => Ok(()),
-    }
-}
-
 /// What the group's replica answers to one of openraft's messages.
 async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String> {
     fn decoded<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
@@ -138,11 +129,14 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
     let ledger = replica(groups, message.group).map_err(|e| e.to_string())?.ledger;
     let (raft, method) = (&ledger.raft, message.method());
     of_epoch(&ledger, message.epoch).map_err(|e| e.to_string())?;
+    ledger.learns_its_age(message.applied).await?;
+    if method != Method::Append {
+        ledger.may_vote()?;
+    }
     let body = &message.body;
     match method {
         Method::Append => {
             let append: AppendEntriesRequest<Types> = decoded(body)?;
-            ledger.learns_its_age(append.prev_log_id).await?;
             // Whoever votes looks at its own clock too; who follows from elsewhere has no right that could run out, nor has one that voted in an epoch
             // that is over and does not know yet that it votes no more.
             if let (true, Some(last)) = (ledger.votes() && ledger.has_begun(), append.entries.last()) {
@@ -151,18 +145,9 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
             }
             encoded(raft.append_entries(append).await)
         }
-        Method::Vote | Method::PreVote => {
-            let asked: VoteRequest<Types> = decoded(body)?;
-            may_vote(&ledger, asked.last_log_id).await?;
-            encoded(match method {
-                Method::Vote => raft.vote(asked).await,
-                _ => raft.pre_vote(asked).await,
-            })
-        }
-        Method::TransferLeader => {
-            may_vote(&ledger, None).await?;
-            encoded(raft.handle_transfer_leader(decoded(body)?).await)
-        }
+        Method::Vote => encoded(raft.vote(decoded(body)?).await),
+        Method::PreVote => encoded(raft.pre_vote(decoded(body)?).await),
+        Method::TransferLeader => encoded(raft.handle_transfer_leader(decoded(body)?).await),
         Method::Unspecified => Err("a message without a method: is the sender of another version?".into()),
     }
 }
@@ -210,7 +195,8 @@ impl replica_server::Replica for ReplicaService {
         of_epoch(&replica.ledger, head.epoch)?;
         let (vote, meta, whole): (Vote, SnapshotMeta, bool) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
-        replica.ledger.learns_its_age(meta.last_log_id).await.map_err(Status::internal)?;
+        let there = meta.last_log_id.map_or(0, |id| position_index(id.index));
+        replica.ledger.learns_its_age(there).await.map_err(Status::internal)?;
         // One that comes late, behind entries of the same leader, must not take those away again: what it is of is here, and committed.
         let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;
         let newer = held.filter(|held| held.leader_id.term == vote.leader_id.term);

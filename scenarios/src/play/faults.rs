@@ -95,19 +95,28 @@ async fn targets(cluster: &Cluster, target: Target, fault: &Fault) -> Vec<NodeIn
             }
             vec![node]
         }
-        Target::Leader => {
-            let until = cluster.machines.now() + LEADER_WAIT;
-            while cluster.machines.now() < until {
-                // It may have ended since it answered: then somebody else is about to lead.
-                let leader = cluster.leader().await;
-                if let Some(leader) = leader.filter(|leader| cluster.machines.is_running(*leader)) {
-                    return vec![leader];
-                }
-                time::sleep(Duration::from_millis(100)).await;
-            }
-            vec![]
+        Target::Leader => leader(cluster).await.into_iter().collect(),
+        Target::Led => {
+            let leader = leader(cluster).await;
+            let led: Vec<NodeIndex> =
+                cluster.replicas.iter().copied().filter(|n| Some(*n) != leader).collect();
+            led.get(fault.pick as usize % led.len().max(1)).copied().into_iter().collect()
         }
     }
+}
+
+/// Who leads, once somebody does.
+async fn leader(cluster: &Cluster) -> Option<NodeIndex> {
+    let until = cluster.machines.now() + LEADER_WAIT;
+    while cluster.machines.now() < until {
+        // It may have ended since it answered: then somebody else is about to lead.
+        let leader = cluster.leader().await;
+        if let Some(leader) = leader.filter(|leader| cluster.machines.is_running(*leader)) {
+            return Some(leader);
+        }
+        time::sleep(Duration::from_millis(100)).await;
+    }
+    None
 }
 
 /// How many changes of the primary region have ended.

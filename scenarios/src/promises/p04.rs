@@ -6,7 +6,7 @@
 //!
 //! Where a region was lost: a read at a token that may be lost says so, and the session begins anew; a session may also go back when what it saw is not there in the end
 //! (P2 judges whether that was reported), or was written again by an operator. Of a memory that lost something, or may have, since a write was under way when an epoch ended, only what the first
-//! epoch answered must be linearizable.
+//! epoch answered must be linearizable. A refusal names no epoch: where it may be of either, and a write was under way, it may tell of what was lost and written again.
 
 use super::linearizable::{Verdict, check as linearize, describe};
 use super::{Violation, violation};
@@ -23,7 +23,8 @@ pub fn check(history: &History) -> Vec<Violation> {
             _ => true,
         };
         let mut ops: Vec<&Op> = ops.into_iter().filter(strong).collect();
-        let before = next_epochs.first().copied().filter(|_| may_have_lost(history, &ops, &next_epochs));
+        let next = next_epochs.first().filter(|_| may_have_lost(history, &ops, &next_epochs));
+        let before = next.map(|turn| turn.first_ns);
         let mut open: Vec<Op> = vec![];
         if let Some(before) = before {
             let (ended, later): (Vec<&Op>, Vec<&Op>) = ops.into_iter().partition(|op| op.return_ns < before);
@@ -32,6 +33,8 @@ pub fn check(history: &History) -> Vec<Violation> {
             let began = later.into_iter().filter(|op| op.request.is_write() && op.call_ns < before);
             open.extend(began.map(|op| Op { response: Response::Unknown, ..op.clone() }));
         }
+        let all = ops.clone();
+        ops.retain(|op| !next_epochs.iter().any(|turn| turn.may_be_of_either(op, &all)));
         ops.extend(&open);
         let last_ns = ops.iter().map(|op| op.return_ns).max().unwrap_or(0);
         let finals = history.finals.iter().filter(|_| before.is_none());
@@ -58,9 +61,28 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
-/// Of each epoch but the first, until when all answers are of those before: those that came before any that names it or a later one, and no later than the last that names
-/// one before, since refusals name none. Empty: there is one epoch.
-fn next_epochs(history: &History) -> Vec<u64> {
+/// When an epoch gave way to the next one, as far as answers tell.
+struct Turn {
+    /// All answers that came before are of those before: none of them names this one or a later one, and each came no later than the last that names one before,
+    /// since refusals name none.
+    first_ns: u64,
+    /// All operations that began then or later are of this one or a later one, which had answered.
+    last_ns: u64,
+}
+
+impl Turn {
+    /// Whether both epochs may have refused it, of which one had applied a write to the same memory that the other had not.
+    fn may_be_of_either(&self, op: &Op, all: &[&Op]) -> bool {
+        let between = |op: &Op| op.call_ns < self.last_ns && op.return_ns >= self.first_ns;
+        let refused = |op: &Op| matches!(op.response, Response::Refused(_));
+        refused(op)
+            && between(op)
+            && all.iter().any(|op| op.request.is_write() && !refused(op) && between(op))
+    }
+}
+
+/// When each epoch but the first began. Empty: there is one epoch.
+fn next_epochs(history: &History) -> Vec<Turn> {
     let epoch = |op: &Op| match (&op.request, &op.response) {
         (_, Response::Written { at, .. }) => Some(at.epoch),
         (Request::Get { token: None, .. }, Response::Value { epoch, .. }) => Some(*epoch),
@@ -71,8 +93,9 @@ fn next_epochs(history: &History) -> Vec<u64> {
     let named = || history.ops.iter().filter_map(|op| Some((epoch(op)?, op)));
     let begins = |next: u64| {
         let before = named().filter(|(epoch, _)| *epoch < next).map(|(_, op)| until(op));
-        let last_ns = before.max().unwrap_or(0) + 1;
-        named().filter(|(epoch, _)| *epoch >= next).map(|(_, op)| op.return_ns).fold(last_ns, u64::min)
+        let after = named().filter(|(epoch, _)| *epoch >= next).map(|(_, op)| op.return_ns);
+        let last_ns = after.min().unwrap_or(u64::MAX);
+        Turn { first_ns: last_ns.min(before.max().unwrap_or(0) + 1), last_ns }
     };
     if history.ends.is_empty() {
         return vec![];
@@ -82,12 +105,12 @@ fn next_epochs(history: &History) -> Vec<u64> {
 }
 
 /// Whether a memory may lack in the end what was seen of it before.
-fn may_have_lost(history: &History, ops: &[&Op], next_epochs: &[u64]) -> bool {
+fn may_have_lost(history: &History, ops: &[&Op], next_epochs: &[Turn]) -> bool {
     // Was a write under way when an epoch ended, it may have been seen, be lost, and have been written again by the same key.
     let open = |op: &Op| {
-        let over = |next_ns: &u64| {
-            let answered = op.response != Response::Unknown && op.return_ns < *next_ns;
-            op.call_ns < *next_ns && !answered
+        let over = |turn: &Turn| {
+            let answered = op.response != Response::Unknown && op.return_ns < turn.first_ns;
+            op.call_ns < turn.first_ns && !answered
         };
         op.request.is_write() && next_epochs.iter().any(over)
     };

@@ -581,3 +581,27 @@ fn what_was_under_way_when_a_later_epoch_ended_may_be_seen_lost_and_written_agai
     assert!(breaks_p4(25, 2), "it was answered before, and is there: it was not lost");
     assert!(!breaks_p4(30, 3));
 }
+
+/// `a-second-failure`, seed 2: a write began after the last answer that named the first epoch, a refusal told of it, it was lost, and was written again.
+#[test]
+fn a_refusal_may_tell_of_what_was_lost_and_written_again() {
+    let breaks_p4 = |called_s: u64| {
+        let found = broken(|h| {
+            h.ends.insert((0, 1), End { certain: 5, ceiling: 9, exact: None });
+            let shown =
+                |epoch, version, marker: &str| Response::Value { row: row(version, marker), shown: 6, epoch };
+            h.ops.push(op(1, 20, 21, get(None), shown(1, 4, "c")));
+            let at = At { shard: 0, epoch: 2, index: 5, item: 0 };
+            let written = Response::Written { version: 5, at, map_version: 2, elsewhere: false };
+            h.ops.push(op(2, called_s, 32, update(None, "f"), written));
+            let exists = Response::Refused(Refusal::AlreadyExists { version: 5 });
+            h.ops.push(op(0, 23, 24, add("g"), exists));
+            h.ops.push(op(1, 28, 29, get(None), shown(2, 4, "c")));
+            let versions = [(1, "a"), (2, "b"), (3, "deletion of version 2"), (4, "c"), (5, "f")];
+            h.finals = ["n1", "n2", "n3"].map(|node| last(node, &[row(5, "f")], &versions)).into();
+        });
+        found.contains(&"P4".to_string())
+    };
+    assert!(!breaks_p4(22));
+    assert!(breaks_p4(30), "no write was under way: nothing can have been at version 5");
+}
