@@ -5,7 +5,7 @@ use tests::{Result, root};
 
 /// Seeds that once found a defect, and what it was. A seed names one history only within a build, so a cause that can be pinned has
 /// a test of its own beside the code that it was in.
-const REGRESSIONS: [(&str, u64); 12] = [
+const REGRESSIONS: [(&str, u64); 15] = [
     // A checkpoint named entries that a received snapshot held but openraft had not yet handed over.
     ("leader-power-loss", 13),
     // A torn write over an old write-ahead log passed SQLite's checksum and took a view back in time (`storage::records`).
@@ -30,6 +30,12 @@ const REGRESSIONS: [(&str, u64); 12] = [
     ("scenarios/files/regions/stands-still.toml", 6),
     // What an old leader wrote of itself when it led again, in vain, was reported as lost in place of an entry that was kept.
     ("scenarios/files/regions/resharded-meanwhile.toml", 6),
+    // A replica that came back to its group, empty, helped one to lead that had not heard of its leaving.
+    ("handed-back", 9),
+    // A control node whose disk was lost took its group for new, and helped one to lead that lacked changes of the map.
+    ("untold-disk", 4),
+    // A new leader's first entry made two of three replicas take themselves for ones whose disks were lost: nobody led again.
+    ("scenarios/files/regions/lost-witness.toml", 2),
 ];
 
 fn cargo(args: &[&str]) -> Result<Output> {
