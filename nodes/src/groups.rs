@@ -90,16 +90,14 @@ impl Replica {
         let mut shard = ShardOptions { gauge: (group == 0).then_some("applied"), ..settings.shard.clone() };
         (shard.words, shard.vectors.kept) = (roles.contains(&Role::Records), roles.contains(&Role::Vector));
         let (log, views_disk) = (options.log.clone(), disk.clone());
-        let unsure = match start {
-            Start::Found { older: false, .. } => Unsure::WhetherNew,
-            Start::Wait => Unsure::WhetherFilled,
-            _ => Unsure::Nothing,
-        };
-        let (alone, forgotten, members) = match start {
-            Start::Found { voters, .. } => (voters.len() == 1, false, Some(voters)),
-            Start::Rejoin { voters, older } => (voters == 1, voters > 1 && !older, None),
-            Start::Wait => (false, false, None),
-            Start::Learner => (false, true, None),
+        let (alone, forgotten, members, unsure) = match start {
+            Start::Found { voters, older: true } => (voters.len() == 1, false, Some(voters), Unsure::Nothing),
+            Start::Found { voters, older: false } => {
+                (voters.len() == 1, false, Some(voters), Unsure::WhetherNew)
+            }
+            Start::Rejoin { voters, older } => (voters == 1, voters > 1 && !older, None, Unsure::Nothing),
+            Start::Wait => (false, false, None, Unsure::WhetherFilled),
+            Start::Learner => (false, true, None, Unsure::Nothing),
         };
         let (id, planned) = (settings.id, plan.clone());
         let opened = sim::task::blocking(move || {

@@ -542,7 +542,7 @@ pub fn words(kind: FaultKind) -> String {
 pub enum Target {
     /// Whoever leads when the fault begins.
     Leader,
-    /// A replica that does not, drawn from the seed.
+    /// A replica that does not lead when the fault begins, drawn from the seed.
     Led,
     /// A replica drawn from the seed.
     Any,

@@ -209,6 +209,7 @@ impl Shard {
         (state.position, state.meta.clone())
     }
 
+    /// The position's index alone.
     pub fn applied_index(&self) -> u64 {
         self.state().position.index
     }

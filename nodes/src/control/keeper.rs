@@ -95,7 +95,7 @@ impl Keeper {
     async fn open(&self, shard: GroupId, start: Start, plan: Plan) -> Result<(), Error> {
         let begins = matches!(plan.way, Way::Begin(_));
         let replica = Replica::open(&self.settings, shard, start, plan).await?;
-        let (index, epoch) = (replica.ledger.shard.applied().0.index, replica.ledger.epoch());
+        let (index, epoch) = (replica.ledger.shard.applied_index(), replica.ledger.epoch());
         sim::info!("{} opened at {index} in epoch {epoch}", name_of(shard));
         // One that has forgotten something must not lead.
         if begins && !replica.ledger.is_repairing() {

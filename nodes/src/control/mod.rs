@@ -49,9 +49,10 @@ use serde::de::DeserializeOwned;
 use sim::disk::Disk;
 use sim::sync::watch;
 use sim::time::{self, Duration, Instant};
+use std::io;
 use std::sync::{Arc, Mutex};
 use storage::codec;
-use storage::facts;
+use storage::facts::{self, FactError};
 use storage::model::*;
 use storage::slots::SlotSet;
 
@@ -95,17 +96,8 @@ impl Control {
     ) -> Result<Control, Error> {
         let failed = |error| Error::Internal(format!("cluster map: {error}"));
         disk.create_dir_all(DIR).map_err(failed)?;
-        let held = match facts::get(&*disk, DIR, FACT) {
-            Ok(held) => held.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
-            Err(facts::FactError::Damaged(problem)) => {
-                sim::warn!(
-                    "the cluster map on this disk is damaged ({problem}); it is read again from the control group"
-                );
-                None
-            }
-            Err(facts::FactError::Io(error)) => return Err(failed(error)),
-        };
-        let map: ClusterMap = held.unwrap_or_default();
+        let held = held(&*disk, FACT, "the cluster map").map_err(failed)?;
+        let map: ClusterMap = held.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
         let others = voters.into_iter().filter(|addr| *addr != here).collect();
         let remote = Remote::new(peers, CONTROL, others, usize::MAX);
         let reach = Reach { groups, group: CONTROL, needs: &[], remote };
@@ -350,6 +342,18 @@ impl Control {
             let pause = if founded { FOLLOW } else { FOLLOW / 10 };
             time::sleep(pause + pause.mul_f64(sim::rand::unit() / 4.0)).await;
         }
+    }
+}
+
+/// A fact that the control group tells again: a damaged one counts as none. Blocks.
+fn held(disk: &dyn Disk, fact: &str, what: &str) -> io::Result<Option<Vec<u8>>> {
+    match facts::get(disk, DIR, fact) {
+        Ok(held) => Ok(held),
+        Err(FactError::Damaged(problem)) => {
+            sim::warn!("{what} on this disk is damaged ({problem}); it is read again from the control group");
+            Ok(None)
+        }
+        Err(FactError::Io(error)) => Err(error),
     }
 }
 

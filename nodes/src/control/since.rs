@@ -10,7 +10,7 @@
 //! since ([`super::recover`]), an empty replica counts as lost.
 
 use super::map::{ClusterMap, ShardEntry};
-use super::{Control, DIR};
+use super::{Control, DIR, held};
 use serde::{Deserialize, Serialize};
 use sim::disk::Disk;
 use sim::time::{self, Duration, Instant};
@@ -45,14 +45,8 @@ pub struct Since {
 impl Since {
     /// Reads what was noted. Blocks.
     pub fn open(disk: Arc<dyn Disk>) -> io::Result<Since> {
-        let seen = match facts::get(&*disk, DIR, FACT) {
-            Ok(noted) => noted.and_then(|bytes| codec::decode_serde(&bytes).ok()),
-            Err(facts::FactError::Damaged(problem)) => {
-                sim::warn!("since when this disk is there cannot be read ({problem}): it is noted anew");
-                None
-            }
-            Err(facts::FactError::Io(error)) => return Err(error),
-        };
+        let noted = held(&*disk, FACT, "the note of its age")?;
+        let seen = noted.and_then(|bytes| codec::decode_serde(&bytes).ok());
         Ok(Since { disk, seen: Arc::new(Mutex::new(seen)) })
     }
 

@@ -160,7 +160,7 @@ async fn shard_status(
     }
     let internal = |e: StorageError| Error::Internal(e.to_string());
     let (counts, ((position, digest), scan)) = (counts.map_err(internal)?, digests.map_err(internal)?);
-    let published_index = ledger.shard.applied().0.index;
+    let published_index = ledger.shard.applied_index();
     let roles = views.roles.iter().filter(|role| role.is_view());
     let view = |role: &Role| v1::ViewStatus { view: role.name().into(), published_index };
     let owned = ledger.shard.slots().owned();

@@ -52,8 +52,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use storage::Shard;
 use storage::codec;
-use storage::log::Log;
-use storage::log::LogOptions;
+use storage::log::{Log, LogOptions};
 use storage::model::{Batch, Command, Outcome, Position};
 use types::{Data, Raft};
 
@@ -112,7 +111,7 @@ impl LedgerOptions {
     }
 }
 
-/// What is not known of a replica when it is opened, and whether it may vote with it.
+/// What is not known of a replica when it is opened, and bears on whether it may vote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unsure {
     Nothing,
@@ -205,8 +204,8 @@ impl Ledger {
         let repair = repair.filter(|_| !sim::planted!("vote-with-a-damaged-log"));
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
         let is_new = unsure == Unsure::WhetherNew && log.last_index() <= recovery::FOUNDED;
-        let (is_new, fills) = (Arc::new(AtomicBool::new(is_new)), unsure == Unsure::WhetherFilled);
-        let fills = fills && log.get_meta(recovery::FILLED).map_err(|e| internal("ledger", e))?.is_none();
+        let fills = unsure == Unsure::WhetherFilled
+            && log.get_meta(recovery::FILLED).map_err(|e| internal("ledger", e))?.is_none();
         let store = log_store::LogStore::new(log.clone());
         let base_bytes_min = options.base_bytes_min;
         let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min };
@@ -246,7 +245,7 @@ impl Ledger {
             peers,
             queue,
             repairing,
-            is_new,
+            is_new: Arc::new(AtomicBool::new(is_new)),
             fills: Arc::new(AtomicBool::new(fills)),
             stopping,
             stopped: Arc::default(),

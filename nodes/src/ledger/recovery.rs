@@ -87,13 +87,13 @@ pub struct Keeper {
 impl Keeper {
     /// Called after a checkpoint.
     pub fn keep(&self, shard: &Shard) -> Result<(), StorageError> {
-        if shard.applied().0.index > 0 {
+        if shard.applied_index() > 0 {
             delta::discard(&*self.disk, ASIDE)?;
         }
         let newest = self.bases.held().into_iter().next();
         let due =
             newest.is_none_or(|base| self.log.bytes_after(base.index) > base.bytes.max(self.base_bytes_min));
-        if due && shard.applied().0.index > 0 {
+        if due && shard.applied_index() > 0 {
             let base = self.bases.write(shard)?;
             sim::debug!("base at {} written, {} bytes", base.index, base.bytes);
         }
@@ -138,7 +138,7 @@ pub fn open(
     let applied = || match Shard::open(disk.clone(), VIEWS, shard.clone()) {
         Ok(views) => {
             let applied = applied_meta(&views).map_err(|e| failed("views", e))?;
-            Ok((views.applied().0.index, applied.last_log_id))
+            Ok((views.applied_index(), applied.last_log_id))
         }
         Err(error) if is_fatal_to_views(&error) => Ok((log.first_index() - 1, None)),
         Err(error) => Err(failed("views", error)),
@@ -160,17 +160,17 @@ pub fn open(
             drop(opened);
             "what is left of an old epoch lies before the log's beginning".to_string()
         }
-        Ok(views) if (purged..=views_max).contains(&views.applied().0.index) => {
+        Ok(views) if (purged..=views_max).contains(&views.applied_index()) => {
             return done(log, views, bases, &held);
         }
-        Ok(views) if views.applied().0.index > views_max => {
-            let applied = views.applied().0.index;
+        Ok(views) if views.applied_index() > views_max => {
+            let applied = views.applied_index();
             format!(
                 "the views have applied {applied} entries of an old epoch, of which the next one has {views_max}"
             )
         }
         Ok(views) => {
-            format!("the views are at {}, but the log is purged up to {purged}", views.applied().0.index)
+            format!("the views are at {}, but the log is purged up to {purged}", views.applied_index())
         }
         Err(error) if is_fatal_to_views(&error) => error.to_string(),
         Err(error) => return Err(failed("views", error)),
@@ -241,11 +241,11 @@ fn replay(log: &Log, views: &Shard, first_epoch: u64, to: u64) -> Result<(), Str
         waiting.clear();
         if told.elapsed() > Duration::from_secs(2) {
             told = Instant::now();
-            sim::info!("replaying the log: {} of {to}", views.applied().0.index);
+            sim::info!("replaying the log: {} of {to}", views.applied_index());
         }
         Ok(())
     };
-    let from = views.applied().0.index + 1 + sim::planted!("catch-up-from-one-entry-later") as u64;
+    let from = views.applied_index() + 1 + sim::planted!("catch-up-from-one-entry-later") as u64;
     let damaged =
         |index: u64, problem: String| LogError::Corrupt { file: LOG.into(), offset: index, problem };
     log.replay(from..to + 1, &mut |index, bytes| -> Result<(), LogError> {
