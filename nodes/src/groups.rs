@@ -108,8 +108,9 @@ impl Replica {
         let peers = settings.peers.clone();
         let rights = if group == CONTROL { Rights::free() } else { settings.rights.clone() };
         let right = (rights, plan.ends);
-        let forms = (members, unsure);
-        let ledger = Ledger::open((group, id), forms, disk.clone(), opened, peers, options, right).await?;
+        let (forms, here) = ((members, unsure), settings.here.clone());
+        let ledger =
+            Ledger::open((group, id, here), forms, disk.clone(), opened, peers, options, right).await?;
         let views = Arc::new(LocalViews::new(ledger.clone(), settings.node.clone(), roles));
         Ok(Replica { ledger, views, disk, received: Arc::default() })
     }

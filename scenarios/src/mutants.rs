@@ -12,7 +12,7 @@ const fn mutant(name: &'static str, what: &'static str) -> Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 54] = [
+pub const MUTANTS: [Mutant; 55] = [
     mutant("acknowledge-before-fsync", "the log says that entries are durable before their fsync"),
     mutant("forget-the-directory-sync", "a new log segment's name is not made durable"),
     mutant("keep-the-vote-in-memory", "a restarted replica does not know for whom it voted"),
@@ -66,6 +66,10 @@ pub const MUTANTS: [Mutant; 54] = [
     mutant(
         "vote-before-it-has-been-filled",
         "a replica that comes back to a group, empty, votes for one that has not heard of its leaving",
+    ),
+    mutant(
+        "follow-any-leader-after-forgetting",
+        "a replica whose disk was lost takes entries from a leader that was deposed before that",
     ),
     mutant("leave-the-keys-behind-in-a-move", "slots move to another shard without their idempotency keys"),
     mutant(

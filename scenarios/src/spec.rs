@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The scenarios that ship with Loci, by name.
-pub const SHIPPED: [(&str, &str); 17] = [
+pub const SHIPPED: [(&str, &str); 18] = [
     ("swarm", include_str!("../files/swarm.toml")),
     ("storm", include_str!("../files/storm.toml")),
     ("steady", include_str!("../files/steady.toml")),
@@ -23,6 +23,7 @@ pub const SHIPPED: [(&str, &str); 17] = [
     ("untold-disk", include_str!("../files/untold-disk.toml")),
     ("rotten-log", include_str!("../files/rotten-log.toml")),
     ("handed-back", include_str!("../files/handed-back.toml")),
+    ("deposed-leader", include_str!("../files/deposed-leader.toml")),
     ("views-apart", include_str!("../files/views-apart.toml")),
     ("region-loss", include_str!("../files/region-loss.toml")),
 ];

@@ -15,7 +15,7 @@
 //! - *A deposed leader is asked.* It can neither commit nor confirm a read position without a majority: it answers with an error.
 //! - *A log write or fsync fails.* The process ends and recovers from what its disk really holds ([`log_store`]).
 //! - *A replica is far behind.* It gets a snapshot ([`storage::bases`]), without what it has already ([`storage::delta`]).
-//! - *A disk has rotted.* See [`recovery`].
+//! - *A disk has rotted, or is a new one.* See [`recovery`] and [`trust`].
 //! - *The region is given up.* The leader and each voter append only while the region has the right to write ([`crate::control::rights`]), and the leader looks
 //!   again before it acknowledges: what it cannot be sure of is OUTCOME_UNKNOWN. See [`epochs`] for what becomes of the replicas, and [`elsewhere`] for
 //!   what the other region has.
@@ -29,6 +29,7 @@ pub mod quarantine;
 pub mod recovery;
 pub mod service;
 pub mod state_machine;
+pub mod trust;
 pub mod types;
 
 use crate::control::lease;
@@ -140,6 +141,7 @@ pub struct Ledger {
     is_new: Arc<AtomicBool>,
     /// The group is yet to give this replica all that it has ([`Ledger::fill`]).
     fills: Arc<AtomicBool>,
+    trust: Arc<trust::Trust>,
     stopping: Arc<AtomicBool>,
     /// Told when it stops: nobody holds on to the views any longer than they must.
     stopped: Arc<Notify>,
@@ -173,7 +175,7 @@ impl Ledger {
     /// Joins the peers with what this replica has on `disk`. `members` are all voters by id: the first start anywhere forms the group from
     /// them, later ones find it on disk. Without members it waits until the group takes it in.
     pub async fn open(
-        (group, id): (GroupId, u64),
+        (group, id, here): (GroupId, u64, String),
         (members, unsure): (Option<BTreeMap<u64, String>>, Unsure),
         disk: Arc<dyn Disk>,
         opened: Opened,
@@ -206,13 +208,15 @@ impl Ledger {
         let is_new = unsure == Unsure::WhetherNew && log.last_index() <= recovery::FOUNDED;
         let fills = unsure == Unsure::WhetherFilled
             && log.get_meta(recovery::FILLED).map_err(|e| internal("ledger", e))?.is_none();
+        let has = |fact| log.get_meta(fact).map(|fact| fact.is_some()).map_err(|e| internal("ledger", e));
+        let forgot = (repair.is_some() && has(trust::TERM_LOST)?) || (fills && !has(log_store::VOTE)?);
         let store = log_store::LogStore::new(log.clone());
         let base_bytes_min = options.base_bytes_min;
         let keeper = Keeper { disk: disk.clone(), log: log.clone(), bases, base_bytes_min };
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
         let (missed, views) = (store.missed.clone(), Arc::downgrade(&shard));
-        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, missed, views };
+        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, here, missed, views };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(false);
@@ -247,6 +251,7 @@ impl Ledger {
             repairing,
             is_new: Arc::new(AtomicBool::new(is_new)),
             fills: Arc::new(AtomicBool::new(fills)),
+            trust: Arc::new(trust::Trust::new(forgot)),
             stopping,
             stopped: Arc::default(),
             deposed_after,

@@ -34,6 +34,8 @@ pub struct Network {
     pub disk: Arc<dyn Disk>,
     pub group: GroupId,
     pub epoch: u64,
+    /// This node's address.
+    pub here: String,
     pub missed: Missed,
     /// Closed while others still send.
     pub views: Weak<Shard>,
@@ -75,10 +77,10 @@ impl Peer {
         request: &Q,
         ttl: Duration,
     ) -> Result<A, Error> {
-        let Network { peers, group, epoch, views, .. } = &self.network;
+        let Network { peers, group, epoch, here, views, .. } = &self.network;
         let applied = views.upgrade().map_or(0, |views| views.applied_index());
         let (method, body) = (method.into(), codec::encode_serde(request).into());
-        let message = Message { group: *group, method, body, epoch: *epoch, applied };
+        let message = Message { group: *group, method, body, epoch: *epoch, applied, from: here.clone() };
         let answer = peers.tell(&self.addr, message, ttl).await.map_err(unreachable)?;
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }

@@ -7,6 +7,7 @@
 //! | views that are damaged, or behind the purged log | made anew from a base and the log ([`storage::bases`]); a damaged base is passed over |
 //! | views that no base and log can make | the replica starts over, as below, and a peer sends a snapshot; what sound views have of it already is not sent ([`storage::delta`]) |
 //! | a log that is damaged though it was durable | cut there; this replica *does not vote* until it has everything back |
+//! | nothing, though the group is not new | the same, and it follows a leader only when others vouch for it ([`trust`](super::trust)) |
 //! | an epoch that is over | what the next one has not is taken away ([`epochs`](super::epochs)) |
 //! | both copies of a fact are damaged | an error that names the file |
 //!
@@ -28,6 +29,7 @@ use super::Ledger;
 use super::epochs::{self, FIRST_EPOCH, Held, Plan};
 use super::log_store::{self, position_index};
 use super::state_machine::{applied_meta, apply_entries, decode_batch};
+use super::trust::TERM_LOST;
 use crate::error::Error;
 use crate::groups::name_of;
 use openraft::async_runtime::WatchReceiver;
@@ -131,7 +133,7 @@ pub fn open(
         sim::warn!(
             "this replica's disk is empty, though its group is not new: it waits for what the others have"
         );
-        log.start_over().map_err(|e| failed("ledger", e))?;
+        log.put_meta(TERM_LOST, &[]).and_then(|()| log.start_over()).map_err(|e| failed("ledger", e))?;
     }
     let bases = Arc::new(Bases::open(disk.clone(), BASES).map_err(|e| failed("bases", e))?);
     // What is purged was applied, even if the views can no longer say so.
@@ -292,6 +294,7 @@ impl Ledger {
             return Ok(());
         }
         // Before it takes any of them: were this lost, a part of the log would pass for all of it.
+        self.forget_term().await?;
         let log = self.log.clone();
         let begun = sim::task::blocking(move || log.begin_repair(there)).await;
         begun.map_err(|e| format!("that this disk may have been lost cannot be stored ({e})"))?;
@@ -351,7 +354,9 @@ impl Ledger {
             return;
         }
         let log = self.log.clone();
-        if let Err(error) = sim::task::blocking(move || log.end_repair()).await {
+        if let Err(error) =
+            sim::task::blocking(move || log.remove_meta(TERM_LOST).and_then(|()| log.end_repair())).await
+        {
             sim::task::abort(&format!("the end of the repair cannot be stored ({error})")).await;
         }
         self.vote_again();

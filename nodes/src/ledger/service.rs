@@ -14,7 +14,7 @@ use crate::control::recover::Recovery;
 use crate::control::rights::Renewed;
 use crate::control::{Control, failover};
 use crate::error::Error;
-use crate::groups::{GroupId, Groups, Replica, name_of};
+use crate::groups::{CONTROL, GroupId, Groups, Replica, name_of};
 use crate::peers::Peers;
 use crate::proto::internal::{Answer, Answers, Body, Message, Messages, Method, replica_server};
 use crate::views::{Query, Touched};
@@ -118,8 +118,15 @@ fn complete(
     }
 }
 
+/// The nodes that are lost by the map. The one that this node knows of the control group itself is as old as its replica there.
+fn lost(control: &Control, group: GroupId) -> Vec<u64> {
+    let map = control.map();
+    let lost = map.nodes.keys().copied().filter(|node| group != CONTROL && map.is_lost(*node));
+    lost.collect()
+}
+
 /// What the group's replica answers to one of openraft's messages.
-async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String> {
+async fn answer_to(groups: &Groups, control: &Control, message: Message) -> Result<Vec<u8>, String> {
     fn decoded<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
         codec::decode_serde(body).map_err(|e| format!("unreadable message: {e}"))
     }
@@ -130,13 +137,14 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
     let (raft, method) = (&ledger.raft, message.method());
     of_epoch(&ledger, message.epoch).map_err(|e| e.to_string())?;
     ledger.learns_its_age(message.applied).await?;
-    if method != Method::Append {
+    if matches!(method, Method::Vote | Method::PreVote | Method::TransferLeader) {
         ledger.may_vote()?;
     }
     let body = &message.body;
     match method {
         Method::Append => {
             let append: AppendEntriesRequest<Types> = decoded(body)?;
+            ledger.follows((append.vote.leader_id.term, message.from), || lost(control, message.group))?;
             // Whoever votes looks at its own clock too; who follows from elsewhere has no right that could run out, nor has one that voted in an epoch
             // that is over and does not know yet that it votes no more.
             if let (true, Some(last)) = (ledger.votes() && ledger.has_begun(), append.entries.last()) {
@@ -148,6 +156,7 @@ async fn answer_to(groups: &Groups, message: Message) -> Result<Vec<u8>, String>
         Method::Vote => encoded(raft.vote(decoded(body)?).await),
         Method::PreVote => encoded(raft.pre_vote(decoded(body)?).await),
         Method::TransferLeader => encoded(raft.handle_transfer_leader(decoded(body)?).await),
+        Method::Knows => encoded(ledger.knows().await),
         Method::Unspecified => Err("a message without a method: is the sender of another version?".into()),
     }
 }
@@ -158,9 +167,9 @@ impl replica_server::Replica for ReplicaService {
 
     async fn exchange(&self, request: Request<Messages>) -> Result<Response<Self::ExchangeStream>, Status> {
         let answers = request.into_inner().messages.into_iter().enumerate().map(|(at, message)| {
-            let groups = self.groups.clone();
+            let (groups, control) = (self.groups.clone(), self.control.clone());
             async move {
-                let (body, refused) = match answer_to(&groups, message).await {
+                let (body, refused) = match answer_to(&groups, &control, message).await {
                     Ok(body) => (body.into(), String::new()),
                     Err(why) => (Bytes::new(), why),
                 };
@@ -197,6 +206,7 @@ impl replica_server::Replica for ReplicaService {
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
         let there = meta.last_log_id.map_or(0, |id| position_index(id.index));
         replica.ledger.learns_its_age(there).await.map_err(Status::internal)?;
+        replica.ledger.may_follow(vote.leader_id.term).map_err(Status::failed_precondition)?;
         // One that comes late, behind entries of the same leader, must not take those away again: what it is of is here, and committed.
         let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;
         let newer = held.filter(|held| held.leader_id.term == vote.leader_id.term);
