@@ -159,7 +159,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 53] = [
+pub const PROBES: [&str; 56] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
@@ -188,6 +188,7 @@ pub const PROBES: [&str; 53] = [
     "ledger: a write's outcome unknown",
     "ledger: an append ran out of time",
     "ledger: an unheard leader gave way",
+    "ledger: snapshot completed with what was here",
     "ledger: snapshot installed",
     "ledger: the right to write ran out under a write",
     "log: damage cut",
@@ -200,6 +201,8 @@ pub const PROBES: [&str; 53] = [
     "region: a shard promoted",
     "region: found silent",
     "replica: came back with an empty disk",
+    "replica: forgot its term, and nobody vouches for a leader yet",
+    "replica: forgot its term, and others vouched for a leader",
     "replica: learned that its group is not new",
     "replica: started over",
     "vectors: sealed",
