@@ -282,33 +282,48 @@ pub async fn give_up_views(shard: &Arc<Shard>, error: StorageError) -> ! {
 impl Ledger {
     /// A peer has applied entries up to `there`: a majority has them. A replica that took its group for new, and has none of them, learns from it that the
     /// group is older: its disk may be one that replaces another, and it must not vote.
-    pub(super) async fn learns_its_age(&self, there: u64) -> Result<(), String> {
+    pub(super) fn learns_its_age(&self, there: u64) {
         if !self.is_new.load(Ordering::SeqCst) {
-            return Ok(());
+            return;
         }
         if self.log.last_index() > FOUNDED {
             self.is_new.store(false, Ordering::SeqCst);
-            return Ok(());
+            return;
         }
         if there <= FOUNDED || sim::planted!("take-an-old-group-for-new") {
-            return Ok(());
+            return;
         }
-        // Before it takes any of them: were this lost, a part of the log would pass for all of it.
-        self.forget_term().await?;
-        let log = self.log.clone();
-        let begun = sim::task::blocking(move || log.begin_repair(there)).await;
-        begun.map_err(|e| format!("that this disk may have been lost cannot be stored ({e})"))?;
-        self.repairing.store(true, Ordering::SeqCst);
+        // All of it at once: the call that brought the news may be given up at any moment, and others come meanwhile.
         if self.is_new.swap(false, Ordering::SeqCst) {
+            self.repairing.store(true, Ordering::SeqCst);
+            self.raft.runtime_config().elect(false);
+            self.trust.forget();
             sim::trace::probe("replica: learned that its group is not new");
             sim::info!(
                 "{}: others have entries up to {there}, and this disk none: this replica does not vote before it has them, since it may have had them before",
                 name_of(self.group)
             );
-            self.raft.runtime_config().elect(false);
-            sim::task::spawn(self.clone().repair());
+            sim::task::spawn(self.clone().note_its_age(there));
         }
-        Ok(())
+    }
+
+    /// Follows leaders only when that is durable: were it lost, a part of the log would pass for all of it.
+    async fn note_its_age(self, there: u64) {
+        loop {
+            let log = self.log.clone();
+            let note = move || log.put_meta(TERM_LOST, &[]).and_then(|()| log.begin_repair(there));
+            let Err(error) = sim::task::blocking(note).await else { break };
+            sim::error!(
+                "{}: that this disk may have been lost cannot be stored ({error}); this replica takes nothing before that",
+                name_of(self.group)
+            );
+            self.rest_until(Instant::now() + Duration::from_secs(1)).await;
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+        }
+        self.trust.may_ask();
+        self.repair().await;
     }
 
     /// Whether a vote of this replica says that it has what it may have acknowledged.

@@ -136,7 +136,7 @@ async fn answer_to(groups: &Groups, control: &Control, message: Message) -> Resu
     let ledger = replica(groups, message.group).map_err(|e| e.to_string())?.ledger;
     let (raft, method) = (&ledger.raft, message.method());
     of_epoch(&ledger, message.epoch).map_err(|e| e.to_string())?;
-    ledger.learns_its_age(message.applied).await?;
+    ledger.learns_its_age(message.applied);
     if matches!(method, Method::Vote | Method::PreVote | Method::TransferLeader) {
         ledger.may_vote()?;
     }
@@ -205,7 +205,7 @@ impl replica_server::Replica for ReplicaService {
         let (vote, meta, whole): (Vote, SnapshotMeta, bool) = codec::decode_serde(&head.body)
             .map_err(|e| Status::invalid_argument(format!("unreadable snapshot head: {e}")))?;
         let there = meta.last_log_id.map_or(0, |id| position_index(id.index));
-        replica.ledger.learns_its_age(there).await.map_err(Status::internal)?;
+        replica.ledger.learns_its_age(there);
         replica.ledger.may_follow(vote.leader_id.term).map_err(Status::failed_precondition)?;
         // One that comes late, behind entries of the same leader, must not take those away again: what it is of is here, and committed.
         let held = replica.ledger.raft.data_metrics().borrow_watched().last_log;

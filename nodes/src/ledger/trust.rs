@@ -22,7 +22,7 @@
 //! all answer and none knows a later term.
 
 use super::Ledger;
-use crate::groups::name_of;
+use crate::groups::{CONTROL, name_of};
 use crate::proto::internal::{Message, Method};
 use futures::future::join_all;
 use serde::{Deserialize, Serialize};
@@ -56,9 +56,14 @@ impl Trust {
         }
     }
 
-    /// The term is forgotten: no leader is followed before others have vouched for one.
+    /// The term is forgotten: no leader is followed before others have vouched for one, and they are not asked before [`Trust::may_ask`].
     pub fn forget(&self) {
+        self.asking.store(true, Ordering::SeqCst);
         self.from.store(u64::MAX, Ordering::SeqCst);
+    }
+
+    pub fn may_ask(&self) {
+        self.asking.store(false, Ordering::SeqCst);
     }
 
     fn holds(&self, term: u64) -> bool {
@@ -153,7 +158,7 @@ impl Ledger {
             let (ledger, lost) = (self.clone(), lost());
             sim::task::spawn(async move {
                 ledger.ask_about(leader, lost).await;
-                ledger.trust.asking.store(false, Ordering::SeqCst);
+                ledger.trust.may_ask();
             });
         }
         follows
@@ -207,17 +212,13 @@ impl Ledger {
             Doubt::Silent(nodes) => {
                 let at = |node: &u64| format!("node {node} at {}", addrs.get(node).map_or("", String::as_str));
                 let nodes = nodes.iter().map(at).collect::<Vec<_>>().join(", ");
-                format!("{nodes} may know of a later leader and does not answer; start it, or wait until it is lost by the map")
+                let then = match self.group {
+                    CONTROL => "loci control recover",
+                    _ => "it goes on when the map says so",
+                };
+                format!("{nodes} may know of a later leader and does not answer; start it; if it is lost for good: {then}")
             }
         })
-    }
-
-    /// The term may be forgotten: that is kept until all else that was forgotten is back.
-    pub(super) async fn forget_term(&self) -> Result<(), String> {
-        self.trust.forget();
-        let log = self.log.clone();
-        let kept = sim::task::blocking(move || log.put_meta(TERM_LOST, &[])).await;
-        kept.map_err(|e| format!("that this disk may have been lost cannot be stored ({e})"))
     }
 }
 
