@@ -5,7 +5,7 @@ use tests::{Result, root};
 
 /// Seeds that once found a defect, and what it was. A seed names one history only within a build, so a cause that can be pinned has
 /// a test of its own beside the code that it was in.
-const REGRESSIONS: [(&str, u64); 17] = [
+const REGRESSIONS: [(&str, u64); 18] = [
     // A checkpoint named entries that a received snapshot held but openraft had not yet handed over.
     ("leader-power-loss", 13),
     // A torn write over an old write-ahead log passed SQLite's checksum and took a view back in time (`storage::records`).
@@ -36,7 +36,9 @@ const REGRESSIONS: [(&str, u64); 17] = [
     ("deposed-leader", 3),
     // A control node whose disk was lost took its group for new, and helped one to lead that lacked changes of the map.
     ("untold-disk", 4),
-    // One learned this while a message that came meanwhile gave it the first entry, and was left without a vote, or without the note of it.
+    // One took a shard for new that it had led with the disk before, and openraft stopped at an answer that said so.
+    ("untold-disk", 5),
+    // One learned that its group was not new while a message that came meanwhile gave it the first entry: it was left without a vote, or without the note of it.
     ("resharding", 6),
     // A new leader's first entry made two of three replicas take themselves for ones whose disks were lost: nobody led again.
     ("scenarios/files/regions/lost-witness.toml", 2),

@@ -137,8 +137,7 @@ pub struct Ledger {
     peers: Peers,
     queue: mpsc::Sender<Waiting>,
     repairing: Arc<AtomicBool>,
-    /// The group was new when this replica was opened, as far as that could tell ([`Ledger::learns_its_age`]).
-    is_new: Arc<AtomicBool>,
+    past: trust::Past,
     /// The group is yet to give this replica all that it has ([`Ledger::fill`]).
     fills: Arc<AtomicBool>,
     trust: Arc<trust::Trust>,
@@ -216,7 +215,11 @@ impl Ledger {
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
         let (missed, views) = (store.missed.clone(), Arc::downgrade(&shard));
-        let network = Network { peers: peers.clone(), disk, group, epoch: held.epoch, here, missed, views };
+        let past = trust::Past::default();
+        past.is_new.store(is_new, Ordering::SeqCst);
+        let (epoch, peers_too) = (held.epoch, peers.clone());
+        let network =
+            Network { peers: peers_too, disk, group, epoch, here, past: past.clone(), missed, views };
         let raft = Raft::new(id, config, network, store, machine).await.map_err(|e| internal("ledger", e))?;
         if let Some(repair) = repair {
             raft.runtime_config().elect(false);
@@ -249,7 +252,7 @@ impl Ledger {
             peers,
             queue,
             repairing,
-            is_new: Arc::new(AtomicBool::new(is_new)),
+            past,
             fills: Arc::new(AtomicBool::new(fills)),
             trust: Arc::new(trust::Trust::new(forgot)),
             stopping,
@@ -268,6 +271,9 @@ impl Ledger {
         sim::task::spawn(ledger.clone().watch_lag());
         sim::task::spawn(ledger.clone().give_way_when_unheard());
         sim::task::spawn(ledger.clone().beat(options.heartbeat));
+        if is_new {
+            sim::task::spawn(ledger.clone().hear_of_its_past());
+        }
         if fills {
             sim::task::spawn(ledger.clone().fill());
         }
@@ -344,6 +350,7 @@ impl Ledger {
     }
 
     fn vote_again(&self) {
+        self.past.clear();
         self.repairing.store(false, Ordering::SeqCst);
         self.raft.runtime_config().elect(self.has_begun());
     }

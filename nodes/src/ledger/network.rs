@@ -4,6 +4,7 @@ use super::log_store::Missed;
 use super::pace::Pace;
 use super::recovery;
 use super::state_machine::SnapshotSource;
+use super::trust::Past;
 use super::types::{Entry, Types, Vote};
 use crate::groups::GroupId;
 use crate::peers::Peers;
@@ -36,6 +37,8 @@ pub struct Network {
     pub epoch: u64,
     /// This node's address.
     pub here: String,
+    /// What the others say of this replica's own past.
+    pub past: Past,
     pub missed: Missed,
     /// Closed while others still send.
     pub views: Weak<Shard>,
@@ -137,7 +140,10 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.call(Method::Vote, &rpc, option.hard_ttl()).await
+        self.network.past.asks(&rpc.vote);
+        let answer: VoteResponse<Types> = self.call(Method::Vote, &rpc, option.hard_ttl()).await?;
+        self.network.past.check(&rpc.vote, &answer.vote).map_err(unreachable)?;
+        Ok(answer)
     }
 
     async fn pre_vote(
@@ -145,7 +151,10 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.call(Method::PreVote, &rpc, option.hard_ttl()).await
+        self.network.past.asks(&rpc.vote);
+        let answer: VoteResponse<Types> = self.call(Method::PreVote, &rpc, option.hard_ttl()).await?;
+        self.network.past.check(&rpc.vote, &answer.vote).map_err(unreachable)?;
+        Ok(answer)
     }
 
     async fn transfer_leader(

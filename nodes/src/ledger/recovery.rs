@@ -283,19 +283,24 @@ impl Ledger {
     /// A peer has applied entries up to `there`: a majority has them. A replica that took its group for new, and has none of them, learns from it that the
     /// group is older: its disk may be one that replaces another, and it must not vote.
     pub(super) fn learns_its_age(&self, there: u64) {
-        if !self.is_new.load(Ordering::SeqCst) {
+        if !self.past.is_new.load(Ordering::SeqCst) {
             return;
         }
         if self.log.last_index() > FOUNDED {
-            self.is_new.store(false, Ordering::SeqCst);
+            self.past.is_new.store(false, Ordering::SeqCst);
             return;
         }
         if there <= FOUNDED || sim::planted!("take-an-old-group-for-new") {
             return;
         }
-        // All of it at once: the call that brought the news may be given up at any moment, and others come meanwhile.
-        if self.is_new.swap(false, Ordering::SeqCst) {
-            self.repairing.store(true, Ordering::SeqCst);
+        self.has_forgotten(there);
+    }
+
+    /// This replica's disk is a new one, though its group is not; others have entries up to `there`. All of it at once: the call that brought the news may be
+    /// given up at any moment, and others come meanwhile.
+    pub(super) fn has_forgotten(&self, there: u64) {
+        self.past.is_new.store(false, Ordering::SeqCst);
+        if !self.repairing.swap(true, Ordering::SeqCst) {
             self.raft.runtime_config().elect(false);
             self.trust.forget();
             sim::trace::probe("replica: learned that its group is not new");

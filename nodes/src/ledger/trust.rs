@@ -21,15 +21,17 @@
 //! ([`crate::control::recover`]). If more replicas forgot at once, no majority remembers. What they acknowledged together is lost in any case, so it is enough then that
 //! all answer and none knows a later term.
 
-use super::Ledger;
+use super::types::Vote;
+use super::{Ledger, recovery};
 use crate::groups::{CONTROL, name_of};
 use crate::proto::internal::{Message, Method};
 use futures::future::join_all;
 use serde::{Deserialize, Serialize};
+use sim::sync::Notify;
 use sim::time::{Duration, Instant};
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use storage::codec;
 
 /// The fact that the term is forgotten; until everything is back.
@@ -72,6 +74,48 @@ impl Trust {
 
     fn forgets(&self) -> bool {
         self.from.load(Ordering::SeqCst) == u64::MAX
+    }
+}
+
+/// What the others' answers show of this replica's own past.
+///
+/// One that takes its group for new asks for votes. An answer that names a later vote of its own says that it had another disk before. No other answer is counted then:
+/// openraft would go on with what it asked for.
+#[derive(Clone, Default)]
+pub struct Past {
+    /// This replica takes its group for new.
+    pub is_new: Arc<AtomicBool>,
+    /// The last term that it asked votes for.
+    asked: Arc<AtomicU64>,
+    /// The term of the later vote; 0: nobody named one. Until it has everything back.
+    named: Arc<AtomicU64>,
+    told: Arc<Notify>,
+}
+
+impl Past {
+    /// Called before votes are asked for.
+    pub fn asks(&self, vote: &Vote) {
+        self.asked.fetch_max(vote.leader_id.term, Ordering::SeqCst);
+    }
+
+    /// Whether an answer may be counted.
+    pub fn check(&self, asked: &Vote, answered: &Vote) -> Result<(), &'static str> {
+        let itself = asked.leader_id.node_id == answered.leader_id.node_id;
+        let (term, asked_last) = (answered.leader_id.term, self.asked.load(Ordering::SeqCst));
+        let later = term > asked_last || (term == asked_last && answered.committed);
+        if itself && later && self.is_new.load(Ordering::SeqCst) {
+            self.named.store(term, Ordering::SeqCst);
+            self.told.notify_one();
+        }
+        match self.named.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err("this replica has voted before, with a disk that it no longer has"),
+        }
+    }
+
+    /// It has everything back, or what was named is of this disk.
+    pub fn clear(&self) {
+        self.named.store(0, Ordering::SeqCst);
     }
 }
 
@@ -132,7 +176,7 @@ impl Ledger {
         let addr = |id: &u64| (*id, membership.get_node(id).map(|n| n.addr.clone()).unwrap_or_default());
         let voters = membership.get_joint_config().iter().map(|ids| ids.iter().map(addr).collect()).collect();
         let remembers =
-            self.may_vote().is_ok() && !self.is_new.load(Ordering::SeqCst) && !self.trust.forgets();
+            self.may_vote().is_ok() && !self.past.is_new.load(Ordering::SeqCst) && !self.trust.forgets();
         Ok(Knows { term, remembers, voters })
     }
 
@@ -184,6 +228,27 @@ impl Ledger {
         }
     }
 
+    /// Waits until another one's answer shows that this replica has forgotten.
+    pub(super) async fn hear_of_its_past(self) {
+        while !self.stopping.load(Ordering::SeqCst) {
+            let named = self.past.named.load(Ordering::SeqCst);
+            if named == 0 {
+                sim::select! {
+                    () = self.past.told.notified() => {}
+                    () = self.stopped.notified() => {}
+                }
+                continue;
+            }
+            // It may have been elected meanwhile: then the answer comes late, and names what it is now.
+            let Ok(own) = self.raft.with_raft_state(|state| *state.vote_ref()).await else { return };
+            if own.committed && own.leader_id.term >= named {
+                self.past.clear();
+                continue;
+            }
+            return self.has_forgotten(recovery::FOUNDED + 1);
+        }
+    }
+
     async fn ask_one(&self, addr: &str) -> Result<Knows, String> {
         let (group, epoch) = (self.group, self.held.epoch);
         let message = Message { group, epoch, method: Method::Knows.into(), ..Message::default() };
@@ -226,6 +291,7 @@ impl Ledger {
 mod tests {
     use super::*;
     use Said::Lost;
+    use openraft::vote::RaftLeaderId;
 
     fn knows(term: u64) -> Said {
         Said::Knows { term, remembers: true }
@@ -261,6 +327,26 @@ mod tests {
             Err(Doubt::Later { node: 3, term: 5 })
         );
         assert_eq!(of(&[&[1, 2, 3]], &[(2, knows(4)), (3, forgot(0))]), Ok(()), "nobody is left to ask");
+    }
+
+    #[test]
+    fn a_later_vote_of_its_own_tells_a_replica_that_it_has_forgotten() {
+        let vote = |term, node, committed| {
+            let id = openraft::alias::LeaderIdOf::<crate::ledger::types::Types>::new(term, node);
+            Vote { leader_id: id, committed }
+        };
+        let past = Past::default();
+        past.is_new.store(true, Ordering::SeqCst);
+        past.asks(&vote(1, 2, false));
+        past.asks(&vote(2, 2, false));
+        for answered in [vote(1, 2, false), vote(2, 2, false), vote(1, 2, true), vote(3, 3, true)] {
+            assert_eq!(past.check(&vote(1, 2, false), &answered), Ok(()), "{answered}");
+        }
+        for later in [vote(2, 2, true), vote(3, 2, false)] {
+            assert!(past.check(&vote(2, 2, false), &later).is_err(), "{later}");
+            assert!(past.check(&vote(2, 2, false), &vote(2, 2, false)).is_err(), "nor does one for it count");
+            past.clear();
+        }
     }
 
     #[test]
