@@ -19,7 +19,8 @@
 //!
 //! **An empty disk** is that of a new group, or of a replica that has lost everything. The cluster map tells which; the control group's own replica
 //! asks the others when it starts, and if none of them answers it takes the group for new. The first message of one that has applied what a new group
-//! does not have tells it better ([`Ledger::learns_its_age`]): from then on it is a replica with a damaged log. Only if all that it meets is as new
+//! does not have tells it better ([`Ledger::learns_its_age`]), or the first answer that names a later vote of its own ([`trust`](super::trust::Past)): from
+//! then on it is a replica with a damaged log. Only if all that it meets is as new
 //! as itself does it not learn of it: `rejoin` in the file of a machine that takes another one's place says it at once.
 //!
 //! **A replica that comes back to a group** that it has left is empty too: its files went when it left. One of the group that has not heard of its leaving
