@@ -350,7 +350,7 @@ impl Ledger {
     }
 
     fn vote_again(&self) {
-        self.past.clear();
+        self.past.has_all_back();
         self.repairing.store(false, Ordering::SeqCst);
         self.raft.runtime_config().elect(self.has_begun());
     }

@@ -87,8 +87,8 @@ pub struct Past {
     pub is_new: Arc<AtomicBool>,
     /// The last term that it asked votes for.
     asked: Arc<AtomicU64>,
-    /// The term of the later vote; 0: nobody named one. Until it has everything back.
-    named: Arc<AtomicU64>,
+    /// A later vote was named. Until it has everything back.
+    named: Arc<AtomicBool>,
     told: Arc<Notify>,
 }
 
@@ -101,21 +101,20 @@ impl Past {
     /// Whether an answer may be counted.
     pub fn check(&self, asked: &Vote, answered: &Vote) -> Result<(), &'static str> {
         let itself = asked.leader_id.node_id == answered.leader_id.node_id;
-        let (term, asked_last) = (answered.leader_id.term, self.asked.load(Ordering::SeqCst));
-        let later = term > asked_last || (term == asked_last && answered.committed);
+        // In a term that it has asked for it may have been elected since.
+        let later = answered.leader_id.term > self.asked.load(Ordering::SeqCst);
         if itself && later && self.is_new.load(Ordering::SeqCst) {
-            self.named.store(term, Ordering::SeqCst);
+            self.named.store(true, Ordering::SeqCst);
             self.told.notify_one();
         }
         match self.named.load(Ordering::SeqCst) {
-            0 => Ok(()),
-            _ => Err("this replica has voted before, with a disk that it no longer has"),
+            false => Ok(()),
+            true => Err("this replica has voted before, with a disk that it no longer has"),
         }
     }
 
-    /// It has everything back, or what was named is of this disk.
-    pub fn clear(&self) {
-        self.named.store(0, Ordering::SeqCst);
+    pub fn has_all_back(&self) {
+        self.named.store(false, Ordering::SeqCst);
     }
 }
 
@@ -230,22 +229,14 @@ impl Ledger {
 
     /// Waits until another one's answer shows that this replica has forgotten.
     pub(super) async fn hear_of_its_past(self) {
-        while !self.stopping.load(Ordering::SeqCst) {
-            let named = self.past.named.load(Ordering::SeqCst);
-            if named == 0 {
-                sim::select! {
-                    () = self.past.told.notified() => {}
-                    () = self.stopped.notified() => {}
-                }
-                continue;
+        let named = async {
+            while !self.past.named.load(Ordering::SeqCst) {
+                self.past.told.notified().await;
             }
-            // It may have been elected meanwhile: then the answer comes late, and names what it is now.
-            let Ok(own) = self.raft.with_raft_state(|state| *state.vote_ref()).await else { return };
-            if own.committed && own.leader_id.term >= named {
-                self.past.clear();
-                continue;
-            }
-            return self.has_forgotten(recovery::FOUNDED + 1);
+        };
+        sim::select! {
+            () = named => self.has_forgotten(recovery::FOUNDED + 1),
+            () = self.stopped.notified() => {}
         }
     }
 
@@ -339,13 +330,13 @@ mod tests {
         past.is_new.store(true, Ordering::SeqCst);
         past.asks(&vote(1, 2, false));
         past.asks(&vote(2, 2, false));
-        for answered in [vote(1, 2, false), vote(2, 2, false), vote(1, 2, true), vote(3, 3, true)] {
+        for answered in [vote(1, 2, false), vote(2, 2, true), vote(1, 2, true), vote(3, 3, true)] {
             assert_eq!(past.check(&vote(1, 2, false), &answered), Ok(()), "{answered}");
         }
-        for later in [vote(2, 2, true), vote(3, 2, false)] {
+        for later in [vote(3, 2, true), vote(3, 2, false)] {
             assert!(past.check(&vote(2, 2, false), &later).is_err(), "{later}");
             assert!(past.check(&vote(2, 2, false), &vote(2, 2, false)).is_err(), "nor does one for it count");
-            past.clear();
+            past.has_all_back();
         }
     }
 
