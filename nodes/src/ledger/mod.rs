@@ -205,9 +205,8 @@ impl Ledger {
         let repair = repair.filter(|_| !sim::planted!("vote-with-a-damaged-log"));
         let repairing = Arc::new(AtomicBool::new(repair.is_some()));
         let is_new = unsure == Unsure::WhetherNew && log.last_index() <= recovery::FOUNDED;
-        let fills = unsure == Unsure::WhetherFilled
-            && log.get_meta(recovery::FILLED).map_err(|e| internal("ledger", e))?.is_none();
         let has = |fact| log.get_meta(fact).map(|fact| fact.is_some()).map_err(|e| internal("ledger", e));
+        let fills = unsure == Unsure::WhetherFilled && !has(recovery::FILLED)?;
         let forgot = (repair.is_some() && has(trust::TERM_LOST)?) || (fills && !has(log_store::VOTE)?);
         let store = log_store::LogStore::new(log.clone());
         let base_bytes_min = options.base_bytes_min;
@@ -215,8 +214,7 @@ impl Ledger {
         let machine = StateMachine::new(shard.clone(), keeper, held.first).await;
         let machine = machine.map_err(|e| internal("views", e))?;
         let (missed, views) = (store.missed.clone(), Arc::downgrade(&shard));
-        let past = trust::Past::default();
-        past.is_new.store(is_new, Ordering::SeqCst);
+        let past = trust::Past::new(is_new);
         let (epoch, peers_too) = (held.epoch, peers.clone());
         let network =
             Network { peers: peers_too, disk, group, epoch, here, past: past.clone(), missed, views };

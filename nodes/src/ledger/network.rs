@@ -88,6 +88,18 @@ impl Peer {
         codec::decode_serde(&answer).map_err(|e| unreachable(e).into())
     }
 
+    async fn ask_for_vote(
+        &self,
+        method: Method,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, Error> {
+        self.network.past.asks(&rpc.vote);
+        let answer: VoteResponse<Types> = self.call(method, &rpc, option.hard_ttl()).await?;
+        self.network.past.check(&rpc.vote, &answer.vote).map_err(unreachable)?;
+        Ok(answer)
+    }
+
     /// What the peer has already.
     async fn range_hashes(&self) -> Result<RangeHashes, Unreachable<Types>> {
         let Network { peers, group, epoch, .. } = &self.network;
@@ -140,10 +152,7 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.network.past.asks(&rpc.vote);
-        let answer: VoteResponse<Types> = self.call(Method::Vote, &rpc, option.hard_ttl()).await?;
-        self.network.past.check(&rpc.vote, &answer.vote).map_err(unreachable)?;
-        Ok(answer)
+        self.ask_for_vote(Method::Vote, rpc, option).await
     }
 
     async fn pre_vote(
@@ -151,10 +160,7 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.network.past.asks(&rpc.vote);
-        let answer: VoteResponse<Types> = self.call(Method::PreVote, &rpc, option.hard_ttl()).await?;
-        self.network.past.check(&rpc.vote, &answer.vote).map_err(unreachable)?;
-        Ok(answer)
+        self.ask_for_vote(Method::PreVote, rpc, option).await
     }
 
     async fn transfer_leader(

@@ -300,10 +300,11 @@ impl Ledger {
     /// This replica's disk is a new one, though its group is not; others have entries up to `there`. All of it at once: the call that brought the news may be
     /// given up at any moment, and others come meanwhile.
     pub(super) fn has_forgotten(&self, there: u64) {
-        self.past.is_new.store(false, Ordering::SeqCst);
         if !self.repairing.swap(true, Ordering::SeqCst) {
             self.raft.runtime_config().elect(false);
             self.trust.forget();
+            // Last: until then it does not claim to remember.
+            self.past.is_new.store(false, Ordering::SeqCst);
             sim::trace::probe("replica: learned that its group is not new");
             sim::info!(
                 "{}: others have entries up to {there}, and this disk none: this replica does not vote before it has them, since it may have had them before",

@@ -93,6 +93,10 @@ pub struct Past {
 }
 
 impl Past {
+    pub fn new(is_new: bool) -> Past {
+        Past { is_new: Arc::new(AtomicBool::new(is_new)), ..Past::default() }
+    }
+
     /// Called before votes are asked for.
     pub fn asks(&self, vote: &Vote) {
         self.asked.fetch_max(vote.leader_id.term, Ordering::SeqCst);
@@ -326,8 +330,7 @@ mod tests {
             let id = openraft::alias::LeaderIdOf::<crate::ledger::types::Types>::new(term, node);
             Vote { leader_id: id, committed }
         };
-        let past = Past::default();
-        past.is_new.store(true, Ordering::SeqCst);
+        let past = Past::new(true);
         past.asks(&vote(1, 2, false));
         past.asks(&vote(2, 2, false));
         for answered in [vote(1, 2, false), vote(2, 2, true), vote(1, 2, true), vote(3, 3, true)] {
