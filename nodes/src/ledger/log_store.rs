@@ -84,8 +84,9 @@ impl LogStore {
     fn chunk(&self, range: Range<u64>) -> io::Result<Entries> {
         self.log.read(range, READ_BYTES_MAX).map_err(|error| {
             if matches!(error, LogError::Corrupt { .. }) {
+                let failure = failed("read", &error);
                 sim::task::spawn(async move { sim::task::abort(&format!("{error}; restarting")).await });
-                return failed("read", "it is damaged");
+                return failure;
             }
             failed("read", error)
         })

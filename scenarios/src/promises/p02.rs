@@ -28,9 +28,12 @@ pub fn doubtful(history: &History) -> Vec<usize> {
     all.into_iter().collect()
 }
 
-/// Whether the end does not show what became of a write.
+/// Whether the end does not show what became of a write; where the replicas never came to agree (P12) there is no end to look at.
 fn leaves_no_trace(history: &History, op: &Op) -> bool {
-    matches!(op.request, Request::Delete { .. }) || history.is_again(op) || history.may_be_erased(op)
+    history.finals.is_empty()
+        || matches!(op.request, Request::Delete { .. })
+        || history.is_again(op)
+        || history.may_be_erased(op)
 }
 
 pub fn check(history: &History) -> Vec<Violation> {

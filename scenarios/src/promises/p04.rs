@@ -117,9 +117,11 @@ fn may_have_lost(history: &History, ops: &[&Op], next_epochs: &[Turn]) -> bool {
     ops.iter().any(|op| open(op) || is_gone(history, op))
 }
 
-/// Whether no replica has in the end what an answer showed or said to be written, or has it only since it was written again.
+/// Whether no replica has in the end what an answer showed or said to be written, or has it only since it was written again. Where the replicas never
+/// came to agree (P12) nobody knows what is there in the end.
 fn is_gone(history: &History, op: &Op) -> bool {
-    if history.is_again(op) {
+    let unknown = !history.ends.is_empty() && history.finals.is_empty();
+    if unknown || history.is_again(op) {
         return true;
     }
     let (version, marker) = match (&op.response, &op.request) {
@@ -141,7 +143,7 @@ fn is_gone(history: &History, op: &Op) -> bool {
     let has = |replica: &crate::history::Final| {
         replica.versions.get(&(op.tenant, id.clone())).is_some_and(|versions| versions.iter().any(same))
     };
-    !history.ends.is_empty() && !history.finals.is_empty() && !history.finals.iter().any(has)
+    !history.ends.is_empty() && !history.finals.iter().any(has)
 }
 
 /// What a replica holds in the end, as a read after everything else.

@@ -582,6 +582,25 @@ fn what_was_under_way_when_a_later_epoch_ended_may_be_seen_lost_and_written_agai
     assert!(!breaks_p4(30, 3));
 }
 
+/// `stands-still`, seed 7: a replica never came back, so nobody looked at what is there in the end.
+#[test]
+fn where_the_end_is_not_known_what_may_be_lost_is_not_missed() {
+    let found = |certain: u64| {
+        broken(|h| {
+            h.ends.insert((0, 1), End { certain, ceiling: 9, exact: None });
+            h.ops.push(op(1, 21, 22, update(None, "x"), written(5, 5)));
+            let search = Request::Search { by_vector: true };
+            h.ops.push(op(0, 23, 24, search, Response::Rows(vec![row(4, "c")])));
+            let shown = Response::Value { row: row(4, "c"), shown: 6, epoch: 2 };
+            h.ops.push(op(2, 25, 26, get(None), shown));
+            h.finals.clear();
+            h.converged_ns = None;
+        })
+    };
+    assert_eq!(found(4), ["P12"]);
+    assert_eq!(found(5), ["P6", "P12"], "entry 5 is not lost");
+}
+
 /// `a-second-failure`, seed 2: a write began after the last answer that named the first epoch, a refusal told of it, it was lost, and was written again.
 #[test]
 fn a_refusal_may_tell_of_what_was_lost_and_written_again() {

@@ -28,14 +28,14 @@ impl Mark {
     /// Opens the mark of the log in `dir`, or begins one; also the index that it tells.
     pub fn open(disk: &dyn Disk, dir: &str) -> io::Result<(Mark, u64)> {
         let file = disk.create(&format!("{dir}/synced.mark"))?;
-        let mut bytes = super::read_what_can_be_read(&*file, 2 * SLOT)?;
+        let (mut bytes, holes) = super::segment::read_around_holes(&*file, 2 * SLOT)?;
         let read = bytes.len();
         bytes.resize(2 * SLOT as usize, 0);
         let found = parse(&bytes);
         let (sequence, durable) = found.unwrap_or_default();
         let mut mark = Mark { file, sequence, synced: false };
-        if read < bytes.len() || found.is_none() {
-            // What is lost of a mark leaves the entries' own word for what was durable.
+        if read < bytes.len() || found.is_none() || holes {
+            // What is lost of a mark leaves the entries' own word for what was durable. Lost sectors are there again once they are wholly written.
             mark.file.write_at(&bytes, 0)?;
             mark.reset(durable)?;
             disk.sync_dir(dir)?;

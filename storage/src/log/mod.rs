@@ -16,6 +16,7 @@
 //!   where. [`Log::open_or_cut`] gives up the log from there on and remembers that ([`Log::repair`]): such a replica has forgotten
 //!   what it acknowledged, and must not vote until a confirmed leader has given everything back. Left is damage to entries that were synced
 //!   in the last moment before a power loss that also took the mark: that looks like a torn tail; their replicas hold them.
+//!   Sectors that cannot be read are read as zeroes. Where that is what they held, the entries are sound, and their segment is written anew.
 //!   `durable` never covers an entry that was purged before it was synced: that one may rightly be missing.
 //! - **What was truncated coming back.** The cut is synced before [`Log::truncate_from`] returns, so that no old entry lies
 //!   behind what is appended there next.
@@ -90,7 +91,7 @@ pub enum LogError {
         "log {file} is damaged at byte {offset} ({problem}), though it was durable; restore this replica from its peers"
     )]
     Corrupt { file: String, offset: u64, problem: String },
-    #[error("log {file} has format {version}, this build reads 2; start the build that wrote it")]
+    #[error("log {file} has format {version}, this build reads {}; start the build that wrote it", MAGIC[7] as char)]
     Version { file: String, version: char },
     #[error("log fact {name}: {cause}; restore this replica from its peers")]
     Fact { name: String, cause: FactError },

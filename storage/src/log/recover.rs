@@ -90,8 +90,14 @@ impl Log {
             self.give_up(&mut segments, base, repair, damage)?;
         } else if let (true, Some(segment)) = (torn, segments.last()) {
             // Durable with the sync that ends the recovery.
-            segment.file.set_len(segment.len).map_err(io_error(segment.name.as_str()))?;
+            segment.cut_tail().map_err(io_error(segment.name.as_str()))?;
             sim::trace::probe("log: torn tail cut");
+        }
+        // Sound entries may lie on a lost sector, where they end in zeroes: who reads them, or writes behind them, would fail.
+        for segment in segments.iter_mut().filter(|segment| segment.holes) {
+            self.rewrite(segment).map_err(io_error(format!("rewrite {}", segment.name)))?;
+            sim::warn!("log {}/{}: sectors of it cannot be read; it is written anew", self.dir, segment.name);
+            sim::trace::probe("log: rewritten without its lost sectors");
         }
         // The last one left may lie wholly below the base.
         if let Some(old) = segments.pop_if(|s| s.end() <= base + 1 && s.first <= base) {
@@ -127,7 +133,7 @@ impl Log {
         file.sync()?;
         self.disk.rename(&temporary, &self.path(&segment.name))?;
         self.disk.sync_dir(&self.dir)?;
-        segment.file = file;
+        (segment.file, segment.holes) = (file, false);
         Ok(())
     }
 
@@ -167,7 +173,7 @@ impl Log {
             self.remove(name).map_err(io_error(name.as_str()))?;
         }
         if let Some(segment) = segments.last_mut() {
-            segment.file.set_len(segment.len).map_err(io_error(segment.name.as_str()))?;
+            segment.cut_tail().map_err(io_error(segment.name.as_str()))?;
             segment.truncate_from(repair.from).map_err(io_error(segment.name.as_str()))?;
         } else if damage.from <= base + 1 {
             // A segment around the base whose head is gone.
@@ -193,7 +199,7 @@ impl Log {
             Some(Damage { file: name.into(), offset, problem, from })
         };
         let file = self.disk.open(&self.path(name)).map_err(failed)?;
-        let bytes = segment::read_what_can_be_read(&*file, u64::MAX).map_err(failed)?;
+        let (bytes, holes) = segment::read_around_holes(&*file, u64::MAX).map_err(failed)?;
         if let Some(version) = segment::other_version(&bytes) {
             return Err(LogError::Version { file: name.into(), version });
         }
@@ -222,7 +228,7 @@ impl Log {
                 .map(|durable| format!("entry {bad} is unreadable, and {durable} was durable")),
             false => None,
         };
-        let segment = Segment::found(Arc::clone(&file), name.into(), first, offsets, at as u64);
+        let segment = Segment::found(Arc::clone(&file), name.into(), first, offsets, at as u64, holes);
         let damage = problem.and_then(|problem| damage(at as u64, bad, problem));
         Ok(Found { segment: Some(segment), torn, damage })
     }

@@ -19,6 +19,8 @@ pub struct Segment {
     pub len: u64,
     /// Whether the file's directory entry is durable.
     pub named: bool,
+    /// Some of the file cannot be read.
+    pub holes: bool,
     offsets: Vec<u64>,
 }
 
@@ -101,16 +103,25 @@ pub fn read_up_to(file: &dyn File, buf: &mut [u8], offset: u64) -> io::Result<us
     Ok(done)
 }
 
-/// Reads a whole file of at most `len_max` bytes; sectors that cannot be read are zeroes, which no checksum fits.
+/// Reads a whole file of at most `len_max` bytes; sectors that cannot be read are zeroes, which fit a checksum only where zeroes were.
 pub fn read_what_can_be_read(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
+    read_around_holes(file, len_max).map(|(bytes, _)| bytes)
+}
+
+/// As [`read_what_can_be_read`]; also whether there are sectors that cannot be read.
+pub fn read_around_holes(file: &dyn File, len_max: u64) -> io::Result<(Vec<u8>, bool)> {
     let len = file.len()?.min(len_max) as usize;
     let mut bytes = vec![0; len];
+    let mut holes = false;
     match read_up_to(file, &mut bytes, 0) {
         Ok(read) => bytes.truncate(read),
         Err(error) if error.raw_os_error() == Some(EIO) => {
             for (at, sector) in bytes.chunks_mut(512).enumerate() {
                 match read_up_to(file, sector, at as u64 * 512) {
-                    Err(error) if error.raw_os_error() == Some(EIO) => sector.fill(0),
+                    Err(error) if error.raw_os_error() == Some(EIO) => {
+                        sector.fill(0);
+                        holes = true;
+                    }
                     Err(error) => return Err(error),
                     Ok(_) => {}
                 }
@@ -118,7 +129,7 @@ pub fn read_what_can_be_read(file: &dyn File, len_max: u64) -> io::Result<Vec<u8
         }
         Err(error) => return Err(error),
     }
-    Ok(bytes)
+    Ok((bytes, holes))
 }
 
 /// Reads and checks one entry.
@@ -150,12 +161,19 @@ impl Segment {
         head.extend_from_slice(&first.to_le_bytes());
         head.extend_from_slice(&crc32c::crc32c(&head).to_le_bytes());
         file.write_at(&head, 0)?;
-        Ok(Segment { file, name, first, len: HEAD_BYTES, named: false, offsets: vec![] })
+        Ok(Segment { file, name, first, len: HEAD_BYTES, named: false, holes: false, offsets: vec![] })
     }
 
     /// A segment found on disk, with the offsets of its good entries and where they end.
-    pub fn found(file: Arc<dyn File>, name: String, first: u64, offsets: Vec<u64>, len: u64) -> Segment {
-        Segment { file, name, first, len, named: true, offsets }
+    pub fn found(
+        file: Arc<dyn File>,
+        name: String,
+        first: u64,
+        offsets: Vec<u64>,
+        len: u64,
+        holes: bool,
+    ) -> Segment {
+        Segment { file, name, first, len, named: true, holes, offsets }
     }
 
     /// Index behind the last entry.
@@ -166,6 +184,11 @@ impl Segment {
     /// Where entry `index`, which must be here, begins.
     pub fn offset(&self, index: u64) -> u64 {
         self.offsets.get((index - self.first) as usize).copied().unwrap_or(self.len)
+    }
+
+    /// Cuts what lies behind the last entry; of a file with holes, which is written anew without it, nothing.
+    pub fn cut_tail(&self) -> io::Result<()> {
+        if self.holes { Ok(()) } else { self.file.set_len(self.len) }
     }
 
     /// Appends encoded entries that begin at `offsets` in `bytes`.

@@ -300,6 +300,46 @@ fn damage_to_any_durable_byte_is_found_and_what_lies_before_it_is_kept() -> Resu
 }
 
 #[test]
+fn an_entry_whose_end_lies_on_a_lost_sector_is_kept_and_can_be_read() -> Result<(), LogError> {
+    let (mut kept, mut cut) = (0, 0);
+    for seed in 0..60 {
+        let disk = SimDisk::new(seed);
+        let log = Log::open(disk.clone(), "log", LogOptions::default())?;
+        for index in 1..=6 {
+            // Zeroes, and something else before them.
+            let mut bytes = payload(index, seed);
+            bytes.resize(1000, 0);
+            log.append(&[(index, &bytes)])?;
+        }
+        log.sync()?;
+        log.settle()?;
+        drop(log);
+        disk.lose_a_sector("log");
+        let log = Log::open_or_cut(disk.clone(), "log", LogOptions::default())?;
+        match log.repair()? {
+            Some(repair) => assert_eq!((log.last_index(), repair.to), (repair.from - 1, 6), "seed {seed}"),
+            None => assert_eq!(log.last_index(), 6, "seed {seed}"),
+        }
+        *(if log.repair()?.is_some() { &mut cut } else { &mut kept }) += 1;
+        let next = log.last_index() + 1;
+        log.append(&[(next, b"more")])?;
+        log.sync()?;
+        drop(log);
+        disk.power_off();
+        disk.power_on();
+        // Nothing from the cache: from the disk.
+        let log = Log::open(disk, "log", LogOptions { cache_bytes_max: 0, ..LogOptions::default() })?;
+        let entries = log.read(1..next + 1, usize::MAX)?;
+        assert_eq!(entries.last().map(|(_, bytes)| &**bytes), Some(&b"more"[..]), "seed {seed}");
+        for (index, bytes) in &entries[..next as usize - 1] {
+            assert_eq!(bytes[..20], payload(*index, seed)[..20], "seed {seed}, entry {index}");
+        }
+    }
+    assert!(kept > 5 && cut > 5, "{kept} kept, {cut} cut");
+    Ok(())
+}
+
+#[test]
 fn a_second_cut_keeps_what_came_back_after_the_first() -> Result<(), LogError> {
     let disk = SimDisk::new(1);
     let log = Log::open(disk.clone(), "log", LogOptions::default())?;
