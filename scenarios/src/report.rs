@@ -159,7 +159,7 @@ pub const MENDING: [&str; 11] = [
 ];
 
 /// Rare paths that a sweep should reach; what it did not is worth a question.
-pub const PROBES: [&str; 56] = [
+pub const PROBES: [&str; 57] = [
     "apply: a repeated write answered as before",
     "cache: answered",
     "cache: all of a shard forgotten",
@@ -194,6 +194,7 @@ pub const PROBES: [&str; 56] = [
     "log: damage cut",
     "log: repaired from peers",
     "log: rewritten after a failed sync",
+    "log: rewritten without its lost sectors",
     "log: torn tail cut",
     "read: asked elsewhere, this replica lags",
     "region: a change done",

@@ -14,7 +14,8 @@
 //! - **Bit rot**: a byte reads back as something else, at any time, anywhere. Everything that Loci stores has a checksum that is
 //!   verified before the bytes are used; what fails it is reported with file and offset, and repaired from a second copy, the log, or
 //!   a peer.
-//! - **Latent sector errors**: a sector cannot be read (`EIO`) until it is written again. Treated like rot.
+//! - **Latent sector errors**: a sector cannot be read (`EIO`) until all of it is written again; a write of a part of it fails too, since
+//!   the kernel reads the rest first. Treated like rot, and what was there is written to a new place.
 //! - **Misdirected writes**: a write lands some sectors away and reports success. It harms two places. What it overwrote fails its
 //!   checksum. What it should have written is missing: in a log, a fact or a snapshot that is a checksum too. A page of a
 //!   database that kept its old content is sound by itself; it is found with the page that was overwritten, or when a replica's digest

@@ -698,15 +698,21 @@ impl File for SimFile {
                 ));
             }
             state.counters.writes += 1;
+            let offset = self.where_it_lands(state, offset, inode.seen.len());
+            let end = offset + bytes.len();
+            // To change a part of a sector, the kernel reads the rest of it.
+            let has_rest = |sector: &usize| {
+                sector * SECTOR < offset || end < inode.seen.len().min((sector + 1) * SECTOR)
+            };
+            let sectors = if bytes.is_empty() { 0..0 } else { offset / SECTOR..end.div_ceil(SECTOR) };
+            if inode.lost.range(sectors.clone()).any(has_rest) {
+                state.counters.read_errors += 1;
+                return Err(io::Error::from_raw_os_error(EIO));
+            }
             state.counters.bytes_written += bytes.len() as u64;
             state.carry(bytes.len());
-            let offset = self.where_it_lands(state, offset, inode.seen.len());
             write_into(&mut inode.seen, offset, bytes);
-            if !inode.lost.is_empty() && !bytes.is_empty() {
-                inode.lost.retain(|sector| {
-                    !(offset / SECTOR..=(offset + bytes.len() - 1) / SECTOR).contains(sector)
-                });
-            }
+            inode.lost.retain(|sector| !sectors.contains(sector));
             inode.pending.push((state.call(), Pending::Write { offset, bytes: bytes.to_vec() }));
             Ok(())
         })?;
@@ -716,9 +722,15 @@ impl File for SimFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.with(true, |state, inode| {
-            inode.seen.resize(len as usize, 0);
-            inode.lost.retain(|sector| sector * SECTOR < len as usize);
-            inode.pending.push((state.call(), Pending::SetLen(len as usize)));
+            let len = len as usize;
+            // To cut a sector, the kernel reads what stays of it.
+            if len < inode.seen.len() && !len.is_multiple_of(SECTOR) && inode.lost.contains(&(len / SECTOR)) {
+                state.counters.read_errors += 1;
+                return Err(io::Error::from_raw_os_error(EIO));
+            }
+            inode.seen.resize(len, 0);
+            inode.lost.retain(|sector| sector * SECTOR < len);
+            inode.pending.push((state.call(), Pending::SetLen(len)));
             Ok(())
         })?;
         self.disk.observe("set_len", "", len, 0, &[]);
@@ -1039,10 +1051,14 @@ mod tests {
             let file = disk.open("d/a")?;
             let error = file.read_at(&mut [0; 2000], 0).err().and_then(|e| e.raw_os_error());
             assert_eq!(error, Some(EIO));
+            // Byte 1,999 lies on its last sector, which ends there.
+            let parts = [(0, 1), (600, 1), (1100, 1), (1600, 399)];
+            let failed = |(at, len): &(u64, usize)| file.write_at(&[7; 400][..*len], *at).is_err();
+            assert_eq!(parts.iter().filter(|part| failed(part)).count(), 1, "a part of the sector");
             file.write_at(&[7; 2000], 0)?;
             assert_eq!(content(&disk, "d/a").as_deref(), Some(&[7; 2000][..]));
             let counters = disk.counters();
-            assert_eq!((counters.bits_flipped, counters.sectors_lost, counters.read_errors), (1, 1, 2));
+            assert_eq!((counters.bits_flipped, counters.sectors_lost, counters.read_errors), (1, 1, 3));
         }
         Ok(())
     }
