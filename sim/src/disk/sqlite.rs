@@ -490,8 +490,11 @@ unsafe extern "C" fn randomness(_: *mut sqlite3_vfs, size: c_int, out: *mut c_ch
     size
 }
 
-/// Waiting for a lock costs no virtual time: what holds it runs on the same thread.
+/// In a simulation nobody waits for a lock: whoever holds it runs on the same thread. Where there are threads, a reader that
+/// did not really wait would spend all its hundred tries while a writer is between two instructions.
 unsafe extern "C" fn sleep(_: *mut sqlite3_vfs, micros: c_int) -> c_int {
+    #[cfg(not(madsim))]
+    std::thread::sleep(std::time::Duration::from_micros(micros.max(0) as u64));
     micros
 }
 
