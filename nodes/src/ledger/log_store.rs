@@ -83,12 +83,11 @@ impl LogStore {
     /// A chunk bounded in bytes. Damage ends the process: the next start finds it too, and repairs it.
     fn chunk(&self, range: Range<u64>) -> io::Result<Entries> {
         self.log.read(range, READ_BYTES_MAX).map_err(|error| {
+            let failure = failed("read", &error);
             if matches!(error, LogError::Corrupt { .. }) {
-                let failure = failed("read", &error);
                 sim::task::spawn(async move { sim::task::abort(&format!("{error}; restarting")).await });
-                return failure;
             }
-            failed("read", error)
+            failure
         })
     }
 

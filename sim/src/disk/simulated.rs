@@ -281,6 +281,12 @@ impl State {
         Some((id, self.below(len as u64) as usize))
     }
 
+    /// What is said of a lost sector.
+    fn read_error(&mut self) -> io::Error {
+        self.counters.read_errors += 1;
+        io::Error::from_raw_os_error(EIO)
+    }
+
     fn cut_power(&mut self) {
         self.crash_at_op = None;
         if self.powered {
@@ -678,8 +684,7 @@ impl File for SimFile {
             let from = (offset as usize).min(inode.seen.len());
             let read = buf.len().min(inode.seen.len() - from);
             if read > 0 && inode.lost.range(from / SECTOR..=(from + read - 1) / SECTOR).next().is_some() {
-                state.counters.read_errors += 1;
-                return Err(io::Error::from_raw_os_error(EIO));
+                return Err(state.read_error());
             }
             buf[..read].copy_from_slice(&inode.seen[from..from + read]);
             state.carry(read);
@@ -706,8 +711,7 @@ impl File for SimFile {
             };
             let sectors = if bytes.is_empty() { 0..0 } else { offset / SECTOR..end.div_ceil(SECTOR) };
             if inode.lost.range(sectors.clone()).any(has_rest) {
-                state.counters.read_errors += 1;
-                return Err(io::Error::from_raw_os_error(EIO));
+                return Err(state.read_error());
             }
             state.counters.bytes_written += bytes.len() as u64;
             state.carry(bytes.len());
@@ -725,8 +729,7 @@ impl File for SimFile {
             let len = len as usize;
             // To cut a sector, the kernel reads what stays of it.
             if len < inode.seen.len() && !len.is_multiple_of(SECTOR) && inode.lost.contains(&(len / SECTOR)) {
-                state.counters.read_errors += 1;
-                return Err(io::Error::from_raw_os_error(EIO));
+                return Err(state.read_error());
             }
             inode.seen.resize(len, 0);
             inode.lost.retain(|sector| sector * SECTOR < len);
